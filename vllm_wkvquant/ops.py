@@ -1,0 +1,82 @@
+"""The two operations of the cache, and the one table of their variants.
+
+    cache_write       new K/V -> page
+    paged_attention   past tokens from the page, the step's own tokens as they came -> output
+
+`TABLE[op][variant]` holds every implementation; tests and benchmarks iterate it. `reference` is the specification.
+vLLM's attention op is opaque to torch.compile, so these are plain functions and need no fake kernels.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+
+import torch
+
+from vllm_wkvquant import reference
+from vllm_wkvquant.reference import KVParams
+
+logger = logging.getLogger("vllm.wkvquant")
+
+TABLE: dict[str, dict[str, Callable[..., None]]] = {
+    "cache_write": {"reference": reference.cache_write},
+    "paged_attention": {"reference": reference.paged_attention},
+}
+
+
+@functools.cache
+def default_variant(device_type: str) -> str:
+    """The variant used on a device type ("cpu", "cuda"): the best one this build has. Chosen once, logged once."""
+    raise NotImplementedError
+
+
+def cache_write(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    positions: torch.Tensor,
+    params: KVParams,
+    variant: str | None = None,
+) -> None:
+    """Quantize new tokens into their pages: shift, smooth, rotate, range, pack, scatter.
+
+    key, value: fp16, bf16 or fp32 [>= T, num_kv_heads, head_size], key after the rotary embedding; the last dimension
+    contiguous, rows may be strided (views into a fused qkv). kv_cache: uint8 [num_blocks, num_kv_heads, block_size,
+    token_bytes], layout.py. slot_mapping: int64 [T], block * block_size + index; negative slots are padding and
+    skipped. positions: int64 [>= T], index of each token in its sequence. variant: a key of
+    `TABLE["cache_write"]`; the device's default otherwise. Raises ValueError on shapes that do not fit.
+    """
+    implementation = TABLE["cache_write"][variant or default_variant(key.device.type)]
+    implementation(key, value, kv_cache, slot_mapping, positions, params)
+
+
+def paged_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    params: KVParams,
+    scale: float,
+    out: torch.Tensor,
+    sliding_window: int = 0,
+    lse: torch.Tensor | None = None,
+    variant: str | None = None,
+) -> None:
+    """Causal attention of the step's queries over past tokens in the pages and the step's own raw keys and values.
+
+    query: fp16, bf16 or fp32 [>= T, num_heads, head_size]; key, value: [>= T, num_kv_heads, head_size] of the same
+    dtype, T = query_start_loc[-1]; last dimension contiguous, rows may be strided. kv_cache: as in `cache_write`;
+    slots at and after seq_len - query_len are never read, whatever they hold. block_table: int32 [num_seqs,
+    max_blocks]. seq_lens: int32 [num_seqs], tokens of each sequence including this step's. query_start_loc: int32
+    [num_seqs + 1]. scale: factor on q . k. out: [>= T, num_heads, head_size] of query's dtype, written. sliding_window:
+    a query sees the last `sliding_window` positions, itself included; 0 is all. lse: fp32 [>= T, num_heads], written
+    with the natural-log-sum-exp of the scaled scores where given. Rows at and after T are left alone.
+    """
+    implementation = TABLE["paged_attention"][variant or default_variant(query.device.type)]
+    implementation(
+        query, key, value, kv_cache, block_table, seq_lens, query_start_loc, params, scale, out, sliding_window, lse
+    )

@@ -1,0 +1,258 @@
+"""The executable specification of the 4-bit cache in plain torch; every kernel is tested against it.
+
+Per KV head of size D, position t, static smoothing s and shift delta, orthonormal Hadamard H, rotary rotation R_t:
+
+    k'_t = H ((k_t - R_t k_shift) / k_smooth)              v'_t = v_t - v_shift
+    minimum = fp16(min x'), scale = fp16((max x' - min x') / 15), code = round((x' - minimum) / scale) in 0..15
+    q . k_t  =  H (q * k_smooth) . (scale_t code_t + minimum_t)  +  q . R_t k_shift
+    out_past =  sum_t p_t (scale_t code_t + minimum_t)  +  v_shift sum_t p_t
+
+H and the smoothing of V are folded into v_proj and o_proj offline (quantize/fold.py), so the cache sees v' up to its
+shift. Past tokens (positions < seq_len - query_len) are read from the page; the tokens of the step are attended as
+they came (past-only quantization, arXiv 2402.12065 section 4.1).
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from vllm_wkvquant import layout
+from vllm_wkvquant.config import KVCacheConfig
+
+QMAX = 15
+FP16_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class KVParams:
+    """KV parameters of one layer, on the device of its cache.
+
+    k_smooth, k_shift, v_shift: fp32 [num_kv_heads, head_size]. key_hadamard: rotate keys before quantizing.
+    rope_turns: int64 [rotary_dim / 2] of `rope_turns`, or None for a shift that does not rotate. rope_scaling:
+    factor on cos and sin (YaRN).
+    """
+
+    k_smooth: torch.Tensor
+    k_shift: torch.Tensor
+    v_shift: torch.Tensor
+    key_hadamard: bool
+    rope_turns: torch.Tensor | None
+    rope_scaling: float = 1.0
+
+    @classmethod
+    def build(
+        cls, config: KVCacheConfig, k_smooth: torch.Tensor, k_shift: torch.Tensor, v_shift: torch.Tensor
+    ) -> "KVParams":
+        """Parameters of a layer from its checkpoint tensors [num_kv_heads, head_size] and the KV section."""
+        rotating = config.key_shift == "rotating"
+        return cls(
+            k_smooth=k_smooth.float().contiguous(),
+            k_shift=k_shift.float().contiguous(),
+            v_shift=v_shift.float().contiguous(),
+            key_hadamard=config.key_hadamard,
+            rope_turns=rope_turns(config.rope.inv_freq).to(k_shift.device) if rotating else None,
+            rope_scaling=config.rope.attention_scaling if rotating else 1.0,
+        )
+
+    def to(self, device: torch.device | str) -> "KVParams":
+        """The same parameters on another device."""
+        turns = None if self.rope_turns is None else self.rope_turns.to(device)
+        return replace(
+            self,
+            k_smooth=self.k_smooth.to(device),
+            k_shift=self.k_shift.to(device),
+            v_shift=self.v_shift.to(device),
+            rope_turns=turns,
+        )
+
+
+def hadamard_block(head_size: int) -> int:
+    """Size of the Hadamard blocks: the largest power of two that divides the head size (16 for 80, 32 for 96)."""
+    return head_size & -head_size
+
+
+def hadamard_matrix(head_size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Orthonormal, symmetric [head_size, head_size]: blocks of Sylvester's construction on the diagonal."""
+    n = hadamard_block(head_size)
+    h = torch.ones(1, 1, dtype=dtype)
+    while h.shape[0] < n:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)], 0)
+    return torch.block_diag(*[h / math.sqrt(n)] * (head_size // n))
+
+
+def rope_turns(inv_freq: tuple[float, ...] | list[float]) -> torch.Tensor:
+    """Angles per position as a fixed-point fraction of a turn: round(2^64 inv_freq / 2 pi), as wrapped int64 [n].
+
+    `position * turns` in wrapping 64-bit arithmetic is the angle modulo one turn, exact at any position, so a write
+    and a read that use it cannot disagree.
+    """
+    turns = [round(f / (2 * math.pi) * 2.0**64) & (2**64 - 1) for f in inv_freq]
+    return torch.tensor([t - 2**64 if t >= 2**63 else t for t in turns], dtype=torch.int64)
+
+
+def rope_angles(positions: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """float64 radians in [-pi, pi), shape [*positions, n], from int64 positions and `rope_turns`."""
+    fraction = positions.long()[..., None] * turns  # wraps modulo 2^64, as it must
+    return fraction.double() * (2 * math.pi / 2.0**64)
+
+
+def rotate(x: torch.Tensor, positions: torch.Tensor, turns: torch.Tensor, scaling: float) -> torch.Tensor:
+    """scaling * R_t x for neox rotary pairs (j, j + n): x [T, H, D], positions [T], turns [n]; same dtype as x."""
+    n = turns.shape[0]
+    angles = rope_angles(positions, turns)[:, None]
+    cos, sin = (scaling * angles.cos()).to(x.dtype), (scaling * angles.sin()).to(x.dtype)
+    a, b = x[..., :n], x[..., n : 2 * n]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., 2 * n :].expand(*a.shape[:-1], -1)], -1)
+
+
+def key_shift_at(positions: torch.Tensor, params: KVParams, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """R_t k_shift, [T, H, D]: the part of the keys that is known from the position alone."""
+    shift = params.k_shift.to(dtype)[None].expand(positions.shape[0], -1, -1)
+    if params.rope_turns is None:
+        return shift
+    return rotate(shift, positions, params.rope_turns, params.rope_scaling)
+
+
+def transform_key(key: torch.Tensor, positions: torch.Tensor, params: KVParams) -> torch.Tensor:
+    """k'_t, fp32 [T, H, D], of roped keys [T, H, D] at positions [T]."""
+    x = (key.float() - key_shift_at(positions, params)) / params.k_smooth
+    return x @ hadamard_matrix(key.shape[-1]).to(x.device) if params.key_hadamard else x
+
+
+def quantize_tokens(x: torch.Tensor, qmax: int = QMAX) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Dynamic asymmetric quantization of x [T, H, D] per token and head.
+
+    Returns codes uint8 [T, H, D], scale fp16 [T, H] and minimum fp16 [T, H].
+    """
+    x = x.float()
+    low, high = x.amin(-1), x.amax(-1)
+    minimum = low.clamp(-FP16_MAX, FP16_MAX).half()
+    scale = ((high - low) / qmax).clamp_max(FP16_MAX).half()
+    inverse = torch.where(scale > 0, 1 / scale.float(), 0)
+    codes = ((x - minimum.float()[..., None]) * inverse[..., None]).round().clamp(0, qmax)
+    return codes.to(torch.uint8), scale, minimum
+
+
+def dequantize_tokens(
+    codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """scale * code + minimum, [T, H, D]."""
+    return codes.to(dtype) * scale.to(dtype)[..., None] + minimum.to(dtype)[..., None]
+
+
+def fake_quantize(
+    key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, params: KVParams, qmax: int = QMAX
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [T, H, D] as attention sees them once they are past: what the cache returns, in fp32."""
+    k = dequantize_tokens(*quantize_tokens(transform_key(key, positions, params), qmax))
+    if params.key_hadamard:
+        k = k @ hadamard_matrix(key.shape[-1]).to(k.device)
+    k = k * params.k_smooth + key_shift_at(positions, params)
+    v = dequantize_tokens(*quantize_tokens(value.float() - params.v_shift, qmax)) + params.v_shift
+    return k, v
+
+
+def cache_write(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    positions: torch.Tensor,
+    params: KVParams,
+) -> None:
+    """Specification of `ops.cache_write`."""
+    keep = slot_mapping >= 0
+    slots, positions = slot_mapping[keep].long(), positions[: keep.shape[0]][keep]
+    key, value = key[: keep.shape[0]][keep], value[: keep.shape[0]][keep]
+    k = quantize_tokens(transform_key(key, positions, params))
+    v = quantize_tokens(value.float() - params.v_shift)
+    layout.store(kv_cache, slots, k, v)
+
+
+def paged_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    params: KVParams,
+    scale: float,
+    out: torch.Tensor,
+    sliding_window: int = 0,
+    lse: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> None:
+    """Specification of `ops.paged_attention`, computed in `dtype`."""
+    block_size, head_size = kv_cache.shape[2], query.shape[-1]
+    group = query.shape[1] // key.shape[1]
+    hadamard = hadamard_matrix(head_size, dtype).to(query.device) if params.key_hadamard else None
+    starts = query_start_loc.tolist()
+    for i, seq_len in enumerate(seq_lens.tolist()):
+        first, last = starts[i], starts[i + 1]
+        if first == last:
+            continue
+        past = seq_len - (last - first)
+        p = torch.arange(past, device=query.device)
+        slots = block_table[i].long()[p // block_size] * block_size + p % block_size
+        k_past, v_past = layout.load(kv_cache, slots, head_size)
+        k = dequantize_tokens(*k_past, dtype=dtype)
+        k = k @ hadamard if hadamard is not None else k
+        k = k * params.k_smooth.to(dtype) + key_shift_at(p, params, dtype)
+        v = dequantize_tokens(*v_past, dtype=dtype) + params.v_shift.to(dtype)
+        k = torch.cat([k, key[first:last].to(dtype)]).repeat_interleave(group, 1)
+        v = torch.cat([v, value[first:last].to(dtype)]).repeat_interleave(group, 1)
+        scores = torch.einsum("qhd,khd->hqk", query[first:last].to(dtype), k) * scale
+        q_pos = torch.arange(past, seq_len, device=query.device)[:, None]
+        k_pos = torch.arange(seq_len, device=query.device)[None]
+        hidden = k_pos > q_pos
+        if sliding_window:
+            hidden |= k_pos <= q_pos - sliding_window
+        scores = scores.masked_fill(hidden, -math.inf)
+        out[first:last] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(out.dtype)
+        if lse is not None:
+            lse[first:last] = scores.logsumexp(-1).T.to(lse.dtype)
+
+
+def past_only_mask(length: int, chunk: int = 1, device: torch.device | str = "cpu") -> torch.Tensor:
+    """bool [length, length]: True where query i attends key j as it came, because both are in one chunk of a prefill.
+
+    Keys before the chunk are past and come from the cache; keys after the query stay hidden by the causal mask.
+    """
+    step = torch.arange(length, device=device) // chunk
+    return step[:, None] == step[None, :]
+
+
+def past_only_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    past_key: torch.Tensor,
+    past_value: torch.Tensor,
+    scale: float,
+    chunk: int = 1,
+    sliding_window: int = 0,
+) -> torch.Tensor:
+    """Causal attention of a whole sequence under `past_only_mask(chunk)`, in fp32.
+
+    query [T, Hq, D]; key, value: raw [T, H, D]; past_key, past_value: the same tokens from the cache
+    (`fake_quantize`). Returns [T, Hq, D] fp32.
+    """
+    length, heads, _ = query.shape
+    group = heads // key.shape[1]
+    raw = past_only_mask(length, chunk, query.device)
+    pos = torch.arange(length, device=query.device)
+    hidden = pos[None] > pos[:, None]
+    if sliding_window:
+        hidden |= pos[None] <= pos[:, None] - sliding_window
+    out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
+    for h in range(heads):
+        kv = h // group
+        q = query[:, h].float()
+        scores = torch.where(raw, q @ key[:, kv].float().T, q @ past_key[:, kv].float().T) * scale
+        p = scores.masked_fill_(hidden, -math.inf).softmax(-1)
+        current = p.masked_fill(~raw, 0)
+        out[:, h] = current @ value[:, kv].float() + (p - current) @ past_value[:, kv].float()
+    return out
