@@ -1,0 +1,211 @@
+"""The checkpoint on disk (docs/format.md): names, `quantization_config`, and a reader that validates.
+
+Weights are compressed-tensors `pack-quantized` (asymmetric uint4 in groups along the input), written by
+`quantize/writer.py`; KV parameters are three fp32 tensors [num_kv_heads, head_size] per layer.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from safetensors import SafetensorError, safe_open
+
+from vllm_wkvquant.config import ConfigError, KVCacheConfig
+from vllm_wkvquant.reference import KVParams
+
+QUANT_METHOD = "wkvquant"
+INDEX_FILE = "model.safetensors.index.json"
+KV_PARAMS = ("k_smooth", "k_shift", "v_shift")
+KV_PREFIX = "wkv_"
+
+
+def kv_tensor_name(layer: int, param: str) -> str:
+    """Name of a KV tensor in the checkpoint: the path of vLLM's Attention module, then `wkv_<param>`."""
+    return f"model.layers.{layer}.self_attn.attn.{KV_PREFIX}{param}"
+
+
+def check_kv_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ConfigError unless `tensor` has this shape, is finite and, for a smoothing factor, positive."""
+    if tuple(tensor.shape) != shape:
+        raise ConfigError(f"KV tensor {name} has shape {tuple(tensor.shape)}, expected {shape}")
+    if not bool(torch.isfinite(tensor).all()):
+        raise ConfigError(f"KV tensor {name} contains NaN or infinity; the checkpoint is damaged, quantize again")
+    if name.endswith("k_smooth") and not bool((tensor > 0).all()):
+        raise ConfigError(f"KV tensor {name} must be positive everywhere")
+
+
+def missing_kv_tensor(name: str) -> ConfigError:
+    """The error for a KV tensor that the checkpoint lacks."""
+    return ConfigError(f"KV tensor {name} is missing from the checkpoint; quantize the model again")
+
+
+def quantization_config(kv: KVCacheConfig, group_sizes: dict[str, int]) -> dict[str, Any]:
+    """`quantization_config` of config.json: one compressed-tensors group per distinct weight group size.
+
+    group_sizes: linear layer's last name ("down_proj") -> its group size.
+    """
+    groups = {}
+    for i, size in enumerate(sorted(set(group_sizes.values()), reverse=True)):
+        names = "|".join(sorted(n for n, s in group_sizes.items() if s == size))
+        groups[f"group_{i}"] = {
+            "targets": [f"re:.*\\.({names})$"],
+            "format": "pack-quantized",
+            "input_activations": None,
+            "output_activations": None,
+            "weights": {
+                "num_bits": 4,
+                "type": "int",
+                "symmetric": False,
+                "strategy": "group",
+                "group_size": size,
+                "actorder": None,
+                "dynamic": False,
+            },
+        }
+    return {
+        "quant_method": QUANT_METHOD,
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": groups,
+        "kv_cache_scheme": None,
+        QUANT_METHOD: kv.to_dict(),
+    }
+
+
+def pack_weight(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> dict[str, torch.Tensor]:
+    """compressed-tensors' tensors of one linear layer, by suffix.
+
+    codes: uint8 [out, in] in 0..15; scale: [out, in / group]; zero_point: uint8 [out, in / group] in 0..15.
+    """
+    return {
+        "weight_packed": pack_to_int32((codes.to(torch.int8) - 8), 4),
+        "weight_scale": scale.contiguous(),
+        "weight_zero_point": pack_to_int32((zero_point.to(torch.int8) - 8), 4, packed_dim=0).contiguous(),
+        "weight_shape": torch.tensor(codes.shape, dtype=torch.int64),
+    }
+
+
+def unpack_weight(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Dequantized weight fp32 [out, in] from `pack_weight`'s tensors: scale * (code - zero_point)."""
+    out, cols = tensors["weight_shape"].tolist()
+    scale = tensors["weight_scale"].float()
+    codes = unpack_from_int32(tensors["weight_packed"], 4, torch.Size((out, cols))).float()
+    zero = unpack_from_int32(tensors["weight_zero_point"], 4, torch.Size(scale.shape), packed_dim=0).float()
+    grouped = codes.view(out, scale.shape[1], -1)
+    return ((grouped - zero[..., None]) * scale[..., None]).view(out, cols)
+
+
+class ShardedTensors:
+    """Read access by name to the safetensors files of a Hugging Face checkpoint directory, sharded or not.
+
+    Raises ConfigError where the directory, its files or a tensor are missing or unreadable.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_dir():
+            raise ConfigError(f"{path} is not a directory; give the path of a local Hugging Face checkpoint")
+        index = path / INDEX_FILE
+        if index.is_file():
+            self.files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        elif (path / "model.safetensors").is_file():
+            with self._open("model.safetensors") as f:
+                self.files = dict.fromkeys(f.keys(), "model.safetensors")
+        else:
+            raise ConfigError(f"{path} has neither {INDEX_FILE} nor model.safetensors")
+        absent = sorted(f for f in set(self.files.values()) if not (path / f).is_file())
+        if absent:
+            raise ConfigError(f"{path} lacks the shards {absent} that its index names")
+
+    @contextlib.contextmanager
+    def _open(self, file: str) -> Iterator[Any]:
+        try:
+            with safe_open(self.path / file, framework="pt") as f:
+                yield f
+        except SafetensorError as error:
+            raise ConfigError(f"{self.path / file} is not a readable safetensors file: {error}") from error
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def names(self) -> list[str]:
+        """All tensor names, sorted."""
+        return sorted(self.files)
+
+    def get(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """Load tensors by name, opening each shard once."""
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            if name not in self.files:
+                raise ConfigError(f"{self.path} has no tensor {name}")
+            by_file.setdefault(self.files[name], []).append(name)
+        out = {}
+        for file, members in by_file.items():
+            with self._open(file) as f:
+                for name in members:
+                    out[name] = f.get_tensor(name)
+        return out
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a checkpoint directory. Raises ConfigError."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"{path} has no config.json; give the path of a local Hugging Face checkpoint")
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{file} is not valid JSON: {error}") from error
+
+
+class Checkpoint:
+    """A wkvquant checkpoint: config, dequantized weights and validated KV parameters."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = read_config(self.path)
+        section = self.config.get("quantization_config") or {}
+        if section.get("quant_method") != QUANT_METHOD:
+            raise ConfigError(f"{path} is not a wkvquant checkpoint (quant_method {section.get('quant_method')!r})")
+        self.kv = KVCacheConfig.from_dict(section.get(QUANT_METHOD))
+        self.tensors = ShardedTensors(self.path)
+
+    def kv_tensors(self, layer: int) -> dict[str, torch.Tensor]:
+        """fp32 [num_kv_heads, head_size] by parameter name; raises ConfigError on a missing or damaged one."""
+        shape = (self.kv.num_kv_heads, self.kv.head_size)
+        out = {}
+        for param in KV_PARAMS:
+            name = kv_tensor_name(layer, param)
+            if name not in self.tensors:
+                raise missing_kv_tensor(name)
+            out[param] = self.tensors.get([name])[name]
+            check_kv_tensor(name, out[param], shape)
+        return out
+
+    def kv_params(self, layer: int) -> KVParams:
+        """KVParams of one layer, on the CPU."""
+        return KVParams.build(self.kv, **self.kv_tensors(layer))
+
+    def weight_names(self) -> Iterator[tuple[str, bool]]:
+        """(Hugging Face parameter name, quantized?) of every model weight; KV tensors are left out."""
+        for name in self.tensors.names():
+            if name.endswith(".weight_packed"):
+                yield name.removesuffix("_packed"), True
+            elif not name.endswith((".weight_scale", ".weight_zero_point", ".weight_shape")) and (
+                f".{KV_PREFIX}" not in name
+            ):
+                yield name, False
+
+    def weight(self, name: str, quantized: bool) -> torch.Tensor:
+        """One model weight; a quantized one is dequantized to fp32."""
+        if not quantized:
+            return self.tensors.get([name])[name]
+        suffixes = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+        base = name.removesuffix("weight")
+        loaded = self.tensors.get([base + s for s in suffixes])
+        return unpack_weight({s: loaded[base + s] for s in suffixes})
