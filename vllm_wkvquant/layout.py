@@ -24,6 +24,8 @@ LAYOUT_VERSION = 1
 TILE = 16
 HEAD_SIZES = (64, 80, 96, 128, 256)
 
+Quantized = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # codes uint8 [T, H, D], scale and minimum fp16 [T, H]
+
 
 def token_bytes(head_size: int) -> int:
     """Bytes of one token and KV head: 4-bit K and V codes, and fp16 scale and minimum of each."""
@@ -89,8 +91,8 @@ def pages(kv_cache: torch.Tensor) -> torch.Tensor:
 def store(
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
-    k: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    v: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    k: Quantized,
+    v: Quantized,
 ) -> None:
     """Put quantized tokens into the pages.
 
@@ -120,9 +122,7 @@ def store(
         put(base + slot[:, None] * 4 + byte, torch.stack([scale, minimum], -1).view(torch.uint8))
 
 
-def load(
-    kv_cache: torch.Tensor, slots: torch.Tensor, head_size: int
-) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+def load(kv_cache: torch.Tensor, slots: torch.Tensor, head_size: int) -> tuple[Quantized, Quantized]:
     """Read tokens back: the inverse of `store` for slots [T]; returns (codes, scale, minimum) of K and of V."""
     page = pages(kv_cache)
     block_size = kv_cache.shape[2]

@@ -198,10 +198,10 @@ def paged_attention(
         p = torch.arange(past, device=query.device)
         slots = block_table[i].long()[p // block_size] * block_size + p % block_size
         k_past, v_past = layout.load(kv_cache, slots, head_size)
-        k = dequantize_tokens(*k_past, dtype=dtype)
+        k = dequantize_tokens(*k_past, dtype)
         k = k @ hadamard if hadamard is not None else k
         k = k * params.k_smooth.to(dtype) + key_shift_at(p, params, dtype)
-        v = dequantize_tokens(*v_past, dtype=dtype) + params.v_shift.to(dtype)
+        v = dequantize_tokens(*v_past, dtype) + params.v_shift.to(dtype)
         k = torch.cat([k, key[first:last].to(dtype)]).repeat_interleave(group, 1)
         v = torch.cat([v, value[first:last].to(dtype)]).repeat_interleave(group, 1)
         scores = torch.einsum("qhd,khd->hqk", query[first:last].to(dtype), k) * scale
@@ -240,19 +240,18 @@ def past_only_attention(
     query [T, Hq, D]; key, value: raw [T, H, D]; past_key, past_value: the same tokens from the cache
     (`fake_quantize`). Returns [T, Hq, D] fp32.
     """
-    length, heads, _ = query.shape
-    group = heads // key.shape[1]
+    length = query.shape[0]
     raw = past_only_mask(length, chunk, query.device)
     pos = torch.arange(length, device=query.device)
-    hidden = pos[None] > pos[:, None]
+    seen = pos[None] <= pos[:, None]
     if sliding_window:
-        hidden |= pos[None] <= pos[:, None] - sliding_window
-    out = torch.empty(query.shape, dtype=torch.float32, device=query.device)
-    for h in range(heads):
-        kv = h // group
-        q = query[:, h].float()
-        scores = torch.where(raw, q @ key[:, kv].float().T, q @ past_key[:, kv].float().T) * scale
-        p = scores.masked_fill_(hidden, -math.inf).softmax(-1)
-        current = p.masked_fill(~raw, 0)
-        out[:, h] = current @ value[:, kv].float() + (p - current) @ past_value[:, kv].float()
-    return out
+        seen &= pos[None] > pos[:, None] - sliding_window
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query.float().transpose(0, 1)[None],
+        torch.cat([past_key, key]).float().transpose(0, 1)[None],
+        torch.cat([past_value, value]).float().transpose(0, 1)[None],
+        attn_mask=torch.cat([seen & ~raw, seen & raw], 1),
+        scale=scale,
+        enable_gqa=True,
+    )
+    return out[0].transpose(0, 1)
