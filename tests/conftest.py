@@ -1,0 +1,31 @@
+"""Settings every test shares, and the real model that `make test` puts under demo/."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("VLLM_CPU_INT4_W4A8", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+DEMO = Path(os.environ.get("WKVQUANT_DEMO", Path(__file__).parent.parent / "demo"))
+
+
+@dataclass(frozen=True)
+class RealModel:
+    """SmolLM2-135M: the Hugging Face checkpoint, ours made from it, and two texts."""
+
+    path: Path
+    checkpoint: Path
+    calib_text: Path
+    test_text: Path
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> RealModel:
+    model = RealModel(DEMO / "smollm2-135m", DEMO / "smollm2-135m-wkvquant", DEMO / "calib.txt", DEMO / "test.txt")
+    if not (model.checkpoint / "config.json").is_file():
+        pytest.fail(f"{model.checkpoint} is missing: `make test` builds it before it runs pytest")
+    return model
