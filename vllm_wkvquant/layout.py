@@ -111,9 +111,9 @@ def store(
         """offset [T, n], data uint8 [T, H, n]"""
         page[block[:, None, None], head, offset[:, None, :]] = data
 
-    k_codes = k[0].view(tokens, heads, -1, 8)
+    k_codes = k[0].view(tokens, heads, head_size // 8, 8)
     k_bytes = k_codes[..., :4] | (k_codes[..., 4:] << 4)
-    v_codes = v[0].view(tokens, heads, -1, 2, 2)
+    v_codes = v[0].view(tokens, heads, head_size // 4, 2, 2)
     v_bytes = v_codes[..., 0] | (v_codes[..., 1] << 4)
     byte = torch.arange(4, device=page.device)
     put((layout.k_word(slot)[..., None] + byte).flatten(1), k_bytes.flatten(2))
@@ -136,7 +136,7 @@ def load(kv_cache: torch.Tensor, slots: torch.Tensor, head_size: int) -> tuple[Q
         return page[block[:, None, None], head, offset[:, None, :]]
 
     tokens = slots.shape[0]
-    k_bytes = get((layout.k_word(slot)[..., None] + byte).flatten(1)).view(tokens, heads, -1, 4)
+    k_bytes = get((layout.k_word(slot)[..., None] + byte).flatten(1)).view(tokens, heads, head_size // 8, 4)
     v_bytes = get((layout.v_half(slot)[..., None] + byte[:2]).flatten(1))
     k_codes = torch.cat([k_bytes & 15, k_bytes >> 4], -1).flatten(2)
     v_codes = torch.stack([v_bytes & 15, v_bytes >> 4], -1).flatten(2)

@@ -1,0 +1,119 @@
+"""`wkvquant eval`: its mask, its arithmetic and its agreement with the engine."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vllm_wkvquant import reference
+from vllm_wkvquant.config import ConfigError
+from vllm_wkvquant.evaluate import difference, evaluate, read_windows
+from vllm_wkvquant.layout import token_bytes
+
+
+def layer(heads: int, head_size: int, shift: float) -> reference.KVParams:
+    g = torch.Generator().manual_seed(0)
+    inv_freq = [10000 ** (-2 * i / head_size) for i in range(head_size // 2)]
+    return reference.KVParams(
+        k_smooth=torch.rand(heads, head_size, generator=g) + 0.5,
+        k_shift=shift * torch.randn(heads, head_size, generator=g),
+        v_shift=torch.randn(heads, head_size, generator=g),
+        key_hadamard=True,
+        rope_turns=reference.rope_turns(inv_freq),
+    )
+
+
+@pytest.mark.parametrize(("chunk", "window"), [(1, 0), (7, 0), (16, 9), (64, 0)])
+def test_whole_sequence_equals_stepping_through_pages(chunk: int, window: int) -> None:
+    """One masked attention over a sequence gives what the paged cache gives, chunk after chunk."""
+    length, heads, kv_heads, head_size, block = 45, 6, 2, 64, 16
+    torch.manual_seed(1)
+    params = layer(kv_heads, head_size, shift=5.0)
+    positions = torch.arange(length)
+    q = torch.randn(length, heads, head_size)
+    k = torch.randn(length, kv_heads, head_size) + reference.key_shift_at(positions, params)
+    v = torch.randn(length, kv_heads, head_size)
+    past = reference.fake_quantize(k, v, positions, params)
+    scale = head_size**-0.5
+    whole = reference.past_only_attention(q, k, v, *past, scale, chunk, window)
+
+    cache = torch.full((4, kv_heads, block, token_bytes(head_size)), 255, dtype=torch.uint8)
+    table = torch.tensor([[2, 0, 3]], dtype=torch.int32)
+    slots = table[0].long()[positions // block] * block + positions % block
+    stepped = torch.empty_like(q)
+    for first in range(0, length, chunk):
+        last = min(first + chunk, length)
+        new = slice(first, last)
+        lens, starts = torch.tensor([last]), torch.tensor([0, last - first])
+        reference.paged_attention(
+            q[new], k[new], v[new], cache, table, lens, starts, params, scale, stepped[new], window
+        )
+        reference.cache_write(k[new], v[new], cache, slots[new], positions[new], params)
+    torch.testing.assert_close(whole, stepped, atol=2e-5, rtol=2e-5)
+
+
+def test_past_only_mask_is_the_chunk() -> None:
+    assert reference.past_only_mask(4).tolist() == torch.eye(4, dtype=torch.bool).tolist()
+    expected = [[True, True, False], [True, True, False], [False, False, True]]
+    assert reference.past_only_mask(3, 2).tolist() == expected
+
+
+def test_difference_is_paired_by_token() -> None:
+    """A constant difference has no error, however the losses themselves spread."""
+    base = torch.randn(400, dtype=torch.float64).abs() * 5
+    windows = [[0] * 101] * 4
+    constant = difference(base + 0.01, base, windows)
+    assert constant["mean"] == pytest.approx(0.01)
+    assert constant["se"] < 1e-12
+    assert constant["percent"] == pytest.approx(100 * math.expm1(0.01))
+    noise = torch.randn(400, dtype=torch.float64)
+    noisy = difference(base + noise, base, windows)
+    assert noisy["se"] == pytest.approx(noise.std().item() / 20)
+    assert noisy["percent_upper95"] > noisy["percent"]
+
+
+def test_windows_cover_the_text(smollm2) -> None:
+    whole = read_windows(smollm2.checkpoint, smollm2.test_text, 512, 0)
+    some = read_windows(smollm2.checkpoint, smollm2.test_text, 512, 3)
+    assert some == whole[:3]
+    assert all(len(w) == 512 for w in whole[:-1])
+    assert 1 < len(whole[-1]) <= 512
+    with pytest.raises(ConfigError, match="fewer than 100000 windows of 512"):
+        read_windows(smollm2.checkpoint, smollm2.test_text, 512, 100000)
+
+
+def test_all_current_costs_nothing(smollm2) -> None:
+    """With the whole window in one chunk nothing is past: W4KV4 is W4, to the rounding of fp32."""
+    result = evaluate(smollm2.checkpoint, smollm2.path, smollm2.test_text, window=128, windows=1, chunk=128)
+    assert result["kl_w4"] < 1e-6
+    assert result["w4kv4_ppl"] == pytest.approx(result["w4_ppl"], rel=1e-4)
+    assert result["w4_ppl"] > result["fp16_ppl"]
+
+
+def test_engine_measures_what_the_specification_says(smollm2) -> None:
+    """Perplexity from vLLM's paged cache, prefilled in chunks of 64, within 0.3 % of the reference at that chunk."""
+    command = [sys.executable, "-m", "vllm_wkvquant.cli", "eval", smollm2.checkpoint, "--baseline", smollm2.path]
+    command += ["--text", smollm2.test_text, "--window", "512", "--windows", "4", "--engine", "vllm", "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["engine"] == "vllm"
+    assert result["chunk"] == 64
+    assert result["tokens"] == 4 * 511
+    assert result["kv_bits_per_element"] == 4.5
+    for name in ("fp16_ppl", "w4_ppl", "w4kv4_ppl"):
+        assert result[name] == pytest.approx(result["reference"][name], rel=3e-3), name
+    # the cache does lose something, so the agreement above is not that of two 16-bit caches
+    assert result["reference"]["kl_w4"] > 1e-3
+    assert result["se"]["w4kv4_vs_w4"] > 0
+
+
+def test_bad_arguments_are_refused(smollm2) -> None:
+    with pytest.raises(ConfigError, match=r"is outside 2 \.\. 8192"):
+        evaluate(smollm2.checkpoint, smollm2.path, smollm2.test_text, window=9000)
+    with pytest.raises(ConfigError, match="is not a wkvquant checkpoint"):
+        evaluate(smollm2.path, smollm2.path, smollm2.test_text)
+    with pytest.raises(ConfigError, match="does not exist"):
+        evaluate(smollm2.checkpoint, smollm2.path, smollm2.test_text / "no", window=128)
