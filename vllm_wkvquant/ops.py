@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from vllm_wkvquant import reference
+from vllm_wkvquant import native, reference
 from vllm_wkvquant.reference import KVParams
 
 logger = logging.getLogger("vllm.wkvquant")
@@ -22,12 +22,20 @@ TABLE: dict[str, dict[str, Callable[..., None]]] = {
     "cache_write": {"reference": reference.cache_write},
     "paged_attention": {"reference": reference.paged_attention},
 }
+if native.available():
+    TABLE["cache_write"]["cpp"] = native.cache_write
+    TABLE["paged_attention"]["cpp"] = native.paged_attention
 
 
 @functools.cache
 def default_variant(device_type: str) -> str:
     """The variant used on a device type ("cpu", "cuda"): the best one this build has. Chosen once, logged once."""
-    raise NotImplementedError
+    if device_type == "cpu" and "cpp" in TABLE["paged_attention"]:
+        logger.info("4-bit KV cache on cpu: compiled kernels, %s", native.isa())
+        return "cpp"
+    how = f"build {native.LIBRARY.name} with `pip install -e .` in a checkout" if device_type == "cpu" else "none yet"
+    logger.warning("4-bit KV cache on %s: slow reference; compiled kernels: %s", device_type, how)
+    return "reference"
 
 
 def cache_write(

@@ -1,0 +1,101 @@
+// AVX-512 F, BW, VL, DQ and VNNI. A 64-byte vector is one register: K words of a tile's 16 tokens, or 16 V words.
+#include <immintrin.h>
+
+#include "attention.h"
+#include "cache_write.h"
+
+namespace {
+
+struct Avx512 : Generic {
+  static constexpr int kColumns = 4;
+
+  static WKV_INLINE f32 max(f32 a, f32 b) { return (f32)_mm512_max_ps((__m512)a, (__m512)b); }
+  static WKV_INLINE f32 min(f32 a, f32 b) { return (f32)_mm512_min_ps((__m512)a, (__m512)b); }
+  static WKV_INLINE float reduce_add(f32 x) { return _mm512_reduce_add_ps((__m512)x); }
+  static WKV_INLINE float reduce_max(f32 x) { return _mm512_reduce_max_ps((__m512)x); }
+  static WKV_INLINE float reduce_min(f32 x) { return _mm512_reduce_min_ps((__m512)x); }
+
+  static WKV_INLINE f32 from_half(u32 h) { return (f32)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)h)); }
+  static WKV_INLINE f32 load_half(const void* p) {
+    return (f32)_mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+  }
+  static WKV_INLINE void store_half(void* p, f32 x) {
+    _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static WKV_INLINE uint16_t to_half(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+  static WKV_INLINE float half_to_float(uint16_t h) { return _cvtsh_ss(h); }
+  static WKV_INLINE void store_bytes(void* p, i32 x) {
+    _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)x));
+  }
+  static WKV_INLINE void store_shorts(void* p, i32 x) {
+    _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)x));
+  }
+
+  // a + b in the lanes of the lower index of a butterfly, a - b in the others; p is x with partners exchanged.
+  static WKV_INLINE __m512 butterfly(__m512 x, __m512 p, __mmask16 upper) {
+    return _mm512_mask_sub_ps(_mm512_add_ps(x, p), upper, p, x);
+  }
+  static WKV_INLINE f32 hadamard16(f32 v) {
+    __m512 x = (__m512)v;
+    x = butterfly(x, _mm512_permute_ps(x, 0xb1), 0xaaaa);
+    x = butterfly(x, _mm512_permute_ps(x, 0x4e), 0xcccc);
+    x = butterfly(x, _mm512_shuffle_f32x4(x, x, 0xb1), 0xf0f0);
+    return (f32)butterfly(x, _mm512_shuffle_f32x4(x, x, 0x4e), 0xff00);
+  }
+
+  template <int R>
+  static WKV_INLINE void score_tile(const uint8_t* k, int groups, const int32_t* q, int stride, i32* dot) {
+    const __m512i mask = _mm512_set1_epi8(15);
+    __m512i high[R], low[R];
+    for (int r = 0; r < R; ++r) high[r] = low[r] = _mm512_setzero_si512();
+#pragma GCC unroll 2
+    for (int g = 0; g < groups; ++g) {
+      const __m512i word = _mm512_loadu_si512(k + 64 * g);
+      const __m512i even = _mm512_and_si512(word, mask);
+      const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(word, 4), mask);
+      for (int r = 0; r < R; ++r) {
+        const int32_t* row = q + r * stride + 4 * g;
+        high[r] = _mm512_dpbusd_epi32(high[r], even, _mm512_set1_epi32(row[0]));
+        low[r] = _mm512_dpbusd_epi32(low[r], even, _mm512_set1_epi32(row[2]));
+        high[r] = _mm512_dpbusd_epi32(high[r], odd, _mm512_set1_epi32(row[1]));
+        low[r] = _mm512_dpbusd_epi32(low[r], odd, _mm512_set1_epi32(row[3]));
+      }
+    }
+    for (int r = 0; r < R; ++r) dot[r] = (i32)_mm512_add_epi32(_mm512_slli_epi32(high[r], 8), low[r]);
+  }
+
+  template <int R>
+  static WKV_INLINE void accumulate(const uint8_t* const* v, int64_t column, int tiles, int pitch, const int16_t* w,
+                                    int stride, i32 (*acc)[4]) {
+    const __m512i mask = _mm512_set1_epi32(0x000f000f);
+    __m512i sum[R][4];
+    for (int r = 0; r < R; ++r)
+      for (int k = 0; k < 4; ++k) sum[r][k] = (__m512i)acc[r][k];
+    for (int tile = 0; tile < tiles; ++tile) {
+      const uint8_t* p = v[tile] + column;
+      const int16_t* weights = w + 16 * tile;
+#pragma GCC unroll 2
+      for (int pair = 0; pair < 8; ++pair) {
+        const __m512i word = _mm512_loadu_si512(p + pair * pitch);
+        const __m512i codes[4] = {
+            _mm512_and_si512(word, mask), _mm512_and_si512(_mm512_srli_epi32(word, 4), mask),
+            _mm512_and_si512(_mm512_srli_epi32(word, 8), mask), _mm512_and_si512(_mm512_srli_epi32(word, 12), mask)};
+        for (int r = 0; r < R; ++r) {
+          int32_t two;
+          memcpy(&two, weights + r * stride + 2 * pair, 4);
+          const __m512i weight = _mm512_set1_epi32(two);
+          for (int k = 0; k < 4; ++k) sum[r][k] = _mm512_dpwssd_epi32(sum[r][k], codes[k], weight);
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int k = 0; k < 4; ++k) acc[r][k] = (i32)sum[r][k];
+  }
+};
+
+}  // namespace
+
+const wkvquant::Kernels& wkvquant::avx512_kernels() {
+  static const Kernels kernels{cache_write<Avx512>, paged_attention<Avx512>};
+  return kernels;
+}
