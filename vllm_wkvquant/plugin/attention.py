@@ -1,0 +1,220 @@
+"""Attention backend of the 4-bit cache: it lays out pages, finds positions, and calls the two ops."""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+
+from vllm_wkvquant import ops
+from vllm_wkvquant.layout import HEAD_SIZES, TILE, PageLayout, token_bytes
+
+
+class WKVQuantBackend(AttentionBackend):
+    """Pages are uint8 [num_blocks, num_kv_heads, block_size, token_bytes], each (block, head) contiguous."""
+
+    accept_output_buffer = True
+    # the write needs the positions that only the metadata has, and forward() is where the metadata arrives
+    forward_includes_kv_cache_update = True
+    supported_dtypes: ClassVar = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar = ["auto", "int4_per_token_head"]
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"  # vLLM looks the name up in AttentionBackendEnum
+
+    @staticmethod
+    def get_impl_cls() -> type["WKVQuantImpl"]:
+        return WKVQuantImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["WKVQuantMetadataBuilder"]:
+        return WKVQuantMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(TILE)]
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return list(HEAD_SIZES)
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return attn_type == AttentionType.DECODER
+
+    @staticmethod
+    def get_kv_cache_shape(
+        num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype_str: str = "auto"
+    ) -> tuple[int, ...]:
+        """vLLM 0.26 asks the backend for the shape."""
+        return (num_blocks, num_kv_heads, block_size, token_bytes(head_size))
+
+    @staticmethod
+    def get_kv_cache_stride_order(include_num_layers_dimension: bool = False) -> tuple[int, ...]:
+        """vLLM 0.26: physical order of the shape above; blocks come first even when layers share one allocation."""
+        return (1, 0, 2, 3, 4) if include_num_layers_dimension else (0, 1, 2, 3)
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        """vLLM 0.32 sizes pages from the spec."""
+        return replace(spec, state_content_bytes=token_bytes(spec.head_size))
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:
+        """vLLM 0.32: the physical orders in which one (block, head) is contiguous."""
+        from vllm.v1.kv_cache_interface import KVCacheLayout
+
+        return (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
+
+
+@dataclass
+class WKVQuantMetadata(AttentionMetadata):
+    """Arguments of the ops for one step, on the device; see `ops`."""
+
+    num_actual_tokens: int
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    slot_mapping: torch.Tensor
+    positions: torch.Tensor
+
+
+def token_positions(
+    query_start_loc: torch.Tensor, seq_lens: torch.Tensor, tokens: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Index of each of the step's tokens in its sequence, int64, without a host copy of either input.
+
+    query_start_loc [num_seqs + 1] and seq_lens [num_seqs]: as in `ops.paged_attention`; tokens: arange(len(out)).
+    Padding after query_start_loc[-1] gets positions of no meaning, none negative.
+    """
+    ends = query_start_loc[1:]
+    seq = torch.searchsorted(ends, tokens, right=True).clamp_max_(ends.shape[0] - 1)
+    torch.add(tokens, (seq_lens - ends)[seq], out=out)
+    out.clamp_min_(0)
+
+
+class WKVQuantMetadataBuilder(AttentionMetadataBuilder[WKVQuantMetadata]):
+    """Positions live in one buffer for good, so that a replayed graph finds fresh values where it looked before."""
+
+    # The reference variant walks sequences on the host. Kernels with fixed grids raise this to UNIFORM_BATCH.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        PageLayout(kv_cache_spec.head_size, kv_cache_spec.block_size)
+        self._reserve(vllm_config.scheduler_config.max_num_batched_tokens)
+
+    def _reserve(self, tokens: int) -> None:
+        self._tokens = torch.arange(tokens, dtype=torch.int64, device=self.device)
+        self._positions = torch.zeros_like(self._tokens)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> WKVQuantMetadata:
+        common = common_attn_metadata
+        if common.causal is not True:
+            raise NotImplementedError("wkvquant: non-causal attention is not supported by the 4-bit KV cache")
+        count = common.num_actual_tokens
+        if count > self._tokens.shape[0]:
+            # a padded batch may exceed the scheduler's limit; graphs are captured after the largest one has run
+            self._reserve(count)
+        positions = self._positions[:count]
+        token_positions(common.query_start_loc, common.seq_lens, self._tokens[:count], positions)
+        return WKVQuantMetadata(
+            num_actual_tokens=count,
+            query_start_loc=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            slot_mapping=common.slot_mapping[:count],
+            positions=positions,
+        )
+
+
+class WKVQuantImpl(AttentionImpl[WKVQuantMetadata]):
+    """Past tokens from the pages, the step's own as they came. Construction refuses what the ops do not compute."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        refusals = {
+            "ALiBi": alibi_slopes is not None,
+            "a logits soft cap": bool(logits_soft_cap),
+            "attention sinks": sinks is not None,
+            "cross-layer KV sharing": kv_sharing_target_layer_name is not None,
+            f"{attn_type} attention": attn_type != AttentionType.DECODER,
+        }
+        for what, present in refusals.items():
+            if present:
+                raise NotImplementedError(
+                    f"wkvquant: {what} is not supported by the 4-bit KV cache; serve this model with an explicit "
+                    "--kv-cache-dtype"
+                )
+        if head_size not in HEAD_SIZES:
+            raise ValueError(f"head size {head_size} is not supported; supported: {list(HEAD_SIZES)}")
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        # vLLM, like us, counts the query's own position: W sees positions t - W + 1 .. t. Backends write "none" as
+        # None or -1.
+        self.sliding_window = sliding_window if sliding_window and sliding_window > 0 else 0
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: WKVQuantMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """query, output: [>= T, num_heads, head_size]; key, value: [>= T, num_kv_heads, head_size]."""
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("wkvquant: fused output quantization is not supported by the 4-bit KV cache")
+        if attn_metadata is None:  # a profiling run has no pages yet
+            return output.fill_(0)
+        m = attn_metadata
+        ops.paged_attention(
+            query,
+            key,
+            value,
+            kv_cache,
+            m.block_table,
+            m.seq_lens,
+            m.query_start_loc,
+            layer.wkv_params,
+            self.scale,
+            output,
+            self.sliding_window,
+        )
+        ops.cache_write(key, value, kv_cache, m.slot_mapping, m.positions, layer.wkv_params)
+        return output

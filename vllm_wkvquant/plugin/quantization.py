@@ -1,0 +1,192 @@
+"""The `wkvquant` quantization method: compressed-tensors weights, and the KV parameters of each attention layer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import vllm.envs as envs
+from torch import nn
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from vllm_wkvquant.checkpoint import KV_PARAMS, KV_PREFIX, QUANT_METHOD, check_kv_tensor, missing_kv_tensor
+from vllm_wkvquant.config import ConfigError, KVCacheConfig
+from vllm_wkvquant.layout import PageLayout
+from vllm_wkvquant.plugin.attention import WKVQuantBackend
+from vllm_wkvquant.reference import KVParams
+
+logger = init_logger("vllm.wkvquant")
+
+# vLLM's own string for 4 bits and 4 bytes a token and head: it gives our pages their budget (and 0.26 their dtype)
+CACHE_DTYPE = "int4_per_token_head"
+
+
+@register_quantization_config(QUANT_METHOD)
+class WKVQuantConfig(CompressedTensorsConfig):
+    """Weights are compressed-tensors `pack-quantized`; `kv` describes the cache. A bad section is a ConfigError."""
+
+    kv: KVCacheConfig
+    # under an explicit --kv-cache-dtype no layer has these tensors, and the checkpoint is plain W4
+    _ignore_unexpected_suffixes: Any = (
+        *CompressedTensorsConfig._ignore_unexpected_suffixes,
+        *(f".{KV_PREFIX}{param}" for param in KV_PARAMS),
+    )
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "WKVQuantConfig":
+        kv = KVCacheConfig.from_dict(config.get(QUANT_METHOD))
+        self: Any = super().from_config(config)
+        self.kv = kv
+        return self
+
+    def get_name(self) -> Any:
+        return QUANT_METHOD
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        """vLLM asks twice for an attention layer, the second time after loading: the first answer holds."""
+        if not isinstance(layer, Attention):
+            return super().get_quant_method(layer, prefix)
+        if hasattr(layer, "quant_method"):
+            return layer.quant_method
+        vllm_config = get_current_vllm_config()
+        _warn_of_w4a8(vllm_config.model_config.dtype)
+        if not takes_4_bits(layer, prefix, vllm_config.cache_config):
+            return super().get_quant_method(layer, prefix)
+        return WKVQuantKVCacheMethod(self)
+
+
+def takes_4_bits(layer: Attention, prefix: str, cache_config: Any) -> bool:
+    """Whether the layer's cache is ours: a decoder layer, no explicit cache dtype, and not skipped by name.
+
+    A skipped layer's own dtype reads "auto" like any other, so the list is consulted here as well.
+    """
+    # subclasses bring their own cache spec and backend
+    if type(layer) is not Attention or layer.attn_type != AttentionType.DECODER or cache_config.cache_dtype != "auto":
+        return False
+    skip = getattr(cache_config, "kv_cache_dtype_skip_layers", None) or []
+    windowed = layer.sliding_window is not None and "sliding_window" in skip
+    return not windowed and str(extract_layer_index(prefix)) not in skip
+
+
+def _warn_of_w4a8(dtype: Any) -> None:
+    # the test that vLLM's CPUWNA16 kernel makes; on CUDA nothing of the kind happens
+    if (
+        current_platform.is_cpu()
+        and getattr(envs, "VLLM_CPU_INT4_W4A8", False)
+        and dtype == torch.bfloat16
+        and torch.cpu._is_amx_tile_supported()
+    ):
+        logger.warning_once(
+            "vLLM will quantize activations to 8 bits on this host (AMX): the weights run as W4A8, not W4A16. "
+            "Set VLLM_CPU_INT4_W4A8=0 to keep 16-bit activations."
+        )
+
+
+def local_heads(total: int, local: int, rank: int, world_size: int) -> slice:
+    """KV heads of a tensor-parallel rank: a share of them, or one shared by several ranks where they are fewer."""
+    if local * world_size == total:
+        return slice(rank * local, (rank + 1) * local)
+    if local != 1 or world_size % total:
+        raise ConfigError(f"{total} KV heads cannot be spread over tensor parallel size {world_size}")
+    first = rank // (world_size // total)
+    return slice(first, first + 1)
+
+
+class WKVQuantKVCacheMethod(BaseKVCacheMethod):
+    """Registers the KV tensors of one layer, swaps its backend, and builds its KVParams once they are loaded."""
+
+    quant_config: WKVQuantConfig
+
+    def create_weights(self, layer: Any) -> None:
+        vllm_config = get_current_vllm_config()
+        self._check(layer, vllm_config)
+        self._dummy = str(vllm_config.load_config.load_format) == "dummy"
+        self._loaded: set[str] = set()
+        for param in KV_PARAMS:
+            # NaN, because vLLM does not tell when a checkpoint lacks a tensor
+            data = torch.full((layer.num_kv_heads, layer.head_size), float("nan"), dtype=torch.float32)
+            parameter: Any = nn.Parameter(data, requires_grad=False)
+            parameter.weight_loader = self._loader(f"{layer.layer_name}.{KV_PREFIX}{param}")
+            layer.register_parameter(KV_PREFIX + param, parameter)
+
+        chosen = layer.impl
+        layer.kv_cache_dtype = CACHE_DTYPE
+        layer.kv_cache_torch_dtype = torch.uint8
+        layer.attn_backend = WKVQuantBackend
+        layer.backend = AttentionBackendEnum.CUSTOM
+        layer.impl = WKVQuantBackend.get_impl_cls()(
+            layer.num_heads,
+            layer.head_size,
+            chosen.scale,
+            layer.num_kv_heads,
+            getattr(chosen, "alibi_slopes", None),
+            layer.sliding_window,
+            CACHE_DTYPE,
+            getattr(chosen, "logits_soft_cap", None),
+            layer.attn_type,
+            layer.kv_sharing_target_layer_name,
+            sinks=getattr(chosen, "sinks", None),
+        )
+
+    def _check(self, layer: Any, vllm_config: Any) -> None:
+        kv, model, parallel = self.quant_config.kv, vllm_config.model_config, vllm_config.parallel_config
+        facts = {
+            "head size": (kv.head_size, layer.head_size),
+            "number of KV heads": (kv.num_kv_heads, model.get_total_num_kv_heads()),
+            "number of layers": (kv.num_hidden_layers, model.get_total_num_hidden_layers()),
+        }
+        for what, (ours, theirs) in facts.items():
+            if ours != theirs:
+                raise ConfigError(
+                    f"quantization_config.wkvquant says {what} {ours}, the model has {theirs}; quantize the model again"
+                )
+        unsupported = {
+            "values of another size than keys": getattr(layer, "head_size_v", layer.head_size) != layer.head_size,
+            "prefix-LM attention": bool(getattr(layer, "use_mm_prefix", False)),
+            "M-RoPE": bool(model.uses_mrope),
+            "decode context parallelism": parallel.decode_context_parallel_size > 1,
+            "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        }
+        for what, present in unsupported.items():
+            if present:
+                raise NotImplementedError(
+                    f"wkvquant: {what} is not supported by the 4-bit KV cache; serve this model with an explicit "
+                    "--kv-cache-dtype"
+                )
+        if vllm_config.cache_config.block_size is not None:
+            PageLayout(layer.head_size, vllm_config.cache_config.block_size)
+
+    def _loader(self, name: str) -> Callable[[torch.Tensor, torch.Tensor], None]:
+        kv = self.quant_config.kv
+
+        def load(param: torch.Tensor, loaded: torch.Tensor) -> None:
+            check_kv_tensor(name, loaded, (kv.num_kv_heads, kv.head_size))
+            rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+            param.data.copy_(loaded[local_heads(loaded.shape[0], param.shape[0], rank, world_size)])
+            self._loaded.add(name)
+
+        return load
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        tensors = {}
+        for param in KV_PARAMS:
+            name = f"{layer.layer_name}.{KV_PREFIX}{param}"
+            # without Parameter's shell: offloading may point that elsewhere later
+            data = getattr(layer, KV_PREFIX + param).data
+            if self._dummy and name not in self._loaded:
+                data.fill_(float(param == "k_smooth"))
+            if bool(data.isnan().all()):
+                raise missing_kv_tensor(name)
+            # some loaders copy into parameters and never call theirs
+            check_kv_tensor(name, data, (layer.num_kv_heads, layer.head_size))
+            tensors[param] = data
+        layer.wkv_params = KVParams.build(self.quant_config.kv, **tensors)
