@@ -36,6 +36,7 @@ constexpr int kItemsPerThread = 4;
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kQueryMax = 32512.0f;  // 127 * 256: the high byte stays below 128 after rounding
 constexpr float kWeightMax = 32767.0f;
+constexpr float kMeanCode = 7.5f;  // what rounding took off the weights is put back times this: a third of the error
 
 struct Item {
   int32_t seq, head;            // KV head
@@ -83,7 +84,8 @@ struct Work {
   int16_t* weight;    // [4][kChunk]
   float *k_scale, *k_min, *v_scale, *v_min;  // [kChunk], zero where there is no token
   float *cosine, *sine;                      // [active_padded] at the chunk
-  float *max, *sum, *min_sum;                // [kRows] running maximum, sum p, sum p minimum_t
+  float* max;                                // [kRows] running maximum
+  float *sum, *min_sum;                      // [kRows][16] sum p and sum p minimum_t, lanes to be added up
   float *step, *total, *constant;            // [kRows] unit of q', sum q', part of the shift that does not rotate
   const uint8_t *k_tile[kTiles], *v_tile[kTiles];
   int padded, pitch;  // columns of `past`; floats of a row of `coefficient`
@@ -103,7 +105,7 @@ struct Work {
     take(w->score, 4 * kChunk), take(w->weight, 4 * kChunk);
     take(w->k_scale, kChunk), take(w->k_min, kChunk), take(w->v_scale, kChunk), take(w->v_min, kChunk);
     take(w->cosine, active), take(w->sine, active);
-    take(w->max, kRows), take(w->sum, kRows), take(w->min_sum, kRows);
+    take(w->max, kRows), take(w->sum, kRows * kLanes), take(w->min_sum, kRows * kLanes);
     take(w->step, kRows), take(w->total, kRows), take(w->constant, kRows);
     return used;
   }
@@ -141,7 +143,8 @@ struct Attention {
       load_row<Isa>(args.query, args.dtype, token * args.query_stride[0] + head * args.query_stride[1], d, q);
       for (int i = 0; i < d; i += kLanes) store(q + i, load<f32>(q + i) * (args.scale * kLog2e));
       w.max[r] = -INFINITY;
-      w.sum[r] = w.min_sum[r] = 0;
+      store(w.sum + r * kLanes, f32{});
+      store(w.min_sum + r * kLanes, f32{});
       memset(w.past + r * w.padded, 0, w.padded * sizeof(float));
       if (item.begin < item.end) transform_query(r);
     }
@@ -310,6 +313,13 @@ struct Attention {
     }
   }
 
+  // 2^(before - next); the usual case of an unchanged maximum costs nothing.
+  static WKV_INLINE float decay_of(float before, float next) {
+    return before == next ? 1.0f : exp2_vec<Isa>(splat(before - next))[0];
+  }
+
+  static WKV_INLINE void add_lanes(float* sum, float decay, f32 more) { store(sum, load<f32>(sum) * decay + more); }
+
   // Softmax step of row r (index `local` of four): scores -> integer weights. decay: factor on what was summed so far;
   // unit: what an integer weight of one stands for.
   WKV_INLINE void soften(int r, int local, int columns, float most, float& decay, float& unit) {
@@ -332,13 +342,22 @@ struct Attention {
       store(score + t, scaled);
     }
     const float top = Isa::reduce_max(heaviest);
-    decay = exp2f(w.max[r] - next);
+    decay = decay_of(w.max[r], next);
     unit = top / kWeightMax;
     const float inverse = top > 0 ? kWeightMax / top : 0;
-    for (int t = 0; t < columns; t += kLanes) Isa::store_shorts(weight + t, round_int(load<f32>(score + t) * inverse));
+    f32 exact = f32{};
+    i32 rounded = i32{};
+    for (int t = 0; t < columns; t += kLanes) {
+      const f32 scaled = load<f32>(score + t);
+      const i32 integer = round_int(scaled * inverse);
+      Isa::store_shorts(weight + t, integer);
+      exact += scaled;
+      rounded += integer;
+    }
     w.max[r] = next;
-    w.sum[r] = w.sum[r] * decay + Isa::reduce_add(sum);
-    w.min_sum[r] = w.min_sum[r] * decay + Isa::reduce_add(min_sum);
+    add_lanes(w.sum + r * kLanes, decay, sum);
+    min_sum += kMeanCode * (exact - __builtin_convertvector(rounded, f32) * unit);
+    add_lanes(w.min_sum + r * kLanes, decay, min_sum);
   }
 
   // Sums over the codes -> sums over the values.
@@ -346,7 +365,9 @@ struct Attention {
     const int d = params.head_size;
     const float* shift = params.v_shift + item.head * d;
     for (int r = 0; r < rows; ++r) {
-      const float *past = w.past + r * w.padded, minimum = w.min_sum[r], sum = w.sum[r];
+      const float* past = w.past + r * w.padded;
+      const float minimum = Isa::reduce_add(load<f32>(w.min_sum + r * kLanes));
+      const float sum = Isa::reduce_add(load<f32>(w.sum + r * kLanes));
       float* out = w.out + r * d;
       for (int i = 0; i < d; ++i) {
         const int word = i / 4;
@@ -412,9 +433,9 @@ struct Attention {
         store(score + t, p);
         sum += p;
       }
-      const float decay = exp2f(before - next);
+      const float decay = decay_of(before, next);
       w.max[row + r] = next;
-      w.sum[row + r] = w.sum[row + r] * decay + Isa::reduce_add(sum);
+      add_lanes(w.sum + (row + r) * kLanes, decay, sum);
       float* out = w.out + (row + r) * d;
       if (decay != 1)
         for (int i = 0; i < d; i += kLanes) store(out + i, load<f32>(out + i) * decay);
@@ -442,13 +463,13 @@ struct Attention {
     if (item.split == 0) current();
     const int d = params.head_size;
     if (item.num_splits == 1) {
-      for (int r = 0; r < rows; ++r) write(r, w.out + r * d, w.max[r], w.sum[r]);
+      for (int r = 0; r < rows; ++r) write(r, w.out + r * d, w.max[r], Isa::reduce_add(load<f32>(w.sum + r * kLanes)));
       return;
     }
     float* partial = partials + item.partial;
     memcpy(partial, w.out, rows * d * sizeof(float));
     memcpy(partial + rows * d, w.max, rows * sizeof(float));
-    memcpy(partial + rows * d + rows, w.sum, rows * sizeof(float));
+    for (int r = 0; r < rows; ++r) partial[rows * d + rows + r] = Isa::reduce_add(load<f32>(w.sum + r * kLanes));
   }
 
   // `next` is the first of its splits; their partial results follow one another.

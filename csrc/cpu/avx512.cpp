@@ -43,6 +43,15 @@ struct Avx512 : Generic {
     return (f32)butterfly(x, _mm512_shuffle_f32x4(x, x, 0x4e), 0xff00);
   }
 
+  // As assembly because GCC 12 copies every accumulator of the intrinsics' loops twice an iteration, which fills the
+  // front end; the broadcast folded into the load is one instruction less, too.
+  static WKV_INLINE void dot_bytes(__m512i& acc, __m512i codes, const int32_t& q) {
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(codes), "m"(q));
+  }
+  static WKV_INLINE void dot_shorts(__m512i& acc, __m512i codes, __m512i weight) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(weight));
+  }
+
   template <int R>
   static WKV_INLINE void score_tile(const uint8_t* k, int groups, const int32_t* q, int stride, i32* dot) {
     const __m512i mask = _mm512_set1_epi8(15);
@@ -55,10 +64,10 @@ struct Avx512 : Generic {
       const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(word, 4), mask);
       for (int r = 0; r < R; ++r) {
         const int32_t* row = q + r * stride + 4 * g;
-        high[r] = _mm512_dpbusd_epi32(high[r], even, _mm512_set1_epi32(row[0]));
-        low[r] = _mm512_dpbusd_epi32(low[r], even, _mm512_set1_epi32(row[2]));
-        high[r] = _mm512_dpbusd_epi32(high[r], odd, _mm512_set1_epi32(row[1]));
-        low[r] = _mm512_dpbusd_epi32(low[r], odd, _mm512_set1_epi32(row[3]));
+        dot_bytes(high[r], even, row[0]);
+        dot_bytes(low[r], even, row[2]);
+        dot_bytes(high[r], odd, row[1]);
+        dot_bytes(low[r], odd, row[3]);
       }
     }
     for (int r = 0; r < R; ++r) dot[r] = (i32)_mm512_add_epi32(_mm512_slli_epi32(high[r], 8), low[r]);
@@ -84,7 +93,7 @@ struct Avx512 : Generic {
           int32_t two;
           memcpy(&two, weights + r * stride + 2 * pair, 4);
           const __m512i weight = _mm512_set1_epi32(two);
-          for (int k = 0; k < 4; ++k) sum[r][k] = _mm512_dpwssd_epi32(sum[r][k], codes[k], weight);
+          for (int k = 0; k < 4; ++k) dot_shorts(sum[r][k], codes[k], weight);
         }
       }
     }
