@@ -24,23 +24,39 @@ struct Avx512 : Generic {
   }
   static WKV_INLINE uint16_t to_half(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
   static WKV_INLINE float half_to_float(uint16_t h) { return _cvtsh_ss(h); }
-  static WKV_INLINE void store_bytes(void* p, i32 x) {
-    _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)x));
-  }
   static WKV_INLINE void store_shorts(void* p, i32 x) {
     _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)x));
   }
 
-  // a + b in the lanes of the lower index of a butterfly, a - b in the others; p is x with partners exchanged.
-  static WKV_INLINE __m512 butterfly(__m512 x, __m512 p, __mmask16 upper) {
-    return _mm512_mask_sub_ps(_mm512_add_ps(x, p), upper, p, x);
+  // Four vectors at a time: the packs saturate what is below zero, and one store of 64 bytes forwards to the loads that
+  // follow, which four narrowing stores do not.
+  template <int D>
+  static WKV_INLINE void encode(const float* row, float offset, float inverse, uint8_t* codes) {
+    const __m512 shift = _mm512_set1_ps(offset), factor = _mm512_set1_ps(inverse), top = _mm512_set1_ps(15.0f);
+    const auto code = [&](int i) {
+      const __m512 x = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(row + i), shift), factor);
+      return _mm512_cvtps_epi32(_mm512_min_ps(x, top));
+    };
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    int i = 0;
+    for (; i + 64 <= D; i += 64) {
+      const __m512i a = _mm512_packs_epi32(code(i), code(i + 16)), b = _mm512_packs_epi32(code(i + 32), code(i + 48));
+      _mm512_storeu_si512(codes + i, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(a, b)));
+    }
+    for (; i < D; i += kLanes) {
+      const __m128i bytes = _mm512_cvtusepi32_epi8(_mm512_max_epi32(code(i), _mm512_setzero_si512()));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), bytes);
+    }
   }
+
+  // Butterfly as x * (1 or -1) + partner: shuffles, adds and multiply-adds have different ports.
   static WKV_INLINE f32 hadamard16(f32 v) {
+    const __m512 one = _mm512_set1_ps(1.0f), minus = _mm512_set1_ps(-1.0f);
     __m512 x = (__m512)v;
-    x = butterfly(x, _mm512_permute_ps(x, 0xb1), 0xaaaa);
-    x = butterfly(x, _mm512_permute_ps(x, 0x4e), 0xcccc);
-    x = butterfly(x, _mm512_shuffle_f32x4(x, x, 0xb1), 0xf0f0);
-    return (f32)butterfly(x, _mm512_shuffle_f32x4(x, x, 0x4e), 0xff00);
+    x = _mm512_fmadd_ps(x, _mm512_mask_blend_ps(0xaaaa, one, minus), _mm512_permute_ps(x, 0xb1));
+    x = _mm512_fmadd_ps(x, _mm512_mask_blend_ps(0xcccc, one, minus), _mm512_permute_ps(x, 0x4e));
+    x = _mm512_fmadd_ps(x, _mm512_mask_blend_ps(0xf0f0, one, minus), _mm512_shuffle_f32x4(x, x, 0xb1));
+    return (f32)_mm512_fmadd_ps(x, _mm512_mask_blend_ps(0xff00, one, minus), _mm512_shuffle_f32x4(x, x, 0x4e));
   }
 
   // As assembly because GCC 12 copies every accumulator of the intrinsics' loops twice an iteration, which fills the

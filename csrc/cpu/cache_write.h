@@ -1,8 +1,8 @@
 // New K and V -> page: shift, smooth, rotate, range, pack, scatter.
 //
 // A thread takes two tokens at a time over all heads: the angles of a position are shared by the heads, and two tokens of
-// one V pair become whole words. All of a row's work happens in registers (D / 16 vectors) but the packing, which goes
-// through 2 * D bytes of stack.
+// one V pair become whole words. Rows pass through four phases by way of a few KB of stack, so
+// that the latencies of one overlap with the work of the others: transform, range, encode, pack.
 #pragma once
 
 #include "layout.h"
@@ -27,36 +27,35 @@ WKV_INLINE void rotation_at(int64_t position, const uint64_t* turns, int pairs, 
   }
 }
 
-// Codes [N * 16] of one row; returns (scale, minimum) as two fp16.
+// Rows that go through the phases of a write together: K and V of two tokens. Alone, a row would wait for its own range,
+// two divisions and two conversions, about 90 cycles.
+constexpr int kWriteRows = 4;
+
+struct Range {
+  float low, high;
+};
+
 template <class Isa, int N>
-WKV_INLINE uint32_t quantize(const f32* x, uint8_t* codes) {
+WKV_INLINE Range store_range(const f32* x, float* row) {
   f32 low = x[0], high = x[0];
-  for (int i = 1; i < N; ++i) {
+  for (int i = 0; i < N; ++i) {
     low = Isa::min(low, x[i]);
     high = Isa::max(high, x[i]);
+    store(row + kLanes * i, x[i]);
   }
-  const float least = Isa::reduce_min(low), most = Isa::reduce_max(high);
-  const float bound = 65504.0f, range = (most - least) / 15.0f;
-  const float clamped = least < -bound ? -bound : least > bound ? bound : least;
-  const uint16_t minimum = Isa::to_half(clamped), scale = Isa::to_half(range < bound ? range : bound);
-  const float step = Isa::half_to_float(scale);
-  const f32 inverse = splat(step > 0 ? 1.0f / step : 0.0f), offset = splat(Isa::half_to_float(minimum));
-  for (int i = 0; i < N; ++i) {
-    const f32 code = Isa::min(Isa::max((x[i] - offset) * inverse, f32{}), splat(15.0f));
-    Isa::store_bytes(codes + kLanes * i, round_int(code));
-  }
-  return scale | static_cast<uint32_t>(minimum) << 16;
+  return {Isa::reduce_min(low), Isa::reduce_max(high)};
 }
 
+// Shifted, smoothed and rotated key of one head.
 template <class Isa, int D>
-WKV_INLINE uint32_t quantize_key(const wkvquant::CacheWriteArgs& a, int64_t token, int head, const Rotation& r, uint8_t* codes) {
+WKV_INLINE Range transform_key(const wkvquant::CacheWriteArgs& a, int64_t token, int head, const Rotation& r,
+                               float* row) {
   constexpr int N = D / kLanes, kBlock = (D & -D) / kLanes;
   const wkvquant::Prepared& p = *a.params;
-  alignas(64) float row[D];
   load_row<Isa>(a.key, a.dtype, token * a.key_stride[0] + head * a.key_stride[1], D, row);
   if (p.has_k_shift) {
     const float* shift = p.k_shift + head * D;
-    // Not a multiple of 16 for a head size of 80: plain loops, which the compiler turns into masked vectors.
+    // Pairs are no multiple of 16 for a head size of 80: plain loops, which the compiler turns into masked vectors.
     for (int j = 0; j < p.pairs; ++j) {
       const float s = shift[j], t = shift[j + p.pairs];
       row[j] -= s * r.cosine[j] - t * r.sine[j];
@@ -68,29 +67,49 @@ WKV_INLINE uint32_t quantize_key(const wkvquant::CacheWriteArgs& a, int64_t toke
   for (int i = 0; i < N; ++i) x[i] = load<f32>(row + kLanes * i) * load<f32>(p.key_scale + head * D + kLanes * i);
   if (p.hadamard)
     for (int i = 0; i < N; i += kBlock) hadamard<Isa, kBlock>(x + i);
-  return quantize<Isa, N>(x, codes);
+  return store_range<Isa, N>(x, row);
 }
 
 template <class Isa, int D>
-WKV_INLINE uint32_t quantize_value(const wkvquant::CacheWriteArgs& a, int64_t token, int head, uint8_t* codes) {
+WKV_INLINE Range transform_value(const wkvquant::CacheWriteArgs& a, int64_t token, int head, float* row) {
   constexpr int N = D / kLanes;
-  alignas(64) float row[D];
   load_row<Isa>(a.value, a.dtype, token * a.value_stride[0] + head * a.value_stride[1], D, row);
   f32 x[N];
   for (int i = 0; i < N; ++i) x[i] = load<f32>(row + kLanes * i) - load<f32>(a.params->v_shift + head * D + kLanes * i);
-  return quantize<Isa, N>(x, codes);
+  return store_range<Isa, N>(x, row);
 }
 
-// K words of a row from its codes: bytes 0..3 are the low nibbles, bytes 4..7 the high ones.
-template <int D>
-WKV_INLINE void pack_key(const uint8_t* codes, uint8_t* page, const wkvquant::PageLayout& layout, int64_t slot) {
-  uint8_t* word = page + layout.k_word(slot, 0);
-  for (int g = 0; g < D / 8; ++g) {
-    uint64_t x;
-    memcpy(&x, codes + 8 * g, 8);
-    const uint32_t packed = static_cast<uint32_t>(x | x >> 28);
-    memcpy(word + 4 * wkvquant::kTile * g, &packed, 4);
+// Scales, minima (fp16) and reciprocal scales of up to 16 rows at once.
+struct Scales {
+  alignas(64) float low[kLanes], high[kLanes], inverse[kLanes], offset[kLanes];
+  uint16_t scale[kLanes], minimum[kLanes];
+
+  template <class Isa>
+  WKV_INLINE void compute() {
+    const f32 bound = splat(65504.0f), least = load<f32>(low);
+    Isa::store_half(minimum, Isa::min(Isa::max(least, -bound), bound));
+    Isa::store_half(scale, Isa::min((load<f32>(high) - least) / 15.0f, bound));
+    const f32 step = Isa::load_half(scale);
+    store(offset, Isa::load_half(minimum));
+    store(inverse, step > 0.0f ? 1.0f / step : f32{});
   }
+  uint32_t meta(int i) const { return scale[i] | static_cast<uint32_t>(minimum[i]) << 16; }
+};
+
+// K words of two tokens from their codes, as pairs of words: bytes 0..3 of eight are the low nibbles, 4..7 the high ones.
+template <int D>
+WKV_INLINE void pack_keys(const uint8_t* first, const uint8_t* second, bool two, uint8_t* word) {
+  using u64 = uint64_t __attribute__((vector_size(64)));
+  alignas(64) uint64_t pairs[(D + 63) / 64 * 8];
+  for (int i = 0; i < D; i += 64) {
+    const u64 a = load<u64>(first + i), b = load<u64>(second + i);
+    store(pairs + i / 8, ((a | a >> 28) & 0xffffffff) | (b | b >> 28) << 32);
+  }
+  asm("" : "+r"(word));  // or GCC keeps D / 8 addresses, and on the stack at that
+  if (two)
+    for (int g = 0; g < D / 8; ++g) memcpy(word + 4 * wkvquant::kTile * g, pairs + g, 8);
+  else
+    for (int g = 0; g < D / 8; ++g) memcpy(word + 4 * wkvquant::kTile * g, pairs + g, 4);
 }
 
 // Four codes of a value as one halfword.
@@ -112,20 +131,32 @@ WKV_INLINE void write_tokens(const wkvquant::CacheWriteArgs& a, int64_t token, b
   if (p.has_k_shift && p.pairs)
     for (int i = 0; i <= two; ++i)
       rotation_at(a.positions[token + i], p.turns, p.pairs, rotation[i].cosine, rotation[i].sine);
-  alignas(64) uint8_t codes[kPadded], values[2][kPadded];
+  alignas(64) float rows[kWriteRows][D];
+  alignas(64) uint8_t codes[kWriteRows][kPadded];
+  Scales scales{};
   for (int head = 0; head < p.num_kv_heads; ++head) {
     uint8_t* page = block + head * layout.nbytes();
     for (int i = 0; i <= two; ++i) {
-      const uint32_t k_meta = quantize_key<Isa, D>(a, token + i, head, rotation[i], codes);
-      pack_key<D>(codes, page, layout, slot + i);
+      const Range k = transform_key<Isa, D>(a, token + i, head, rotation[i], rows[i]);
+      const Range v = transform_value<Isa, D>(a, token + i, head, rows[2 + i]);
+      scales.low[i] = k.low, scales.high[i] = k.high;
+      scales.low[2 + i] = v.low, scales.high[2 + i] = v.high;
+    }
+    scales.compute<Isa>();
+    for (int i = 0; i <= two; ++i) {
+      Isa::template encode<D>(rows[i], scales.offset[i], scales.inverse[i], codes[i]);
+      Isa::template encode<D>(rows[2 + i], scales.offset[2 + i], scales.inverse[2 + i], codes[2 + i]);
+    }
+    for (int i = 0; i <= two; ++i) {
+      const uint32_t k_meta = scales.meta(i), v_meta = scales.meta(2 + i);
       memcpy(page + layout.k_meta() + 4 * (slot + i), &k_meta, 4);
-      const uint32_t v_meta = quantize_value<Isa, D>(a, token + i, head, values[i]);
       memcpy(page + layout.v_meta() + 4 * (slot + i), &v_meta, 4);
     }
+    pack_keys<D>(codes[0], codes[1], two, page + layout.k_word(slot, 0));
     alignas(64) uint32_t words[kPadded / 4];
     for (int w = 0; w < kWords; w += kLanes) {
-      const u32 even = pack_value(values[0] + 4 * w);
-      store(words + w, two ? even | pack_value(values[1] + 4 * w) << 16 : even);
+      const u32 even = pack_value(codes[2] + 4 * w);
+      store(words + w, two ? even | pack_value(codes[3] + 4 * w) << 16 : even);
     }
     uint8_t* out = page + layout.v_half(slot, 0);
     if (two)

@@ -136,8 +136,17 @@ struct Generic {
     const u32 rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
     store(p, __builtin_convertvector(x == x ? rounded : (u >> 16 | 0x40), u16));
   }
-  static WKV_INLINE void store_bytes(void* p, i32 x) { store(p, __builtin_convertvector(x, u8)); }
   static WKV_INLINE void store_shorts(void* p, i32 x) { store(p, __builtin_convertvector(x, i16)); }
+
+  // Codes of D numbers.
+  template <int D>
+  static WKV_INLINE void encode(const float* row, float offset, float inverse, uint8_t* codes) {
+    for (int i = 0; i < D; i += kLanes) {
+      const f32 code = (load<f32>(row + i) - offset) * inverse;
+      const f32 low = code > 0.0f ? code : f32{};
+      store(codes + i, __builtin_convertvector(round_int(low < 15.0f ? low : splat(15.0f)), u8));
+    }
+  }
 
   // The four inner butterflies of a Walsh-Hadamard transform.
   static WKV_INLINE f32 hadamard16(f32 x) {
