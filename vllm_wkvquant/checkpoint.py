@@ -137,6 +137,18 @@ class ShardedTensors:
         """All tensor names, sorted."""
         return sorted(self.files)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor, from the headers of the files alone."""
+        out = {}
+        for file in sorted(set(self.files.values())):
+            with self._open(file) as f:
+                stored = set(f.keys())
+                for name in (n for n, place in self.files.items() if place == file):
+                    if name not in stored:
+                        raise ConfigError(f"{self.path / file} lacks the tensor {name} that the index places there")
+                    out[name] = tuple(f.get_slice(name).get_shape())
+        return out
+
     def get(self, names: list[str]) -> dict[str, torch.Tensor]:
         """Load tensors by name, opening each shard once."""
         by_file: dict[str, list[str]] = {}

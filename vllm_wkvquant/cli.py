@@ -1,0 +1,143 @@
+"""The `wkvquant` command: quantize | inspect | eval."""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+import vllm_wkvquant
+from vllm_wkvquant.config import ConfigError
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB", "500MB" or "4GiB"."""
+    match = re.fullmatch(r"([\d.]+)\s*([A-Za-z]*)", text.strip())
+    if match is None or match[2].upper() not in UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
+    size = int(float(match[1]) * UNITS[match[2].upper()])
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be at least one byte")
+    return size
+
+
+def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `wkvquant quantize`."""
+    from vllm_wkvquant.quantize.recipes import RECIPES
+
+    recipes = "\n".join(f"  {r.name:8s} {r.summary}" for r in RECIPES.values())
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = (
+        "Make a checkpoint with 4-bit weights and calibrated 4-bit KV cache parameters from a Hugging Face causal LM.\n"
+        "One decoder block is in memory at a time. A run that was stopped goes on with --resume."
+    )
+    parser.epilog = f"recipes:\n{recipes}"
+    parser.add_argument(
+        "model", type=Path, metavar="MODEL", help="directory of a Hugging Face checkpoint (safetensors)"
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="directory to create; it must not exist or be empty")
+    parser.add_argument("--calib-text", type=Path, required=True, metavar="FILE", help="UTF-8 text to calibrate on")
+    parser.add_argument("--recipe", default="rtn", metavar="NAME", help="see below (%(default)s)")
+    parser.add_argument("--samples", type=int, default=32, help="windows of text, a quarter held out (%(default)s)")
+    parser.add_argument("--seq-len", type=int, help="tokens in a window (2048, or what the model has)")
+    parser.add_argument("--seed", type=int, default=0, help="which windows of the text are drawn (%(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="of the calibration runs; the checkpoint keeps the model's own type (%(default)s)",
+    )
+    parser.add_argument(
+        "--shard-size", type=parse_size, default="5GB", metavar="SIZE", help="largest file of weights (%(default)s)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run towards OUT")
+
+
+def run_quantize(args: argparse.Namespace) -> int:
+    """Run `wkvquant quantize`; returns the exit status."""
+    from vllm_wkvquant.quantize.pipeline import Settings, quantize
+
+    settings = Settings(
+        model=args.model,
+        out=args.out,
+        calib_text=args.calib_text,
+        recipe=args.recipe,
+        samples=args.samples,
+        seq_len=args.seq_len,
+        seed=args.seed,
+        device=args.device,
+        dtype=args.dtype,
+        shard_size=args.shard_size,
+        resume=args.resume,
+    )
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task("checking", total=None)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, description="blocks", completed=done, total=total)
+            if not console.is_terminal:  # a log: one line a block
+                print(f"block {done}/{total}", file=sys.stderr, flush=True)
+
+        report = quantize(settings, progress)
+    table = Table(title="candidates for the smoothing of keys, on held-out calibration text")
+    for column in ("", "KL(16-bit cache || 4-bit cache)", "se"):
+        table.add_column(column, justify="right")
+    for name, row in report["candidates"].items():
+        style = "bold" if name == report["smoothing"] else None
+        table.add_row(name, f"{row['kl']:.5f}", f"{row['kl_se']:.5f}", style=style)
+    Console().print(table)
+    Console().print(f"{settings.out}: {report['smoothing']} chosen", highlight=False, soft_wrap=True)
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command."""
+    from vllm_wkvquant import evaluate, inspect
+
+    parser = argparse.ArgumentParser(prog="wkvquant", description="4-bit weights and a 4-bit paged KV cache for vLLM")
+    parser.add_argument("--version", action="version", version=f"vllm-wkvquant {vllm_wkvquant.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    quantize = commands.add_parser("quantize", help="make a checkpoint from a Hugging Face model")
+    add_quantize_arguments(quantize)
+    quantize.set_defaults(run=run_quantize)
+    look = commands.add_parser("inspect", help="show and validate a checkpoint")
+    inspect.add_arguments(look)
+    look.set_defaults(run=inspect.main)
+    evaluation = commands.add_parser("eval", help="measure perplexity and KL divergence")
+    evaluate.add_arguments(evaluation)
+    evaluation.set_defaults(run=evaluate.main)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; `wkvquant quantize` goes on with --resume", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""What the quantizer needs to know of a model family, and the models it refuses before any long work."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from vllm_wkvquant.checkpoint import ShardedTensors, read_config
+from vllm_wkvquant.config import ConfigError, RopeConfig
+from vllm_wkvquant.layout import HEAD_SIZES
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+GROUP_SIZES = (128, 64, 32)  # what vLLM's 4-bit kernels take, largest first
+
+
+@dataclass(frozen=True)
+class Family:
+    """Module paths of a decoder-only family in transformers; the defaults are those of Llama and its kin."""
+
+    layers: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    rotary: str = "model.rotary_emb"
+    norm: str = "model.norm"
+    head: str = "lm_head"
+    attention: str = "self_attn"
+    attention_norm: str = "input_layernorm"
+    v_proj: str = "self_attn.v_proj"
+    o_proj: str = "self_attn.o_proj"
+    linears: tuple[str, ...] = (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    )
+
+
+# architecture -> family; a new family with this block structure is one more row
+FAMILIES = {
+    name: Family() for name in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+}
+
+
+def check_supported(path: Path, config: dict[str, Any]) -> Family:
+    """The family of a raw config.json. Raises ConfigError for a model that cannot be quantized, naming the reason."""
+    architecture = next(iter(config.get("architectures") or []), None)
+    if architecture not in FAMILIES:
+        raise ConfigError(f"architecture {architecture} of {path} is not supported; supported: {', '.join(FAMILIES)}")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method")
+        raise ConfigError(f"{path} is already quantized ({method}); give the model with its 16-bit weights")
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if "mrope_section" in rope or kind == "mrope":
+        raise ConfigError(
+            "rotary embedding with mrope_section (M-RoPE) is not supported: positions are not indices in the sequence"
+        )
+    if kind == "dynamic":
+        raise ConfigError(
+            "rotary embedding 'dynamic' (dynamic NTK) is not supported: its frequencies change with the length"
+        )
+    if kind == "longrope":
+        raise ConfigError("rotary embedding 'longrope' is not supported: its frequencies change with the length")
+    if kind not in ROPE_TYPES:
+        raise ConfigError(f"rotary embedding {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
+    return FAMILIES[architecture]
+
+
+def group_size(in_features: int) -> int | None:
+    """Weights that share a scale: 128, else the largest smaller power of two that divides; None where none does."""
+    return next((g for g in GROUP_SIZES if in_features % g == 0), None)
+
+
+class ModelAdapter:
+    """A model on disk: its geometry, the names of its tensors, and its modules without weights.
+
+    config: the transformers config; skeleton: the model on the meta device; rope: the model's own frequencies, as the
+    KV section of the checkpoint stores them.
+    """
+
+    def __init__(self, path: Path, attention: str) -> None:
+        """attention: name under which the attention function is registered with transformers."""
+        self.path = path
+        self.raw_config = read_config(path)
+        self.family = check_supported(path, self.raw_config)
+        self.tensors = ShardedTensors(path)
+        try:
+            self.config: PreTrainedConfig = AutoConfig.from_pretrained(path)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}/config.json is not a valid model config: {error}") from error
+        config = self.config
+        self.num_layers = int(config.num_hidden_layers)
+        self.num_heads = int(config.num_attention_heads)
+        self.num_kv_heads = int(config.num_key_value_heads)
+        self.head_size = int(getattr(config, "head_dim", None) or config.hidden_size // self.num_heads)
+        self.tied = bool(config.tie_word_embeddings)
+        if self.head_size not in HEAD_SIZES:
+            raise ConfigError(f"head size {self.head_size} is not supported; supported: {list(HEAD_SIZES)}")
+        with torch.device("meta"):
+            self.skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation=attention
+            )
+        # on the CPU: buffers of the meta skeleton have no values
+        self.rotary: torch.nn.Module = type(self.skeleton.get_submodule(self.family.rotary))(config=config)
+        self.rope = RopeConfig(
+            inv_freq=tuple(self.rotary.get_buffer("inv_freq").double().tolist()),
+            rotary_dim=2 * self.rotary.get_buffer("inv_freq").numel(),
+            attention_scaling=float(self.rotary.attention_scaling),  # type: ignore[arg-type]
+        )
+        self._shapes = self._check_tensors()
+        self.group_sizes = self._check_groups()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the tensors that stay 16-bit, and of the scales; a model in fp32 is stored in bf16."""
+        dtype = getattr(self.config, "dtype", None)
+        return dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+
+    def _check_tensors(self) -> dict[str, tuple[int, ...]]:
+        expected = {n: tuple(p.shape) for n, p in self.skeleton.named_parameters(remove_duplicate=False)}
+        if self.tied:
+            expected.pop(f"{self.family.head}.weight", None)
+        shapes = self.tensors.shapes()
+        absent = sorted(n for n in expected if n not in shapes)
+        if absent:
+            raise ConfigError(f"{self.path} lacks {len(absent)} tensors of its architecture, {absent[0]} first")
+        for name, shape in expected.items():
+            if shapes[name] != shape:
+                raise ConfigError(f"{self.path}: tensor {name} has shape {shapes[name]}, its config asks for {shape}")
+        # rotary_emb.inv_freq: a buffer that old Llama checkpoints carry; a tied head may be stored all the same
+        ignored = {n for n in shapes if n.endswith("rotary_emb.inv_freq")} | {f"{self.family.head}.weight"}
+        unknown = sorted(set(shapes) - set(expected) - ignored)
+        if unknown:
+            raise ConfigError(f"{self.path} has tensors that its architecture does not know, {unknown[0]} first")
+        return expected
+
+    def _check_groups(self) -> dict[str, int]:
+        sizes = {}
+        for linear in self.family.linears:
+            name = f"{self.block_prefix(0)}{linear}"
+            in_features = self._shapes[f"{name}.weight"][1]
+            size = group_size(in_features)
+            if size is None:
+                raise ConfigError(
+                    f"{name} has {in_features} input features, which no group size of {list(GROUP_SIZES)} divides; "
+                    f"this model cannot be quantized"
+                )
+            sizes[linear.rpartition(".")[2]] = size
+        return sizes
+
+    def block_prefix(self, layer: int) -> str:
+        """Prefix of a decoder block's tensors, with its dot."""
+        return f"{self.family.layers}.{layer}."
+
+    def block_names(self, layer: int) -> list[str]:
+        """Tensors of one decoder block."""
+        return [n for n in self._shapes if n.startswith(self.block_prefix(layer))]
+
+    def outer_names(self) -> list[str]:
+        """Tensors outside the decoder blocks: embedding, final norm and, unless tied, head."""
+        return [n for n in self._shapes if not n.startswith(f"{self.family.layers}.")]
+
+    def numel(self, names: list[str]) -> int:
+        """Elements of these tensors together."""
+        return sum(torch.Size(self._shapes[n]).numel() for n in names)
+
+    def load_block(self, layer: int, dtype: torch.dtype, device: str) -> torch.nn.Module:
+        """One decoder block with its weights, [out, in] each; freed by the caller dropping it."""
+        prefix = self.block_prefix(layer)
+        with torch.device("meta"):
+            meta = self.skeleton.get_submodule(f"{self.family.layers}.{layer}")
+            block = type(meta)(self.config, layer)
+        state = {n.removeprefix(prefix): t for n, t in self.tensors.get(self.block_names(layer)).items()}
+        block.load_state_dict({n: t.to(device, dtype) for n, t in state.items()}, assign=True)
+        return block.eval().requires_grad_(False)
+
+    def load_embedding(self) -> torch.Tensor:
+        """Token embedding [vocabulary, hidden] as stored."""
+        name = f"{self.family.embedding}.weight"
+        return self.tensors.get([name])[name]
+
+    def load_head(self, dtype: torch.dtype, device: str) -> torch.nn.Sequential:
+        """Final norm and language-model head: hidden [..., hidden] -> logits [..., vocabulary]."""
+        family = self.family
+        head_name = f"{family.embedding if self.tied else family.head}.weight"
+        loaded = self.tensors.get([f"{family.norm}.weight", head_name])
+        with torch.device("meta"):
+            norm_type: Any = type(self.skeleton.get_submodule(family.norm))
+            norm = norm_type(self.config.hidden_size, eps=self.config.rms_norm_eps)
+            head = torch.nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        norm.load_state_dict({"weight": loaded[f"{family.norm}.weight"].to(device, dtype)}, assign=True)
+        head.load_state_dict({"weight": loaded[head_name].to(device, dtype)}, assign=True)
+        return torch.nn.Sequential(norm, head).requires_grad_(False)
+
+    def output_config(self, quantization_config: dict[str, Any]) -> dict[str, Any]:
+        """config.json of the quantized model: the model's own, with `quantization_config` and the stored dtype."""
+        config = {k: v for k, v in self.raw_config.items() if k != "torch_dtype"}
+        return {**config, "dtype": str(self.dtype).removeprefix("torch."), "quantization_config": quantization_config}
+
+
+def describe(adapter: ModelAdapter) -> dict[str, Any]:
+    """Geometry for the report."""
+    return {
+        "architecture": adapter.raw_config["architectures"][0],
+        "num_hidden_layers": adapter.num_layers,
+        "num_attention_heads": adapter.num_heads,
+        "num_key_value_heads": adapter.num_kv_heads,
+        "head_size": adapter.head_size,
+        "rope": dataclasses.asdict(adapter.rope),
+    }

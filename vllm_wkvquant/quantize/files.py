@@ -1,0 +1,62 @@
+"""Files that are whole or absent: written beside their place, flushed to the disk, renamed."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+
+class WriteError(Exception):
+    """A file that could not be written, most often for want of space."""
+
+    def __init__(self, path: Path, error: Exception) -> None:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        super().__init__(f"cannot write {path}: {reason}")
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames inside a directory durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def commit(temporary: Path, path: Path) -> None:
+    """Flush `temporary` to the disk and give it its name."""
+    with open(temporary, "rb") as f:
+        os.fsync(f.fileno())
+    temporary.replace(path)
+    sync_directory(path.parent)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Raises WriteError."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(data)
+        commit(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise WriteError(path, error) from error
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Raises WriteError."""
+    write_bytes(path, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """One safetensors file, without metadata but its format. Raises WriteError."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, metadata={"format": "pt"})
+        commit(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise WriteError(path, error) from error

@@ -1,0 +1,113 @@
+"""KV parameters of one layer from calibration statistics (docs/algorithm.md, "Keys and values")."""
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_wkvquant.config import KVCacheConfig
+from vllm_wkvquant.quantize.attention import QKV, past_only_attention
+from vllm_wkvquant.quantize.calibration import SKIPPED
+from vllm_wkvquant.quantize.recipes import Smoothing
+from vllm_wkvquant.reference import KVParams, fake_quantize, key_shift_at, rope_turns, rotate
+
+SMOOTH_LIMIT = 64.0  # a factor stays within 1/64 .. 64 of its head's mean
+SEARCH_WINDOWS = 4  # windows on which a searched smoothing is compared: each costs an attention per candidate
+
+
+@dataclass(frozen=True)
+class KVStatistics:
+    """Of one layer, fp32 [H, D] each, over the calibration tokens but the first of each window.
+
+    k_shift: mean key before the rotary embedding (after it for a static shift); k_deviation, k_rms: largest and root
+    mean square deviation from the shift, after the rotary embedding; q_rms: queries over the KV head's group; v_shift:
+    mean value.
+    """
+
+    k_shift: torch.Tensor
+    k_deviation: torch.Tensor
+    k_rms: torch.Tensor
+    q_rms: torch.Tensor
+    v_shift: torch.Tensor
+
+
+def collect(windows: list[QKV], config: KVCacheConfig) -> KVStatistics:
+    """Statistics of captured windows, under the shift that `config` asks for."""
+    length, heads, size = windows[0][1].shape
+    positions = torch.arange(length, device=windows[0][1].device)
+    keys = [k.float() for _, k, _ in windows]
+    zeros = torch.zeros(heads, size, device=positions.device)
+    rotating = config.key_shift == "rotating"
+    if config.key_shift == "none":
+        k_shift = zeros
+    else:
+        turns = rope_turns(config.rope.inv_freq).to(positions.device)
+        unrotated = [rotate(k, -positions, turns, 1 / config.rope.attention_scaling) if rotating else k for k in keys]
+        k_shift = torch.stack([k[SKIPPED:].mean(0) for k in unrotated]).mean(0)
+    shifted = KVParams.build(config, zeros + 1, k_shift, zeros)
+    known = key_shift_at(positions, shifted)
+    deviations = [(k - known)[SKIPPED:] for k in keys]
+    queries = [q[SKIPPED:].float().unflatten(1, (heads, -1)) for q, _, _ in windows]
+    return KVStatistics(
+        k_shift=k_shift,
+        k_deviation=torch.stack([d.abs().amax(0) for d in deviations]).amax(0),
+        k_rms=torch.stack([d.square().mean(0) for d in deviations]).mean(0).sqrt(),
+        q_rms=torch.stack([q.square().mean((0, 2)) for q in queries]).mean(0).sqrt(),
+        v_shift=torch.stack([v[SKIPPED:].float().mean(0) for _, _, v in windows]).mean(0),
+    )
+
+
+def normalize(factors: torch.Tensor) -> torch.Tensor:
+    """Scale positive factors [H, D] to a geometric mean of 1 per head, within 1 / SMOOTH_LIMIT .. SMOOTH_LIMIT."""
+    log = factors.clamp_min(torch.finfo(torch.float32).tiny).log()
+    return (log - log.mean(-1, keepdim=True)).exp().clamp(1 / SMOOTH_LIMIT, SMOOTH_LIMIT)
+
+
+def smoothing_factors(smoothing: Smoothing, statistics: KVStatistics, rotary_dim: int) -> torch.Tensor:
+    """k_smooth fp32 [H, D] of every kind but "searched"."""
+    deviation = statistics.k_deviation
+    if smoothing.kind == "none":
+        return torch.ones_like(deviation)
+    if smoothing.kind == "tied":
+        pair = deviation[:, :rotary_dim].unflatten(1, (2, -1)).amax(1)
+        deviation = torch.cat([pair, pair, deviation[:, rotary_dim:]], 1)
+    elif smoothing.kind == "balanced":
+        deviation = statistics.k_rms / statistics.q_rms.clamp_min(1e-6)
+    return normalize(deviation**smoothing.alpha)
+
+
+def attention_error(
+    window: QKV, params: KVParams, exact: torch.Tensor, gram: torch.Tensor, scale: float, sliding_window: int
+) -> torch.Tensor:
+    """Squared error of a window's attention after o_proj, per KV head, fp64 [H].
+
+    exact: attention with a 16-bit cache [T, Hq, D]; gram: o_proj's columns of each KV head times themselves,
+    [H, g * D, g * D].
+    """
+    q, k, v = window
+    positions = torch.arange(q.shape[0], device=q.device)
+    past = fake_quantize(k, v, positions, params)
+    error = past_only_attention(q, k, v, *past, scale, sliding_window) - exact
+    e = error.unflatten(1, (gram.shape[0], -1)).transpose(0, 1).flatten(2)  # [H, T, g * D]
+    return ((e @ gram) * e).sum((1, 2)).double()
+
+
+def search(
+    candidates: list[KVParams],
+    windows: list[QKV],
+    o_proj: torch.Tensor,
+    scale: float,
+    sliding_window: int,
+) -> torch.Tensor:
+    """Index int64 [H] of the candidate that errs least at the output of attention, for each KV head.
+
+    o_proj: weight [hidden, Hq * D]. Errors of different heads are taken as uncorrelated.
+    """
+    heads = windows[0][1].shape[1]
+    columns = o_proj.float().unflatten(1, (heads, -1)).transpose(0, 1)  # [H, hidden, g * D]
+    gram = columns.transpose(1, 2) @ columns
+    errors = torch.zeros(len(candidates), heads, dtype=torch.float64, device=o_proj.device)
+    for q, k, v in windows[:SEARCH_WINDOWS]:
+        exact = past_only_attention(q, k, v, k.float(), v.float(), scale, sliding_window)
+        for i, params in enumerate(candidates):
+            errors[i] += attention_error((q, k, v), params, exact, gram, scale, sliding_window)
+    return errors.argmin(0)

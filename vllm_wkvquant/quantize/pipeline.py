@@ -1,0 +1,358 @@
+"""`wkvquant quantize`: check everything, then one decoder block after another, then the checkpoint.
+
+Two runs of the model go through the blocks together: the reference (4-bit weights, 16-bit cache) on all calibration
+windows, and, on the held-out ones, each candidate (the same weights, a simulated 4-bit cache). Only their hidden states
+and one block are in memory.
+"""
+
+import hashlib
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import vllm_wkvquant
+from vllm_wkvquant.checkpoint import kv_tensor_name, quantization_config
+from vllm_wkvquant.config import ConfigError, KVCacheConfig
+from vllm_wkvquant.quantize import kv
+from vllm_wkvquant.quantize.adapters import ModelAdapter, describe
+from vllm_wkvquant.quantize.attention import ATTENTION, QKV, CalibrationAttention
+from vllm_wkvquant.quantize.calibration import SKIPPED, Windows, read_windows
+from vllm_wkvquant.quantize.files import WriteError
+from vllm_wkvquant.quantize.fold import fold_value
+from vllm_wkvquant.quantize.recipes import Recipe, find_recipe
+from vllm_wkvquant.quantize.state import RunState, check_output, partial_directory
+from vllm_wkvquant.quantize.weights import round_to_nearest
+from vllm_wkvquant.quantize.writer import CheckpointWriter
+from vllm_wkvquant.reference import KVParams
+
+LOGIT_ROWS = 512  # rows of logits held at once: 512 x 152k vocabulary x fp32 is 0.3 GB
+REFERENCE = "reference"
+DEFAULT_SEQ_LEN = 2048
+
+Progress = Callable[[int, int], None]  # (blocks done, blocks in all)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Arguments of `wkvquant quantize`. seq_len None: 2048, or fewer where the model has fewer positions."""
+
+    model: Path
+    out: Path
+    calib_text: Path
+    recipe: str = "rtn"
+    samples: int = 32
+    seq_len: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"
+    shard_size: int = 5 * 10**9
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has passed every check."""
+
+    settings: Settings
+    recipe: Recipe
+    adapter: ModelAdapter
+    attention: CalibrationAttention
+    windows: Windows
+    kv: KVCacheConfig
+
+
+def preflight(settings: Settings) -> Plan:
+    """Everything that can be refused before long work. Raises ConfigError."""
+    recipe = find_recipe(settings.recipe)
+    check_output(settings.out, settings.resume)
+    if settings.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu")
+    attention = CalibrationAttention()
+    adapter = ModelAdapter(settings.model, ATTENTION)
+    limit = int(adapter.config.max_position_embeddings)
+    seq_len = settings.seq_len or min(DEFAULT_SEQ_LEN, limit)
+    if not 2 * SKIPPED <= seq_len <= limit:
+        raise ConfigError(
+            f"--seq-len {seq_len} is outside {2 * SKIPPED} .. {limit}, the positions that the model knows"
+        )
+    if settings.samples < 4:
+        raise ConfigError(f"--samples {settings.samples} is too few: at least 4, of which 2 are held out")
+    windows = read_windows(settings.model, settings.calib_text, settings.samples, seq_len, settings.seed)
+    kv_config = KVCacheConfig(
+        head_size=adapter.head_size,
+        num_kv_heads=adapter.num_kv_heads,
+        num_hidden_layers=adapter.num_layers,
+        key_shift=recipe.key_shift,
+        key_hadamard=recipe.key_hadamard,
+        value_hadamard=recipe.value_hadamard,
+        rope=adapter.rope,
+    )
+    plan = Plan(settings, recipe, adapter, attention, windows, kv_config)
+    check_disk(plan)
+    return plan
+
+
+def check_disk(plan: Plan) -> None:
+    """Raise ConfigError unless the file system has room for the checkpoint and the state of the run."""
+    adapter, windows = plan.adapter, plan.windows
+    block = adapter.numel(adapter.block_names(0)) * adapter.num_layers
+    # 4-bit codes with a 16-bit scale and a zero point per group of at least 32, held twice: as state and as shards
+    checkpoint = 2 * int(block * (0.5 + 2.5 / min(adapter.group_sizes.values()))) + 2 * adapter.numel(
+        adapter.outer_names()
+    )
+    runs = windows.tokens.shape[0] + windows.held_out * len(plan.recipe.smoothings)
+    hidden = 2 * 4 * runs * windows.tokens.shape[1] * adapter.config.hidden_size
+    existing = next(p for p in (plan.settings.out.absolute(), *plan.settings.out.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free < checkpoint + hidden:
+        raise ConfigError(
+            f"{existing} has {free / 1e9:.1f} GB free, this run needs about {(checkpoint + hidden) / 1e9:.1f} GB; "
+            f"free some space, choose another output directory, or lower --samples or --seq-len"
+        )
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def fingerprint(plan: Plan) -> dict[str, Any]:
+    """What the bytes of the result depend on; a resumed run must agree with the interrupted one in all of it."""
+    settings, model = plan.settings, plan.settings.model
+    files = sorted({*plan.adapter.tensors.files.values()})
+    stats = [(f, (model / f).stat().st_size, (model / f).stat().st_mtime_ns) for f in files]
+    return {
+        "version": vllm_wkvquant.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "recipe": settings.recipe,
+        "samples": settings.samples,
+        "seq_len": plan.windows.tokens.shape[1],
+        "seed": settings.seed,
+        "device": settings.device,
+        "dtype": settings.dtype,
+        "config.json": _digest(model / "config.json"),
+        "calibration tokens": hashlib.sha256(plan.windows.tokens.numpy().tobytes()).hexdigest()[:16],
+        "weight files": hashlib.sha256(repr(stats).encode()).hexdigest()[:16],
+    }
+
+
+@torch.inference_mode()
+def quantize(settings: Settings, progress: Progress = lambda done, total: None) -> dict[str, Any]:
+    """Quantize a model; returns the report. Raises ConfigError on bad input and where the disk is full."""
+    plan = preflight(settings)
+    layers = plan.adapter.num_layers
+    try:
+        state = RunState(settings.out, fingerprint(plan))
+        hidden = state.hidden() if state.blocks_done else first_hidden(plan)
+        progress(state.blocks_done, layers)
+        for layer in range(state.blocks_done, layers):
+            tensors, report, hidden = quantize_block(plan, layer, hidden)
+            state.commit(tensors, report, hidden)
+            progress(layer + 1, layers)
+        return finish(plan, state, hidden)
+    except WriteError as error:
+        raise ConfigError(
+            f"{error}; {partial_directory(settings.out)} keeps the finished blocks: free some space, then run again "
+            f"with --resume"
+        ) from error
+
+
+def first_hidden(plan: Plan) -> dict[str, torch.Tensor]:
+    """Embeddings: the reference's on all windows [N, T, hidden], and each candidate's on the held-out ones."""
+    embedding = plan.adapter.load_embedding()
+    dtype = getattr(torch, plan.settings.dtype)
+    hidden = torch.nn.functional.embedding(plan.windows.tokens, embedding).to(dtype)
+    held_out = hidden[plan.windows.statistics :]
+    return {REFERENCE: hidden} | {s.name: held_out.clone() for s in plan.recipe.smoothings}
+
+
+class BlockRunner:
+    """Runs one decoder block over windows that live on the CPU."""
+
+    def __init__(self, plan: Plan, block: torch.nn.Module, seq_len: int) -> None:
+        self.attention, self.block = plan.attention, block
+        self.device = plan.settings.device
+        position = torch.arange(seq_len, device=self.device)[None]
+        dtype = getattr(torch, plan.settings.dtype)
+        rotary = plan.adapter.rotary.to(self.device)
+        self.rope = rotary(torch.empty(0, dtype=dtype, device=self.device), position)
+
+    def __call__(
+        self, window: torch.Tensor, params: KVParams | None = None, captured: list[QKV] | None = None
+    ) -> torch.Tensor:
+        """[T, hidden] -> [T, hidden], both on the CPU. params: simulate the cache; captured: keep q, k, v there."""
+        self.attention.params, self.attention.captured = params, captured
+        x = window.to(self.device)[None]
+        return self.block(x, attention_mask=None, position_embeddings=self.rope)[0].cpu()
+
+
+def quantize_block(
+    plan: Plan, layer: int, hidden: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, torch.Tensor]]:
+    """One block: its tensors for the checkpoint (every candidate's k_smooth), its report, the hidden states after it."""
+    adapter, recipe, windows = plan.adapter, plan.recipe, plan.windows
+    block = adapter.load_block(layer, getattr(torch, plan.settings.dtype), plan.settings.device)
+    runner = BlockRunner(plan, block, windows.tokens.shape[1])
+    reference = hidden[REFERENCE]
+
+    v_proj, o_proj = (block.get_submodule(n) for n in (adapter.family.v_proj, adapter.family.o_proj))
+    norm = block.get_submodule(adapter.family.attention_norm)
+    v_smooth = torch.ones(adapter.num_kv_heads, adapter.head_size, device=plan.settings.device)
+    if recipe.value_balance:
+        v_smooth = balance_value(plan, norm, v_proj, o_proj, reference[: windows.statistics])
+    fold_value(v_proj, o_proj, v_smooth, recipe.value_hadamard)  # type: ignore[arg-type]
+
+    # a learned recipe would optimize here, between the fold and the rounding, what the rounding and the cache lose
+    tensors, weight_error = quantize_weights(adapter, layer, block)
+
+    captured: list[QKV] = []
+    after = torch.empty_like(reference)
+    for i, window in enumerate(reference):
+        after[i] = runner(window, captured=captured if i < windows.statistics else None)
+    statistics = kv.collect(captured, plan.kv)
+    params = layer_params(plan, statistics, captured, o_proj.weight)  # type: ignore[arg-type]
+    out = {REFERENCE: after}
+    errors = {}
+    exact = after[windows.statistics :]
+    for name, candidate in params.items():
+        out[name] = torch.stack([runner(window, params=candidate) for window in hidden[name]])
+        errors[name] = relative_error(out[name][:, SKIPPED:], exact[:, SKIPPED:])
+        tensors[f"{name}.k_smooth"] = candidate.k_smooth.cpu()
+    tensors |= {"k_shift": statistics.k_shift.cpu(), "v_shift": statistics.v_shift.cpu()}
+    report = {
+        "weight_error": weight_error,
+        "hidden_error": errors,
+        "k_shift_max": statistics.k_shift.abs().max().item(),
+        "k_deviation_max": statistics.k_deviation.max().item(),
+    }
+    return tensors, report, out
+
+
+def balance_value(
+    plan: Plan, norm: torch.nn.Module, v_proj: torch.nn.Module, o_proj: torch.nn.Module, windows: torch.Tensor
+) -> torch.Tensor:
+    """s_v fp32 [H, D]: (rms of V / norm of o_proj's columns) ** value_balance, normalized per head.
+
+    Dividing by s_v spreads the range evenly; the error of channel c then reaches the output times s_v[c] |column c|.
+    """
+    heads, size = plan.adapter.num_kv_heads, plan.adapter.head_size
+    squares = torch.zeros(heads, size, device=plan.settings.device)
+    for window in windows:
+        value = v_proj(norm(window.to(plan.settings.device)))[SKIPPED:].float().view(-1, heads, size)
+        squares += (value - value.mean(0)).square().mean(0)
+    columns = o_proj.weight.float().square().sum(0).view(heads, -1, size).sum(1)  # type: ignore[operator]
+    ratio = (squares / windows.shape[0] / columns.clamp_min(1e-12)).sqrt()
+    return kv.normalize(ratio**plan.recipe.value_balance)
+
+
+def quantize_weights(
+    adapter: ModelAdapter, layer: int, block: torch.nn.Module
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Round a block's linear layers in place; returns all its tensors by checkpoint name, and each layer's error."""
+    prefix = adapter.block_prefix(layer)
+    tensors = {prefix + n: t.to(adapter.dtype).cpu() for n, t in block.state_dict().items()}
+    errors = {}
+    for name in adapter.family.linears:
+        linear: Any = block.get_submodule(name)
+        quantized = round_to_nearest(linear.weight, adapter.group_sizes[name.rpartition(".")[2]], adapter.dtype)
+        weight = quantized.dequantize()
+        errors[name] = relative_error(weight, linear.weight)
+        linear.weight.data = weight.to(linear.weight.dtype)
+        del tensors[f"{prefix}{name}.weight"]
+        tensors |= {f"{prefix}{name}.{suffix}": t for suffix, t in quantized.pack().items()}
+    return tensors, errors
+
+
+def relative_error(x: torch.Tensor, exact: torch.Tensor) -> float:
+    """|x - exact| / |exact|."""
+    return ((x.float() - exact.float()).norm() / exact.float().norm().clamp_min(1e-30)).item()
+
+
+def layer_params(
+    plan: Plan, statistics: kv.KVStatistics, captured: list[QKV], o_proj: torch.Tensor
+) -> dict[str, KVParams]:
+    """Each candidate's parameters of one layer, by its name."""
+    fixed = [s for s in plan.recipe.smoothings if s.kind != "searched"]
+    smooth = [kv.smoothing_factors(s, statistics, plan.kv.rope.rotary_dim) for s in fixed]
+    params = [KVParams.build(plan.kv, s, statistics.k_shift, statistics.v_shift) for s in smooth]
+    out = {s.name: p for s, p in zip(fixed, params, strict=True)}
+    for searched in (s for s in plan.recipe.smoothings if s.kind == "searched"):
+        best = kv.search(params, captured, o_proj, plan.attention.scale, plan.attention.sliding_window)
+        mixed = torch.stack([smooth[i][head] for head, i in enumerate(best.tolist())])
+        out[searched.name] = KVParams.build(plan.kv, mixed, statistics.k_shift, statistics.v_shift)
+    return out
+
+
+def divergence(plan: Plan, hidden: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """KL(reference || candidate) of the next token in nats, fp64 [held-out tokens], by candidate."""
+    device = plan.settings.device
+    head = plan.adapter.load_head(getattr(torch, plan.settings.dtype), device)
+    exact = hidden[REFERENCE][plan.windows.statistics :].flatten(0, 1)
+    names = [s.name for s in plan.recipe.smoothings]
+    parts: dict[str, list[torch.Tensor]] = {n: [] for n in names}
+    for i in range(0, exact.shape[0], LOGIT_ROWS):
+        rows = slice(i, i + LOGIT_ROWS)
+        p = head(exact[rows].to(device)).float().log_softmax(-1)
+        for name in names:
+            q = head(hidden[name].flatten(0, 1)[rows].to(device)).float().log_softmax(-1)
+            parts[name].append(
+                torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).double().cpu()
+            )
+    return {name: torch.cat(p) for name, p in parts.items()}
+
+
+def finish(plan: Plan, state: RunState, hidden: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Choose the candidate, write the checkpoint, clean up."""
+    adapter, settings = plan.adapter, plan.settings
+    kl = divergence(plan, hidden)
+    chosen = min(kl, key=lambda name: kl[name].mean().item())
+
+    def se(x: torch.Tensor) -> float:
+        return x.std().item() / math.sqrt(x.numel())
+
+    candidates = {
+        name: {"kl": x.mean().item(), "kl_se": se(x), "above_chosen_se": se(x - kl[chosen])} for name, x in kl.items()
+    }
+    layers = []
+    writer = CheckpointWriter(state.directory / "checkpoint", settings.out, settings.shard_size)
+    writer.add({n: t.to(adapter.dtype) for n, t in adapter.tensors.get(adapter.outer_names()).items()})
+    for layer in range(adapter.num_layers):
+        tensors = state.block(layer)
+        for name in kl:
+            smooth = tensors.pop(f"{name}.k_smooth")
+            if name == chosen:
+                tensors["k_smooth"] = smooth
+        writer.add(
+            {
+                kv_tensor_name(layer, n) if n in ("k_smooth", "k_shift", "v_shift") else n: tensors[n]
+                for n in sorted(tensors)
+            }
+        )
+        block = state.report(layer)
+        layers.append({**block, "hidden_error": block["hidden_error"][chosen]})
+    report = {
+        "version": vllm_wkvquant.__version__,
+        "recipe": asdict(plan.recipe),
+        "settings": {
+            "samples": settings.samples,
+            "held_out": plan.windows.held_out,
+            "seq_len": plan.windows.tokens.shape[1],
+            "seed": settings.seed,
+            "device": settings.device,
+            "dtype": settings.dtype,
+        },
+        "model": describe(adapter),
+        "smoothing": chosen,
+        "candidates": candidates,
+        "layers": layers,
+    }
+    config = adapter.output_config(quantization_config(plan.kv, adapter.group_sizes))
+    writer.close(settings.model, config, report)
+    state.close()
+    return report

@@ -1,0 +1,102 @@
+"""What a run has done so far, on disk, so that a killed one loses at most the block it was in.
+
+    OUT.wkvquant-partial/
+      run.json                    settings; how many blocks are done
+      block-00000.safetensors     tensors of a finished block, KV parameters of every candidate among them
+      block-00000.json            its report
+      hidden-00001.safetensors    hidden states of all windows before block 1
+      checkpoint/                 the result while it is written; renamed to OUT
+
+`run.json` is renamed into place after the files that it speaks of, so it never speaks of one that is not whole.
+"""
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from vllm_wkvquant.config import ConfigError
+from vllm_wkvquant.quantize.files import WriteError, write_json, write_tensors
+
+SUFFIX = ".wkvquant-partial"
+
+
+def partial_directory(out: Path) -> Path:
+    """Where a run towards `out` keeps its state: beside it, so that the final rename stays on one file system."""
+    return out.with_name(out.name + SUFFIX)
+
+
+def check_output(out: Path, resume: bool) -> None:
+    """Raise ConfigError unless a run may write to `out`."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"output directory {out} is not empty; give a new one or delete it")
+    partial = partial_directory(out)
+    if not resume and (partial / "run.json").is_file():
+        raise ConfigError(f"{partial} holds an interrupted run; continue it with --resume or delete it")
+
+
+class RunState:
+    """The state of one run; holds a lock on its directory as long as the process lives."""
+
+    def __init__(self, out: Path, settings: dict[str, Any]) -> None:
+        """Open the state of a run towards `out`, or begin one. Raises ConfigError where `settings` differ from it."""
+        self.directory = partial_directory(out)
+        self._settings = settings
+        self.blocks_done = 0
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.directory / "lock", "w")  # noqa: SIM115, held until the process ends
+        except OSError as error:
+            raise WriteError(self.directory, error) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"another process is writing {self.directory}") from error
+        if (self.directory / "run.json").is_file():
+            self._resume()
+
+    def _resume(self) -> None:
+        run = json.loads((self.directory / "run.json").read_text())
+        before = run["settings"]
+        differing = sorted(k for k in {*before, *self._settings} if before.get(k) != self._settings.get(k))
+        if differing:
+            k = differing[0]
+            raise ConfigError(
+                f"{self.directory} was begun with other settings ({', '.join(differing)}): {k} was {before.get(k)!r}, "
+                f"now {self._settings.get(k)!r}; use the same ones or delete that directory"
+            )
+        self.blocks_done = run["blocks_done"]
+
+    def _file(self, kind: str, number: int, suffix: str = "safetensors") -> Path:
+        return self.directory / f"{kind}-{number:05d}.{suffix}"
+
+    def hidden(self) -> dict[str, torch.Tensor]:
+        """Hidden states before block `blocks_done`, by what `commit` called them."""
+        return load_file(self._file("hidden", self.blocks_done))
+
+    def block(self, layer: int) -> dict[str, torch.Tensor]:
+        """Tensors of a finished block."""
+        return load_file(self._file("block", layer))
+
+    def report(self, layer: int) -> dict[str, Any]:
+        """Report of a finished block."""
+        return json.loads(self._file("block", layer, "json").read_text())
+
+    def commit(self, tensors: dict[str, torch.Tensor], report: dict[str, Any], hidden: dict[str, torch.Tensor]) -> None:
+        """Keep a finished block and the hidden states after it. Raises WriteError."""
+        layer = self.blocks_done
+        write_tensors(self._file("block", layer), tensors)
+        write_json(self._file("block", layer, "json"), report)
+        write_tensors(self._file("hidden", layer + 1), hidden)
+        write_json(self.directory / "run.json", {"settings": self._settings, "blocks_done": layer + 1})
+        self.blocks_done = layer + 1
+        self._file("hidden", layer).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Delete the state, once the result is at its place."""
+        shutil.rmtree(self.directory)
+        self._lock.close()

@@ -1,0 +1,91 @@
+"""The checkpoint directory: safetensors shards with their index, config, report, and the model's tokenizer files."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_wkvquant.checkpoint import INDEX_FILE
+from vllm_wkvquant.quantize.files import WriteError, sync_directory, write_bytes, write_json, write_tensors
+
+REPORT_FILE = "wkvquant.json"
+COPIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "generation_config.json",
+    "chat_template*",
+    "additional_chat_templates",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+class CheckpointWriter:
+    """Writes one checkpoint into `directory`, which nobody reads until `close` has renamed it to `destination`.
+
+    At most `shard_size` bytes of tensors are held; a tensor is never split, so a larger one makes a larger shard.
+    """
+
+    def __init__(self, directory: Path, destination: Path, shard_size: int) -> None:
+        self.directory, self.destination, self.shard_size = directory, destination, shard_size
+        if directory.exists():
+            shutil.rmtree(directory)
+        directory.mkdir()
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+        self._total_bytes = 0
+        self._shards: list[list[str]] = []
+
+    def add(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Append tensors, in this order."""
+        for name, tensor in tensors.items():
+            size = tensor.numel() * tensor.element_size()
+            if self._pending and self._pending_bytes + size > self.shard_size:
+                self._flush()
+            self._pending[name] = tensor
+            self._pending_bytes += size
+            self._total_bytes += size
+
+    def _shard(self, number: int) -> Path:
+        return self.directory / f"shard-{number:05d}"
+
+    def _flush(self) -> None:
+        self._shards.append(list(self._pending))
+        write_tensors(self._shard(len(self._shards)), self._pending)
+        self._pending, self._pending_bytes = {}, 0
+
+    def close(self, model: Path, config: dict[str, Any], report: dict[str, Any]) -> None:
+        """Name the shards, write everything else, and make the directory appear at its destination."""
+        self._flush()
+        count = len(self._shards)
+        weight_map = {}
+        for i, names in enumerate(self._shards, 1):
+            file = f"model-{i:05d}-of-{count:05d}.safetensors"
+            self._shard(i).rename(self.directory / file)
+            weight_map.update(dict.fromkeys(names, file))
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        write_bytes(self.directory / INDEX_FILE, (json.dumps(index, indent=2) + "\n").encode())
+        write_json(self.directory / "config.json", config)
+        write_json(self.directory / REPORT_FILE, report)
+        self._copy(model)
+        sync_directory(self.directory)
+        try:
+            self.directory.replace(self.destination)  # an empty directory there gives way
+            sync_directory(self.destination.parent)
+        except OSError as error:
+            raise WriteError(self.destination, error) from error
+
+    def _copy(self, model: Path) -> None:
+        for source in sorted({path for pattern in COPIED for path in model.glob(pattern)}):
+            files = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.is_file())
+            for file in files:
+                target = self.directory / file.relative_to(model)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                write_bytes(target, file.read_bytes())
