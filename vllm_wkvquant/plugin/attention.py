@@ -166,7 +166,7 @@ class WKVQuantImpl(AttentionImpl[WKVQuantMetadata]):
             "a logits soft cap": bool(logits_soft_cap),
             "attention sinks": sinks is not None,
             "cross-layer KV sharing": kv_sharing_target_layer_name is not None,
-            f"{attn_type} attention": attn_type != AttentionType.DECODER,
+            f"{AttentionType(attn_type).value} attention": attn_type != AttentionType.DECODER,
         }
         for what, present in refusals.items():
             if present:

