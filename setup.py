@@ -1,4 +1,4 @@
-"""Builds the CPU kernels: one shared library with a plain C interface, loaded through ctypes by vllm_wkvquant/native.py.
+"""Builds the CPU kernels: one shared library with a plain C interface, which vllm_wkvquant/native.py loads.
 
 Every ISA is one source with its own flags; the library picks one at run time. WKVQUANT_CUDA=0 leaves CUDA kernels out,
 1 insists on them; unset, they are built where nvcc and sources exist. CXX names the compiler.
@@ -21,9 +21,9 @@ FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall
 FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # gcc 105593: its own AVX-512 intrinsics
 ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c"]
-    + ["-mprefer-vector-width=512"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c"],
 }
+ISA_FLAGS["avx512"].append("-mprefer-vector-width=512")
 X86 = platform.machine() in ("x86_64", "AMD64")
 
 

@@ -66,8 +66,9 @@ def test_round_trip(head_size: int, block_size: int, heads: int, blocks: int, fi
     g = torch.Generator().manual_seed(seed)
     cache = torch.full((blocks, heads, block_size, token_bytes(head_size)), fill, dtype=torch.uint8)
     everywhere = torch.arange(blocks * block_size)
-    before_k, before_v = random_tokens(len(everywhere), heads, head_size, seed + 1), random_tokens(
-        len(everywhere), heads, head_size, seed + 2
+    before_k, before_v = (
+        random_tokens(len(everywhere), heads, head_size, seed + 1),
+        random_tokens(len(everywhere), heads, head_size, seed + 2),
     )
     layout.store(cache, everywhere, before_k, before_v)
     count = int(torch.randint(0, len(everywhere) + 1, (1,), generator=g))

@@ -58,7 +58,7 @@ def test_angles_wrap_together() -> None:
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 @pytest.mark.parametrize(("kind", "partial"), [("rotating", False), ("rotating", True), ("static", False)])
 def test_score_identity(head_size: int, kind: str, partial: bool) -> None:
-    """q . k = H (q s) . H ((k - R delta) / s) + q . R delta, and H (q s) . (scale code + min) for the dequantized key."""
+    """q . k = H (q s) . H ((k - R delta) / s) + q . R delta, for the key and for its codes."""
     g = torch.Generator().manual_seed(0)
     params = make_params(2, head_size, kind=kind, rotary_dim=head_size // 2 if partial else None, scaling=1.3)
     positions = torch.tensor([0, 5, 100000])

@@ -30,9 +30,7 @@ const Isa kIsas[] = {
      },
      avx512_kernels},
     {"avx2",
-     [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-     },
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
      avx2_kernels},
 #endif
     {"scalar", [] { return true; }, scalar_kernels},

@@ -87,14 +87,14 @@ struct Prepared {
   uint64_t* turns;                 // [pairs, padded to 16]
 
   // The shift of a chunk as a sum over a basis of functions of the position inside the chunk; see prepare.cpp.
-  int active;           // rotary pairs whose shift is not zero in every head, fast ones first
-  int active_padded;    // to 16, the rest zero
-  int fast;             // of them, tabulated as they are
-  int basis_rows;       // 2 * fast + (kChebyshev if any is slow)
-  int32_t* pair;        // [active_padded]
+  int active;            // rotary pairs whose shift is not zero in every head, fast ones first
+  int active_padded;     // to 16, the rest zero
+  int fast;              // of them, tabulated as they are
+  int basis_rows;        // 2 * fast + (kChebyshev if any is slow)
+  int32_t* pair;         // [active_padded]
   uint64_t* pair_turns;  // [active_padded]
-  float* basis;         // [basis_rows][kChunk]
-  float* chebyshev;     // [active - fast][kChebyshev]
+  float* basis;          // [basis_rows][kChunk]
+  float* chebyshev;      // [active - fast][kChebyshev]
 };
 
 struct CacheWriteArgs : WkvCacheWrite {
@@ -113,8 +113,8 @@ const Kernels& scalar_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 
-// At least `bytes` of this thread's memory, 64-byte aligned, kept between calls; null if there is none. `slot` 0 belongs
-// to a worker, 1 to the thread that plans.
+// At least `bytes` of this thread's memory, 64-byte aligned, kept between calls; null if there is none. `slot` 0
+// belongs to a worker, 1 to the thread that plans.
 void* scratch(int slot, size_t bytes);
 
 }  // namespace wkvquant

@@ -1,13 +1,13 @@
 // Past tokens from the page and the step's own tokens as they came -> output.
 //
-//     item          (sequence, KV head, up to 64 rows, range of past tokens); row = query token x query head of the group
-//     past          chunks of 128 tokens, 4 rows at a time: integer products on the codes, scale and minimum outside
-//     current       blocks of 64 keys in fp32, causal
-//     merge         items of one row that hold different parts of its past, by log-sum-exp
+//     item          (sequence, KV head, up to 64 rows, range of past tokens); row = query token x query head of the
+//     group past          chunks of 128 tokens, 4 rows at a time: integer products on the codes, scale and minimum
+//     outside current       blocks of 64 keys in fp32, causal merge         items of one row that hold different parts
+//     of its past, by log-sum-exp
 //
 // Decode, speculation and prefill differ in the number of rows and of items only. Products on the codes cost prefill no
-// more than fp32 products on dequantized keys would (19 multiply-adds a cycle against at most 16), so there is nothing to
-// dequantize.
+// more than fp32 products on dequantized keys would (19 multiply-adds a cycle against at most 16), so there is nothing
+// to dequantize.
 //
 // Arithmetic of the past, exact but for the rounding of its two operands:
 //     score   q' = H (q * k_smooth) as 16-bit integers in two bytes; 32-bit sums of q' * code; times scale_t, plus
@@ -24,7 +24,6 @@
 #include "layout.h"
 #include "vec.h"
 
-
 namespace {
 
 constexpr int kChunk = wkvquant::kChunk;
@@ -39,11 +38,11 @@ constexpr float kWeightMax = 32767.0f;
 constexpr float kMeanCode = 7.5f;  // what rounding took off the weights is put back times this: a third of the error
 
 struct Item {
-  int32_t seq, head;            // KV head
-  int32_t query, num_queries;   // first query token of the step, and how many
-  int32_t begin, end;           // past tokens, begin a multiple of kChunk
-  int32_t split, num_splits;    // this item's part of the past, and how many parts there are
-  int64_t partial;              // floats before its partial result
+  int32_t seq, head;           // KV head
+  int32_t query, num_queries;  // first query token of the step, and how many
+  int32_t begin, end;          // past tokens, begin a multiple of kChunk
+  int32_t split, num_splits;   // this item's part of the past, and how many parts there are
+  int64_t partial;             // floats before its partial result
 };
 
 // C[R][NC * 16] (+)= A[R][depth] . B[depth][NC * 16]
@@ -72,16 +71,16 @@ WKV_INLINE void product(int columns, int depth, const float* a, int lda, const f
 
 // What a thread needs for one item. Sizes depend on the head size, so the arrays are cut from one scratch block.
 struct Work {
-  float* query;       // [kRows][D], times scale * log2(e)
-  int32_t* operand;   // [kRows][D / 8][4] bytes of q': see Isa::score_tile
-  float *a, *b;       // [kRows][active_padded] coefficients of the shift at position 0
-  float* coefficient; // [4][2 * active_padded + 16] of the basis, at the chunk
-  float* past;        // [kRows][padded] sum w code, in the order of the V words
-  float* out;         // [kRows][D] numerator of the softmax
-  float* keys;        // [D][kKeys]
-  float* values;      // [kKeys][D]
-  float* score;       // [4][kChunk]
-  int16_t* weight;    // [4][kChunk]
+  float* query;                              // [kRows][D], times scale * log2(e)
+  int32_t* operand;                          // [kRows][D / 8][4] bytes of q': see Isa::score_tile
+  float *a, *b;                              // [kRows][active_padded] coefficients of the shift at position 0
+  float* coefficient;                        // [4][2 * active_padded + 16] of the basis, at the chunk
+  float* past;                               // [kRows][padded] sum w code, in the order of the V words
+  float* out;                                // [kRows][D] numerator of the softmax
+  float* keys;                               // [D][kKeys]
+  float* values;                             // [kKeys][D]
+  float* score;                              // [4][kChunk]
+  int16_t* weight;                           // [4][kChunk]
   float *k_scale, *k_min, *v_scale, *v_min;  // [kChunk], zero where there is no token
   float *cosine, *sine;                      // [active_padded] at the chunk
   float* max;                                // [kRows] running maximum
@@ -236,8 +235,7 @@ struct Attention {
       store(w.v_scale + i * kLanes, valid ? Isa::from_half(v & 0xffff) : f32{});
       store(w.v_min + i * kLanes, valid ? Isa::from_half(v >> 16) : f32{});
     }
-    if (params.active)
-      rotation_at(begin + kChunk / 2, params.pair_turns, params.active_padded, w.cosine, w.sine);
+    if (params.active) rotation_at(begin + kChunk / 2, params.pair_turns, params.active_padded, w.cosine, w.sine);
   }
 
   // Coefficients of the basis for one row at the chunk's centre.
@@ -392,21 +390,32 @@ struct Attention {
 
   void load_keys(int key, int count) {
     const int d = params.head_size;
-    alignas(64) float row[kMaxHeadSize];
     for (int k = 0; k < count; ++k) {
       const int64_t token = first_row + key + k;
-      load_row<Isa>(args.key, args.dtype, token * args.key_stride[0] + item.head * args.key_stride[1], d, row);
-      for (int i = 0; i < d; ++i) w.keys[i * kKeys + k] = row[i];
       load_row<Isa>(args.value, args.dtype, token * args.value_stride[0] + item.head * args.value_stride[1], d,
                     w.values + k * d);
+    }
+    alignas(64) float rows[kLanes][kMaxHeadSize];
+    for (int k = 0; k < count; k += kLanes) {
+      const int n = count - k < kLanes ? count - k : kLanes;
+      for (int i = 0; i < n; ++i) {
+        const int64_t token = first_row + key + k + i;
+        load_row<Isa>(args.key, args.dtype, token * args.key_stride[0] + item.head * args.key_stride[1], d, rows[i]);
+      }
+      if (n == kLanes)
+        for (int i = 0; i < d; i += kLanes) Isa::transpose(&rows[0][i], kMaxHeadSize, w.keys + i * kKeys + k, kKeys);
+      else
+        for (int i = 0; i < n; ++i)
+          for (int j = 0; j < d; ++j) w.keys[j * kKeys + k + i] = rows[i][j];
     }
   }
 
   template <int R>
   void current_rows(int row, int key, int count) {
-    const int d = params.head_size, columns = (count + kLanes - 1) / kLanes * kLanes;
     const int last = item.query + (row + R - 1) / group;
     if (key > last) return;
+    count = last + 1 - key < count ? last + 1 - key : count;
+    const int d = params.head_size, columns = (count + kLanes - 1) / kLanes * kLanes;
     product<Isa, R, false>(columns, d, w.query + row * d, d, w.keys, kKeys, w.score, kChunk);
     for (int r = 0; r < R; ++r) {
       const int query = item.query + (row + r) / group;
@@ -451,8 +460,7 @@ struct Attention {
     const float inverse = 1 / sum;
     for (int i = 0; i < d; i += kLanes) store(numerator + i, load<f32>(numerator + i) * inverse);
     store_row<Isa>(args.out, args.dtype, token * args.out_stride[0] + head * args.out_stride[1], d, numerator);
-    if (args.lse)
-      args.lse[token * args.lse_stride[0] + head * args.lse_stride[1]] = (most + log2f(sum)) / kLog2e;
+    if (args.lse) args.lse[token * args.lse_stride[0] + head * args.lse_stride[1]] = (most + log2f(sum)) / kLog2e;
   }
 
   // A partial result: [rows][D] numerators, [rows] maxima, [rows] sums.

@@ -49,6 +49,35 @@ struct Avx512 : Generic {
     }
   }
 
+  static WKV_INLINE void transpose(const float* from, int from_pitch, float* to, int to_pitch) {
+    __m512 a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(from + i * from_pitch);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 2) {
+      b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+      b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {  // a[i + c]: column 4 lane + c of rows i .. i + 3
+      a[i] = _mm512_shuffle_ps(b[i], b[i + 2], 0x44);
+      a[i + 1] = _mm512_shuffle_ps(b[i], b[i + 2], 0xee);
+      a[i + 2] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+      a[i + 3] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+      const __m512 even01 = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88),
+                   odd01 = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xdd);
+      const __m512 even23 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x88);
+      const __m512 odd23 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xdd);
+      _mm512_storeu_ps(to + c * to_pitch, _mm512_shuffle_f32x4(even01, even23, 0x88));
+      _mm512_storeu_ps(to + (4 + c) * to_pitch, _mm512_shuffle_f32x4(odd01, odd23, 0x88));
+      _mm512_storeu_ps(to + (8 + c) * to_pitch, _mm512_shuffle_f32x4(even01, even23, 0xdd));
+      _mm512_storeu_ps(to + (12 + c) * to_pitch, _mm512_shuffle_f32x4(odd01, odd23, 0xdd));
+    }
+  }
+
   // Butterfly as x * (1 or -1) + partner: shuffles, adds and multiply-adds have different ports.
   static WKV_INLINE f32 hadamard16(f32 v) {
     const __m512 one = _mm512_set1_ps(1.0f), minus = _mm512_set1_ps(-1.0f);
@@ -102,9 +131,9 @@ struct Avx512 : Generic {
 #pragma GCC unroll 2
       for (int pair = 0; pair < 8; ++pair) {
         const __m512i word = _mm512_loadu_si512(p + pair * pitch);
-        const __m512i codes[4] = {
-            _mm512_and_si512(word, mask), _mm512_and_si512(_mm512_srli_epi32(word, 4), mask),
-            _mm512_and_si512(_mm512_srli_epi32(word, 8), mask), _mm512_and_si512(_mm512_srli_epi32(word, 12), mask)};
+        const __m512i codes[4] = {_mm512_and_si512(word, mask), _mm512_and_si512(_mm512_srli_epi32(word, 4), mask),
+                                  _mm512_and_si512(_mm512_srli_epi32(word, 8), mask),
+                                  _mm512_and_si512(_mm512_srli_epi32(word, 12), mask)};
         for (int r = 0; r < R; ++r) {
           int32_t two;
           memcpy(&two, weights + r * stride + 2 * pair, 4);

@@ -1,8 +1,8 @@
 // New K and V -> page: shift, smooth, rotate, range, pack, scatter.
 //
-// A thread takes two tokens at a time over all heads: the angles of a position are shared by the heads, and two tokens of
-// one V pair become whole words. Rows pass through four phases by way of a few KB of stack, so
-// that the latencies of one overlap with the work of the others: transform, range, encode, pack.
+// A thread takes two tokens at a time over all heads: the angles of a position are shared by the heads, and two tokens
+// of one V pair become whole words. Rows pass through four phases by way of a few KB of stack, so that the latencies of
+// one overlap with the work of the others: transform, range, encode, pack.
 #pragma once
 
 #include "layout.h"
@@ -27,8 +27,8 @@ WKV_INLINE void rotation_at(int64_t position, const uint64_t* turns, int pairs, 
   }
 }
 
-// Rows that go through the phases of a write together: K and V of two tokens. Alone, a row would wait for its own range,
-// two divisions and two conversions, about 90 cycles.
+// Rows that go through the phases of a write together: K and V of two tokens. Alone, a row would wait for its own
+// range, two divisions and two conversions, about 90 cycles.
 constexpr int kWriteRows = 4;
 
 struct Range {
@@ -96,7 +96,8 @@ struct Scales {
   uint32_t meta(int i) const { return scale[i] | static_cast<uint32_t>(minimum[i]) << 16; }
 };
 
-// K words of two tokens from their codes, as pairs of words: bytes 0..3 of eight are the low nibbles, 4..7 the high ones.
+// K words of two tokens from their codes, as pairs of words: bytes 0..3 of eight are the low nibbles, 4..7 the high
+// ones.
 template <int D>
 WKV_INLINE void pack_keys(const uint8_t* first, const uint8_t* second, bool two, uint8_t* word) {
   using u64 = uint64_t __attribute__((vector_size(64)));

@@ -68,8 +68,8 @@ WKV_INLINE void sincos_turn(u32 turn, f32& sine, f32& cosine) {
   const f32 x = __builtin_convertvector((i32)(turn - (quadrant << 30)), f32) * 1.46291807926715968e-9f;
   const f32 z = x * x;
   const f32 s = x + x * z * (-1.6666654611e-1f + z * (8.3321608736e-3f + z * -1.9515295891e-4f));
-  const f32 c = 1.0f - 0.5f * z +
-                z * z * (4.166664568298827e-2f + z * (-1.388731625493765e-3f + z * 2.443315711809948e-5f));
+  const f32 c =
+      1.0f - 0.5f * z + z * z * (4.166664568298827e-2f + z * (-1.388731625493765e-3f + z * 2.443315711809948e-5f));
   const i32 swap = -(i32)(quadrant & 1);
   sine = (f32)((u32)(swap ? c : s) ^ ((quadrant & 2) << 30));
   cosine = (f32)((u32)(swap ? s : c) ^ (((quadrant + 1) & 2) << 30));
@@ -128,9 +128,7 @@ struct Generic {
       memcpy(static_cast<char*>(p) + 2 * i, &h, 2);
     }
   }
-  static WKV_INLINE f32 load_bfloat(const void* p) {
-    return (f32)(__builtin_convertvector(load<u16>(p), u32) << 16);
-  }
+  static WKV_INLINE f32 load_bfloat(const void* p) { return (f32)(__builtin_convertvector(load<u16>(p), u32) << 16); }
   static WKV_INLINE void store_bfloat(void* p, f32 x) {
     const u32 u = (u32)x;
     const u32 rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
@@ -148,6 +146,12 @@ struct Generic {
     }
   }
 
+  // to[j][i] = from[i][j], 16 x 16.
+  static WKV_INLINE void transpose(const float* from, int from_pitch, float* to, int to_pitch) {
+    for (int i = 0; i < kLanes; ++i)
+      for (int j = 0; j < kLanes; ++j) to[j * to_pitch + i] = from[i * from_pitch + j];
+  }
+
   // The four inner butterflies of a Walsh-Hadamard transform.
   static WKV_INLINE f32 hadamard16(f32 x) {
     float y[kLanes];
@@ -161,8 +165,8 @@ struct Generic {
   }
 
   // dot[r] = sum_d code_d * q_rd of a tile's 16 tokens for R rows, exact.
-  // k: K words [groups][16]; q: int8 quadruples [R][groups][4], stride dwords a row: high bytes of the even and odd half
-  // of the group, then low bytes (q = 256 * high + low).
+  // k: K words [groups][16]; q: int8 quadruples [R][groups][4], stride dwords a row: high bytes of the even and odd
+  // half of the group, then low bytes (q = 256 * high + low).
   template <int R>
   static WKV_INLINE void score_tile(const uint8_t* k, int groups, const int32_t* q, int stride, i32* dot) {
     for (int r = 0; r < R; ++r) dot[r] = i32{};
