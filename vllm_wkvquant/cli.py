@@ -37,9 +37,7 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
         "One decoder block is in memory at a time. A run that was stopped goes on with --resume."
     )
     parser.epilog = f"recipes:\n{recipes}"
-    parser.add_argument(
-        "model", type=Path, metavar="MODEL", help="directory of a Hugging Face checkpoint (safetensors)"
-    )
+    parser.add_argument("model", type=Path, metavar="MODEL", help="directory of a Hugging Face checkpoint")
     parser.add_argument("out", type=Path, metavar="OUT", help="directory to create; it must not exist or be empty")
     parser.add_argument("--calib-text", type=Path, required=True, metavar="FILE", help="UTF-8 text to calibrate on")
     parser.add_argument("--recipe", default="rtn", metavar="NAME", help="see below (%(default)s)")

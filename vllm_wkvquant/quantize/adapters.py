@@ -110,7 +110,7 @@ class ModelAdapter:
         self.rope = RopeConfig(
             inv_freq=tuple(self.rotary.get_buffer("inv_freq").double().tolist()),
             rotary_dim=2 * self.rotary.get_buffer("inv_freq").numel(),
-            attention_scaling=float(self.rotary.attention_scaling),  # type: ignore[arg-type]
+            attention_scaling=float(self.rotary.attention_scaling),
         )
         self._shapes = self._check_tensors()
         self.group_sizes = self._check_groups()

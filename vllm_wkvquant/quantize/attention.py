@@ -12,9 +12,7 @@ from vllm_wkvquant.reference import KVParams, fake_quantize
 ATTENTION = "wkvquant_calibration"
 QUERY_ROWS = 512  # rows of scores held at once: keeps them in cache and lets causality halve the work
 
-QKV = tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor
-]  # query [T, Hq, D], key [T, H, D] after the rotary embedding, value
+QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # roped query [T, Hq, D], roped key [T, H, D], value [T, H, D]
 
 
 def past_only_attention(
@@ -26,7 +24,7 @@ def past_only_attention(
     scale: float,
     sliding_window: int = 0,
 ) -> torch.Tensor:
-    """`reference.past_only_attention` for chunk 1, two to four times faster: one set of scores, their diagonal replaced.
+    """`reference.past_only_attention` for chunk 1, in half the work: one set of scores, their diagonal replaced.
 
     query [T, Hq, D]; key, value raw and past_key, past_value from the cache, all [T, H, D] fp32. Returns [T, Hq, D].
     """

@@ -11,21 +11,20 @@ from vllm_wkvquant.quantize.recipes import Smoothing
 from vllm_wkvquant.reference import KVParams, fake_quantize, key_shift_at, rope_turns, rotate
 
 SMOOTH_LIMIT = 64.0  # a factor stays within 1/64 .. 64 of its head's mean
-SEARCH_WINDOWS = 4  # windows on which a searched smoothing is compared: each costs an attention per candidate
+SEARCH_WINDOWS = 4  # windows on which the search compares: each costs an attention per smoothing
 
 
 @dataclass(frozen=True)
 class KVStatistics:
     """Of one layer, fp32 [H, D] each, over the calibration tokens but the first of each window.
 
-    k_shift: mean key before the rotary embedding (after it for a static shift); k_deviation, k_rms: largest and root
-    mean square deviation from the shift, after the rotary embedding; q_rms: queries over the KV head's group; v_shift:
-    mean value.
+    k_shift: mean key before the rotary embedding (after it for a static shift); k_deviation: largest deviation from
+    the shift, after the rotary embedding; q_rms: root mean square of the queries of the KV head's group; v_shift: mean
+    value.
     """
 
     k_shift: torch.Tensor
     k_deviation: torch.Tensor
-    k_rms: torch.Tensor
     q_rms: torch.Tensor
     v_shift: torch.Tensor
 
@@ -50,7 +49,6 @@ def collect(windows: list[QKV], config: KVCacheConfig) -> KVStatistics:
     return KVStatistics(
         k_shift=k_shift,
         k_deviation=torch.stack([d.abs().amax(0) for d in deviations]).amax(0),
-        k_rms=torch.stack([d.square().mean(0) for d in deviations]).mean(0).sqrt(),
         q_rms=torch.stack([q.square().mean((0, 2)) for q in queries]).mean(0).sqrt(),
         v_shift=torch.stack([v[SKIPPED:].float().mean(0) for _, _, v in windows]).mean(0),
     )
@@ -63,16 +61,16 @@ def normalize(factors: torch.Tensor) -> torch.Tensor:
 
 
 def smoothing_factors(smoothing: Smoothing, statistics: KVStatistics, rotary_dim: int) -> torch.Tensor:
-    """k_smooth fp32 [H, D] of every kind but "searched"."""
+    """k_smooth, fp32 [H, D].
+
+    Error of channel c reaches the scores times k_smooth[c] |q[c]|, so a factor that falls with the queries moves the
+    error to where they are small.
+    """
     deviation = statistics.k_deviation
-    if smoothing.kind == "none":
-        return torch.ones_like(deviation)
-    if smoothing.kind == "tied":
+    if smoothing.tied:
         pair = deviation[:, :rotary_dim].unflatten(1, (2, -1)).amax(1)
         deviation = torch.cat([pair, pair, deviation[:, rotary_dim:]], 1)
-    elif smoothing.kind == "balanced":
-        deviation = statistics.k_rms / statistics.q_rms.clamp_min(1e-6)
-    return normalize(deviation**smoothing.alpha)
+    return normalize(deviation**smoothing.key / statistics.q_rms.clamp_min(1e-6) ** smoothing.query)
 
 
 def attention_error(

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 import vllm_wkvquant
-from vllm_wkvquant.checkpoint import kv_tensor_name, quantization_config
+from vllm_wkvquant.checkpoint import KV_PARAMS, kv_tensor_name, quantization_config
 from vllm_wkvquant.config import ConfigError, KVCacheConfig
 from vllm_wkvquant.quantize import kv
 from vllm_wkvquant.quantize.adapters import ModelAdapter, describe
@@ -25,7 +25,7 @@ from vllm_wkvquant.quantize.attention import ATTENTION, QKV, CalibrationAttentio
 from vllm_wkvquant.quantize.calibration import SKIPPED, Windows, read_windows
 from vllm_wkvquant.quantize.files import WriteError
 from vllm_wkvquant.quantize.fold import fold_value
-from vllm_wkvquant.quantize.recipes import Recipe, find_recipe
+from vllm_wkvquant.quantize.recipes import SEARCHED, Recipe, Smoothing, find_recipe
 from vllm_wkvquant.quantize.state import RunState, check_output, partial_directory
 from vllm_wkvquant.quantize.weights import round_to_nearest
 from vllm_wkvquant.quantize.writer import CheckpointWriter
@@ -106,7 +106,7 @@ def check_disk(plan: Plan) -> None:
     checkpoint = 2 * int(block * (0.5 + 2.5 / min(adapter.group_sizes.values()))) + 2 * adapter.numel(
         adapter.outer_names()
     )
-    runs = windows.tokens.shape[0] + windows.held_out * len(plan.recipe.smoothings)
+    runs = windows.tokens.shape[0] + windows.held_out * len(plan.recipe.candidates)
     hidden = 2 * 4 * runs * windows.tokens.shape[1] * adapter.config.hidden_size
     existing = next(p for p in (plan.settings.out.absolute(), *plan.settings.out.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(existing).free
@@ -165,11 +165,11 @@ def quantize(settings: Settings, progress: Progress = lambda done, total: None) 
 
 def first_hidden(plan: Plan) -> dict[str, torch.Tensor]:
     """Embeddings: the reference's on all windows [N, T, hidden], and each candidate's on the held-out ones."""
-    embedding = plan.adapter.load_embedding()
+    embedding = plan.adapter.load_embedding().to(plan.adapter.dtype)
     dtype = getattr(torch, plan.settings.dtype)
     hidden = torch.nn.functional.embedding(plan.windows.tokens, embedding).to(dtype)
     held_out = hidden[plan.windows.statistics :]
-    return {REFERENCE: hidden} | {s.name: held_out.clone() for s in plan.recipe.smoothings}
+    return {REFERENCE: hidden} | {name: held_out.clone() for name in plan.recipe.candidates}
 
 
 class BlockRunner:
@@ -195,7 +195,7 @@ class BlockRunner:
 def quantize_block(
     plan: Plan, layer: int, hidden: dict[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, torch.Tensor]]:
-    """One block: its tensors for the checkpoint (every candidate's k_smooth), its report, the hidden states after it."""
+    """One block: its tensors for the checkpoint, with every candidate's k_smooth; its report; hidden states after it."""
     adapter, recipe, windows = plan.adapter, plan.recipe, plan.windows
     block = adapter.load_block(layer, getattr(torch, plan.settings.dtype), plan.settings.device)
     runner = BlockRunner(plan, block, windows.tokens.shape[1])
@@ -256,15 +256,18 @@ def quantize_weights(
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Round a block's linear layers in place; returns all its tensors by checkpoint name, and each layer's error."""
     prefix = adapter.block_prefix(layer)
-    tensors = {prefix + n: t.to(adapter.dtype).cpu() for n, t in block.state_dict().items()}
-    errors = {}
+    tensors, errors = {}, {}
+    quantized_names = {f"{name}.weight" for name in adapter.family.linears}
+    for name, parameter in block.named_parameters():
+        if name not in quantized_names:  # norms and biases: run what is stored
+            tensors[prefix + name] = parameter.to(adapter.dtype).cpu()
+            parameter.data = parameter.to(adapter.dtype).to(parameter.dtype)
     for name in adapter.family.linears:
         linear: Any = block.get_submodule(name)
         quantized = round_to_nearest(linear.weight, adapter.group_sizes[name.rpartition(".")[2]], adapter.dtype)
         weight = quantized.dequantize()
         errors[name] = relative_error(weight, linear.weight)
         linear.weight.data = weight.to(linear.weight.dtype)
-        del tensors[f"{prefix}{name}.weight"]
         tensors |= {f"{prefix}{name}.{suffix}": t for suffix, t in quantized.pack().items()}
     return tensors, errors
 
@@ -278,15 +281,21 @@ def layer_params(
     plan: Plan, statistics: kv.KVStatistics, captured: list[QKV], o_proj: torch.Tensor
 ) -> dict[str, KVParams]:
     """Each candidate's parameters of one layer, by its name."""
-    fixed = [s for s in plan.recipe.smoothings if s.kind != "searched"]
-    smooth = [kv.smoothing_factors(s, statistics, plan.kv.rope.rotary_dim) for s in fixed]
-    params = [KVParams.build(plan.kv, s, statistics.k_shift, statistics.v_shift) for s in smooth]
-    out = {s.name: p for s, p in zip(fixed, params, strict=True)}
-    for searched in (s for s in plan.recipe.smoothings if s.kind == "searched"):
-        best = kv.search(params, captured, o_proj, plan.attention.scale, plan.attention.sliding_window)
-        mixed = torch.stack([smooth[i][head] for head, i in enumerate(best.tolist())])
-        out[searched.name] = KVParams.build(plan.kv, mixed, statistics.k_shift, statistics.v_shift)
-    return out
+
+    def build(k_smooth: torch.Tensor) -> KVParams:
+        return KVParams.build(plan.kv, k_smooth, statistics.k_shift, statistics.v_shift)
+
+    def factors(smoothing: Smoothing) -> torch.Tensor:
+        return kv.smoothing_factors(smoothing, statistics, plan.kv.rope.rotary_dim)
+
+    params = {s.name: build(factors(s)) for s in plan.recipe.smoothings}
+    if plan.recipe.search:
+        grid = torch.stack([factors(s) for s in plan.recipe.search])
+        best = kv.search(
+            [build(s) for s in grid], captured, o_proj, plan.attention.scale, plan.attention.sliding_window
+        )
+        params[SEARCHED] = build(grid[best, torch.arange(best.numel(), device=grid.device)])
+    return params
 
 
 def divergence(plan: Plan, hidden: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -294,16 +303,14 @@ def divergence(plan: Plan, hidden: dict[str, torch.Tensor]) -> dict[str, torch.T
     device = plan.settings.device
     head = plan.adapter.load_head(getattr(torch, plan.settings.dtype), device)
     exact = hidden[REFERENCE][plan.windows.statistics :].flatten(0, 1)
-    names = [s.name for s in plan.recipe.smoothings]
+    names = plan.recipe.candidates
     parts: dict[str, list[torch.Tensor]] = {n: [] for n in names}
     for i in range(0, exact.shape[0], LOGIT_ROWS):
         rows = slice(i, i + LOGIT_ROWS)
         p = head(exact[rows].to(device)).float().log_softmax(-1)
         for name in names:
             q = head(hidden[name].flatten(0, 1)[rows].to(device)).float().log_softmax(-1)
-            parts[name].append(
-                torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).double().cpu()
-            )
+            parts[name].append((p.exp() * (p - q)).sum(-1).double().cpu())
     return {name: torch.cat(p) for name, p in parts.items()}
 
 
@@ -324,16 +331,10 @@ def finish(plan: Plan, state: RunState, hidden: dict[str, torch.Tensor]) -> dict
     writer.add({n: t.to(adapter.dtype) for n, t in adapter.tensors.get(adapter.outer_names()).items()})
     for layer in range(adapter.num_layers):
         tensors = state.block(layer)
-        for name in kl:
-            smooth = tensors.pop(f"{name}.k_smooth")
-            if name == chosen:
-                tensors["k_smooth"] = smooth
-        writer.add(
-            {
-                kv_tensor_name(layer, n) if n in ("k_smooth", "k_shift", "v_shift") else n: tensors[n]
-                for n in sorted(tensors)
-            }
-        )
+        smooth = {name: tensors.pop(f"{name}.k_smooth") for name in kl}
+        tensors["k_smooth"] = smooth[chosen]
+        named = {kv_tensor_name(layer, p): tensors.pop(p) for p in KV_PARAMS}
+        writer.add(dict(sorted({**tensors, **named}.items())))
         block = state.report(layer)
         layers.append({**block, "hidden_error": block["hidden_error"][chosen]})
     report = {

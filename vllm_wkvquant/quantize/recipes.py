@@ -4,32 +4,36 @@ from dataclasses import dataclass
 
 from vllm_wkvquant.config import ConfigError
 
+SEARCHED = "searched"
+
 
 @dataclass(frozen=True)
 class Smoothing:
-    """How k_smooth comes from calibration statistics (kv.py, `smoothing_factors`).
+    """k_smooth = deviation ** key / query_rms ** query per channel (kv.py, `smoothing_factors`); none where both are 0.
 
-    kind: "none"; "free" (deviation ** alpha per channel); "tied" (the same, one value for the two channels of a rotary
-    pair); "balanced" ((deviation / query) ** alpha: error goes where queries are small); "searched" (per head, whichever
-    of the other candidates errs least at the attention's output).
+    tied: the two channels of a rotary pair share the larger deviation.
     """
 
-    kind: str
-    alpha: float = 0.0
+    key: float = 0.0
+    query: float = 0.0
+    tied: bool = False
 
     @property
     def name(self) -> str:
-        """As reported: "free^0.5"."""
-        return f"{self.kind}^{self.alpha:g}" if self.alpha else self.kind
+        """As reported: "tied^0.5", "free^0.7/q^0.4"."""
+        if not self.key and not self.query:
+            return "none"
+        return f"{'tied' if self.tied else 'free'}^{self.key:g}" + (f"/q^{self.query:g}" if self.query else "")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """One way of making a checkpoint.
 
-    key_shift: as in `KVCacheConfig`. smoothings: candidates for the whole model; the one with the least KL divergence
-    on held-out calibration text is kept. value_balance: scale V's channels by (value / o_proj column) ** value_balance
-    before they are folded.
+    key_shift: as in `KVCacheConfig`. value_balance: scale V's channels by (value / o_proj column) ** value_balance
+    before they are folded. smoothings: candidates, each for the whole model. search: where not empty, one candidate
+    more, `SEARCHED`: per layer and KV head, whichever of these errs least at the attention's output. The candidate with
+    the least KL divergence on held-out calibration text is kept.
     """
 
     name: str
@@ -39,6 +43,12 @@ class Recipe:
     value_hadamard: bool
     value_balance: float
     smoothings: tuple[Smoothing, ...]
+    search: tuple[Smoothing, ...] = ()
+
+    @property
+    def candidates(self) -> list[str]:
+        """Names of all candidates."""
+        return [s.name for s in self.smoothings] + [SEARCHED] * bool(self.search)
 
 
 RECIPES = {
@@ -51,16 +61,11 @@ RECIPES = {
             key_hadamard=True,
             value_hadamard=True,
             value_balance=0.0,
-            smoothings=(
-                Smoothing("none"),
-                Smoothing("free", 0.3),
-                Smoothing("free", 0.5),
-                Smoothing("tied", 0.3),
-                Smoothing("tied", 0.5),
-                Smoothing("tied", 0.7),
-                Smoothing("balanced", 0.3),
-                Smoothing("balanced", 0.5),
-                Smoothing("searched"),
+            smoothings=(Smoothing(0.5), Smoothing(0.5, tied=True)),
+            search=(
+                Smoothing(),
+                *(Smoothing(key, query) for key in (0.3, 0.5, 0.7) for query in (0.0, 0.2, 0.4)),
+                *(Smoothing(0.9, query) for query in (0.2, 0.4)),
             ),
         ),
         Recipe(
@@ -70,7 +75,7 @@ RECIPES = {
             key_hadamard=False,
             value_hadamard=False,
             value_balance=0.5,
-            smoothings=(Smoothing("free", 0.5), Smoothing("free", 0.7), Smoothing("free", 1.0)),
+            smoothings=(Smoothing(0.5), Smoothing(0.7), Smoothing(1.0)),
         ),
     )
 }
