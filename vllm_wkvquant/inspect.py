@@ -138,8 +138,8 @@ def main(args: argparse.Namespace) -> int:
     ratio = kv["bytes_per_token_16bit"] / kv["bytes_per_token"]
     rows = {
         "versions": f"format {result['format_version']}, KV layout {result['layout_version']}",
-        "quantized weights": f"{weights['quantized_parameters'] / 1e6:.1f} M, {weights['bits_per_quantized_weight']:.3f} "
-        f"bits each, {weights['quantized_bytes'] / 1e6:.1f} MB",
+        "4-bit weights": f"{weights['quantized_parameters'] / 1e6:.1f} M, {weights['quantized_bytes'] / 1e6:.1f} MB, "
+        f"{weights['bits_per_quantized_weight']:.3f} bits each",
         "other weights": f"{weights['other_bytes'] / 1e6:.1f} MB",
         "group sizes": groups,
         "KV heads": f"{kv['num_kv_heads']} of {kv['head_size']} in {kv['num_hidden_layers']} layers",

@@ -195,7 +195,7 @@ class BlockRunner:
 def quantize_block(
     plan: Plan, layer: int, hidden: dict[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, torch.Tensor]]:
-    """One block: its tensors for the checkpoint, with every candidate's k_smooth; its report; hidden states after it."""
+    """One block: its tensors for the checkpoint (each candidate's k_smooth), its report, the hidden states after it."""
     adapter, recipe, windows = plan.adapter, plan.recipe, plan.windows
     block = adapter.load_block(layer, getattr(torch, plan.settings.dtype), plan.settings.device)
     runner = BlockRunner(plan, block, windows.tokens.shape[1])

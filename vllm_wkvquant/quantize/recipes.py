@@ -60,7 +60,7 @@ RECIPES = {
             key_shift="rotating",
             key_hadamard=True,
             value_hadamard=True,
-            value_balance=0.0,
+            value_balance=0.5,
             smoothings=(Smoothing(0.5), Smoothing(0.5, tied=True)),
             search=(
                 Smoothing(),

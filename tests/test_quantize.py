@@ -1,0 +1,430 @@
+"""The quantizer on tiny random models: what it writes, that it is what it ran, and that it survives being killed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from compressed_tensors.compressors import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from models import save_text, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from vllm_wkvquant import cli, layout, reference
+from vllm_wkvquant.checkpoint import KV_PARAMS, Checkpoint, kv_tensor_name
+from vllm_wkvquant.config import KVCacheConfig, RopeConfig
+from vllm_wkvquant.evaluate import ATTENTION, PastOnlyCache, load_quantized
+from vllm_wkvquant.inspect import inspect
+from vllm_wkvquant.quantize import attention, kv, pipeline
+from vllm_wkvquant.quantize.adapters import group_size
+from vllm_wkvquant.quantize.calibration import SKIPPED, read_windows
+from vllm_wkvquant.quantize.fold import fold_value
+from vllm_wkvquant.quantize.pipeline import REFERENCE, Settings, quantize
+from vllm_wkvquant.quantize.recipes import RECIPES, SEARCHED, Smoothing
+from vllm_wkvquant.quantize.weights import round_to_nearest
+
+SAMPLES, SEQ_LEN = 4, 48
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return save_text(tmp_path / "calib.txt")
+
+
+def settings(model: Path, out: Path, text: Path, **other: object) -> Settings:
+    return Settings(model, out, text, samples=SAMPLES, seq_len=SEQ_LEN, **other)  # type: ignore[arg-type]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+# families: name, and what is particular to it
+FAMILIES = {
+    "llama-yarn-tied": {
+        "family": "llama",
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+        },
+    },
+    "llama-llama3-96": {
+        "family": "llama",
+        "head_size": 96,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 128,
+        },
+    },
+    "mistral-window-80": {"family": "mistral", "head_size": 80, "sliding_window": 16},
+    "qwen2-bias-128": {"family": "qwen2", "head_size": 128, "key_bias": 30.0, "dtype": torch.float16},
+    "qwen3-norm-256": {"family": "qwen3", "head_size": 256, "num_heads": 2, "num_kv_heads": 1, "num_layers": 2},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_streaming_equals_the_whole_model(name: str, tmp_path: Path, text: Path) -> None:
+    """The KL reported from one block at a time is that of the written checkpoint run as a whole in transformers."""
+    model = tiny_model(tmp_path / "model", **FAMILIES[name])
+    report = quantize(settings(model, tmp_path / "out", text))
+    windows = read_windows(model, text, SAMPLES, SEQ_LEN, seed=0)
+
+    ckpt = Checkpoint(tmp_path / "out")
+    cache = PastOnlyCache([ckpt.kv_params(i) for i in range(ckpt.kv.num_hidden_layers)], chunk=1)
+    attention.AttentionInterface.register(ATTENTION, cache.attention)
+    whole = load_quantized(ckpt, torch.float32, "cpu")
+    held_out = windows.tokens[windows.statistics :]
+    with torch.inference_mode():
+        whole.config._attn_implementation = "sdpa"
+        exact = whole(held_out).logits.log_softmax(-1)
+        whole.config._attn_implementation = ATTENTION
+        cache.enabled = True
+        logits = [whole(w[None], attention_mask=torch.ones(1, SEQ_LEN)).logits for w in held_out]
+        quantized = torch.cat(logits).log_softmax(-1)
+    kl = (exact.exp() * (exact - quantized)).sum(-1).mean().item()
+    chosen = report["candidates"][report["smoothing"]]
+    assert chosen["kl"] == min(c["kl"] for c in report["candidates"].values())
+    assert chosen["kl"] == pytest.approx(kl, rel=2e-2)
+    assert kl > 1e-5
+
+
+def test_reference_pass_gives_the_whole_models_logits(tmp_path: Path, text: Path) -> None:
+    model = tiny_model(tmp_path / "model", "qwen2", head_size=128, key_bias=30.0)
+    s = settings(model, tmp_path / "out", text)
+    with torch.inference_mode():
+        plan = pipeline.preflight(s)
+        hidden = pipeline.first_hidden(plan)
+        for layer in range(plan.adapter.num_layers):
+            _, _, hidden = pipeline.quantize_block(plan, layer, hidden)
+        streamed = plan.adapter.load_head(torch.float32, "cpu")(hidden[REFERENCE])
+    quantize(s)
+    attention.AttentionInterface.register(ATTENTION, PastOnlyCache([], chunk=1).attention)
+    whole = load_quantized(Checkpoint(tmp_path / "out"), torch.float32, "cpu")
+    whole.config._attn_implementation = "sdpa"
+    with torch.inference_mode():
+        expected = whole(plan.windows.tokens).logits
+    torch.testing.assert_close(streamed, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_checkpoint_on_disk(tmp_path: Path, text: Path) -> None:
+    """Names, types, shards, config and copied files, from a sharded model."""
+    model = tiny_model(tmp_path / "model", max_shard_size="200KB", intermediate_size=320)
+    assert len(list(model.glob("*.safetensors"))) > 2
+    quantize(settings(model, tmp_path / "out", text, shard_size=100_000))
+    out = tmp_path / "out"
+    shards = sorted(out.glob("*.safetensors"))
+    assert len(shards) > 2
+    assert [s.name for s in shards] == [
+        f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
+    ]
+    ckpt = Checkpoint(out)
+    assert ckpt.config["quantization_config"]["quant_method"] == "wkvquant"
+    groups = ckpt.config["quantization_config"]["config_groups"]
+    assert {g["weights"]["group_size"]: g["targets"] for g in groups.values()} == {
+        128: ["re:.*\\.(gate_proj|k_proj|o_proj|q_proj|up_proj|v_proj)$"],
+        64: ["re:.*\\.(down_proj)$"],
+    }
+    before = json.loads((model / "config.json").read_text())
+    assert {k: v for k, v in ckpt.config.items() if k != "quantization_config"} == before
+    for layer in range(3):
+        for param in KV_PARAMS:
+            tensor = ckpt.tensors.get([kv_tensor_name(layer, param)])[kv_tensor_name(layer, param)]
+            assert (tensor.dtype, tuple(tensor.shape)) == (torch.float32, (2, 64))
+    original = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    written = dict(ckpt.weight_names())
+    assert set(written) == set(original)
+    for name, quantized in written.items():
+        assert quantized == ("proj" in name)
+        if not quantized:
+            assert torch.equal(ckpt.weight(name, False), original[name])
+    scale = ckpt.tensors.get(["model.layers.0.mlp.down_proj.weight_scale"])["model.layers.0.mlp.down_proj.weight_scale"]
+    assert (scale.dtype, tuple(scale.shape)) == (torch.bfloat16, (128, 5))
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (out / file).read_bytes() == (model / file).read_bytes()
+    assert (
+        AutoTokenizer.from_pretrained(out)("abc")["input_ids"]
+        == AutoTokenizer.from_pretrained(model)("abc")["input_ids"]
+    )
+    assert not (tmp_path / "out.wkvquant-partial").exists()
+
+
+def test_tied_embeddings_are_stored_once(tmp_path: Path, text: Path) -> None:
+    model = tiny_model(tmp_path / "model", tie_word_embeddings=True, num_layers=1)
+    quantize(settings(model, tmp_path / "out", text))
+    assert "lm_head.weight" not in Checkpoint(tmp_path / "out").tensors
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes(recipe: str, tmp_path: Path, text: Path) -> None:
+    model = tiny_model(tmp_path / "model", "qwen2", head_size=128, key_bias=30.0, num_layers=2)
+    report = quantize(settings(model, tmp_path / "out", text, recipe=recipe))
+    section = Checkpoint(tmp_path / "out").kv
+    r = RECIPES[recipe]
+    assert (section.key_shift, section.key_hadamard, section.value_hadamard) == (
+        r.key_shift,
+        r.key_hadamard,
+        r.value_hadamard,
+    )
+    assert list(report["candidates"]) == r.candidates
+    assert (SEARCHED in r.candidates) == bool(r.search)
+
+
+def test_same_seed_same_bytes(tmp_path: Path, text: Path) -> None:
+    model = tiny_model(tmp_path / "model", num_layers=2)
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        quantize(settings(model, tmp_path / name, text, seed=seed))
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert contents(tmp_path / "a") != contents(tmp_path / "c")
+
+
+def test_key_shift_is_the_bias(tmp_path: Path, text: Path) -> None:
+    """Keys that are hardly more than a bias: the rotating shift finds it, whatever the position."""
+    model = tiny_model(tmp_path / "model", "qwen2", head_size=128, key_bias=100.0, num_layers=1)
+    bias = AutoModelForCausalLM.from_pretrained(model).state_dict()["model.layers.0.self_attn.k_proj.bias"].float()
+    quantize(settings(model, tmp_path / "out", text))
+    params = Checkpoint(tmp_path / "out").kv_params(0)
+    torch.testing.assert_close(params.k_shift, bias.view(2, 128), rtol=0, atol=2.0)
+    assert bias.abs().max() > 90
+
+
+# -- parts
+
+
+@pytest.mark.parametrize("head_size", layout.HEAD_SIZES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_fold_preserves_the_function(head_size: int, bias: bool) -> None:
+    """o_proj(mixture of v_proj(x)) stays; the folded values are H (v / s)."""
+    torch.manual_seed(0)
+    heads, group, hidden, tokens = 2, 3, 64, 7
+    v_proj = torch.nn.Linear(hidden, heads * head_size, bias=bias).double().requires_grad_(False)
+    o_proj = torch.nn.Linear(heads * group * head_size, hidden, bias=bias).double().requires_grad_(False)
+    x = torch.randn(tokens, hidden, dtype=torch.float64)
+    mixture = torch.rand(heads * group, tokens, tokens, dtype=torch.float64)
+    smooth = 0.25 + torch.rand(heads, head_size)
+
+    def values() -> torch.Tensor:
+        return v_proj(x).view(tokens, heads, head_size)
+
+    def output() -> torch.Tensor:
+        mixed = torch.einsum("hqk,khd->qhd", mixture, values().repeat_interleave(group, 1))
+        return o_proj(mixed.flatten(1))
+
+    before, expected = values(), output()
+    fold_value(v_proj, o_proj, smooth, hadamard=True)
+    torch.testing.assert_close(output(), expected, rtol=1e-5, atol=1e-5)
+    rotated = (before / smooth) @ reference.hadamard_matrix(head_size, torch.float64)
+    torch.testing.assert_close(values(), rotated, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_packed_weights_are_compressed_tensors_own(size: int, dtype: torch.dtype) -> None:
+    """What compressed-tensors decompresses from our tensors is what the quantizer ran."""
+    torch.manual_seed(0)
+    weight = torch.randn(48, 384) + 0.5
+    weight[3] = 0
+    quantized = round_to_nearest(weight, size, dtype)
+    args = QuantizationArgs(num_bits=4, type="int", symmetric=False, strategy="group", group_size=size)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    theirs = PackedQuantizationCompressor.decompress(quantized.pack(), scheme)["weight"]
+    ours = quantized.dequantize()
+    torch.testing.assert_close(theirs.float(), ours.to(dtype).float(), rtol=0, atol=0)
+    step = quantized.scale.float().repeat_interleave(size, 1)
+    # half a step, and at the ends of a range what rounding the scale to 8 bits moves them (15 steps of 2^-9)
+    assert ((ours - weight).abs() <= 0.54 * step + 1e-6).all()
+    assert (ours[3] == 0).all()
+
+
+def test_group_size() -> None:
+    assert [group_size(n) for n in (4096, 576, 96, 80, 33)] == [128, 64, 32, None, None]
+
+
+@pytest.mark.parametrize("sliding_window", [0, 100, 700])
+def test_fast_attention_is_the_reference(sliding_window: int) -> None:
+    """Longer than one tile of rows, with and without a window that starts inside a tile."""
+    torch.manual_seed(0)
+    length, heads, size = attention.QUERY_ROWS + 60, 2, 64
+    q = torch.randn(length, 3 * heads, size)
+    k, v, past_k, past_v = torch.randn(4, length, heads, size)
+    ours = attention.past_only_attention(q, k, v, past_k, past_v, 0.3, sliding_window)
+    spec = reference.past_only_attention(q, k, v, past_k, past_v, 0.3, 1, sliding_window)
+    torch.testing.assert_close(ours, spec, rtol=1e-4, atol=1e-5)
+    raw = attention.raw_attention(q, k, v, 0.3, sliding_window)
+    spec = reference.past_only_attention(q, k, v, k, v, 0.3, 1, sliding_window)
+    torch.testing.assert_close(raw, spec, rtol=1e-4, atol=1e-5)
+
+
+def kv_config(key_shift: str = "rotating", scaling: float = 1.0) -> KVCacheConfig:
+    rope = RopeConfig(tuple(10000 ** (-i / 16) for i in range(16)), 32, scaling)
+    return KVCacheConfig(64, 2, 1, key_shift, key_hadamard=True, value_hadamard=True, rope=rope)
+
+
+@pytest.mark.parametrize("scaling", [1.0, 1.3])
+def test_statistics(scaling: float) -> None:
+    """Keys made from a bias before a partial rotary embedding: the shift is the bias, the deviation what was added."""
+    torch.manual_seed(0)
+    config = kv_config(scaling=scaling)
+    bias = 50 * torch.randn(2, 64)
+    noise = torch.randn(4, 200, 2, 64)
+    noise -= noise[:, SKIPPED:].mean((0, 1))
+    turns = reference.rope_turns(config.rope.inv_freq)
+    positions = torch.arange(200)
+    keys = [reference.rotate(bias + n, positions, turns, scaling) for n in noise]
+    queries = torch.full((200, 4, 64), 3.0)
+    queries[:, 2:] = 5
+    values = torch.randn(200, 2, 64) + 7
+    keys[0][:SKIPPED] = values[:SKIPPED] = 1e6  # massive activations, which no statistic may see
+    found = kv.collect([(queries, k, values) for k in keys], config)
+    torch.testing.assert_close(found.k_shift, bias, rtol=0, atol=1e-3)
+    turned = torch.stack([reference.rotate(n, positions, turns, scaling) for n in noise])
+    torch.testing.assert_close(found.k_deviation, turned[:, SKIPPED:].abs().amax((0, 1)), rtol=0, atol=1e-3)
+    torch.testing.assert_close(found.q_rms, torch.tensor([3.0, 5.0])[:, None].expand(2, 64))
+    torch.testing.assert_close(found.v_shift, values[SKIPPED:].mean(0))
+
+
+def test_smoothing_factors() -> None:
+    deviation = torch.tensor([[1.0, 4.0, 16.0, 1.0, 1e9, 0.0]]).repeat(2, 1)
+    found = kv.KVStatistics(k_shift=deviation, k_deviation=deviation, q_rms=torch.full((2, 6), 4.0), v_shift=deviation)
+    tied = kv.smoothing_factors(Smoothing(0.5, tied=True), found, rotary_dim=4)
+    torch.testing.assert_close(tied[:, :2], tied[:, 2:4])
+    assert ((tied >= 1 / kv.SMOOTH_LIMIT) & (tied <= kv.SMOOTH_LIMIT)).all()
+    assert (kv.smoothing_factors(Smoothing(), found, 4) == 1).all()
+    plain = kv.KVStatistics(*(x[:, :4] for x in (deviation, deviation, found.q_rms, deviation)))
+    free = kv.smoothing_factors(Smoothing(0.5), plain, 4)
+    torch.testing.assert_close(free[0] / free[0, 0], torch.tensor([1.0, 2.0, 4.0, 1.0]))
+    torch.testing.assert_close(free.log().mean(-1), torch.zeros(2))
+    assert [s.name for s in (Smoothing(), Smoothing(0.5), Smoothing(0.5, tied=True), Smoothing(0.7, 0.4))] == [
+        "none",
+        "free^0.5",
+        "tied^0.5",
+        "free^0.7/q^0.4",
+    ]
+
+
+def test_search_takes_the_better_candidate_of_each_head() -> None:
+    """Head 0 has one wide channel and gains from smoothing; head 1 has none and loses from the same factors."""
+    torch.manual_seed(0)
+    config = kv_config()
+    q, k, v = torch.randn(3, 96, 2, 64)
+    k[:, 0, 5] *= 50
+    q[:, 0, 5] /= 50
+    smooth = torch.ones(2, 64)
+    smooth[:, 5] = 50
+    zeros = torch.zeros(2, 64)
+    candidates = [reference.KVParams.build(config, s, zeros, zeros) for s in (torch.ones(2, 64), smooth)]
+    best = kv.search(candidates, [(q, k, v)], torch.randn(32, 128), scale=0.125, sliding_window=0)
+    assert best.tolist() == [1, 0]
+
+
+def test_calibration_windows(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", num_layers=1)
+    text = save_text(tmp_path / "t.txt", 4000)
+    windows = read_windows(model, text, samples=12, seq_len=100, seed=3)
+    assert (windows.tokens.shape, windows.held_out, windows.statistics) == ((12, 100), 3, 9)
+    characters = torch.tensor([ord(c) for c in text.read_text()]).view(40, 100)
+    matches = (windows.tokens[:, None] == characters[None]).all(-1)
+    assert (matches.sum(1) == 1).all()
+    assert matches.sum(0).max() == 1  # no window twice
+
+
+# -- interruption
+
+KILL = """
+import os, signal, sys
+from vllm_wkvquant import cli
+from vllm_wkvquant.quantize import files
+commit, calls = files.commit, 0
+def killing(temporary, path):
+    global calls
+    calls += 1
+    if calls == int(sys.argv[1]):
+        print("killed before", path.name, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    commit(temporary, path)
+files.commit = killing
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path, text: Path) -> None:
+    """SIGKILL inside three blocks, drawn with a fixed seed, and once inside the final writing."""
+    layers = 6
+    model = tiny_model(tmp_path / "model", num_layers=layers)
+    common = [str(model), "--calib-text", str(text), "--samples", str(SAMPLES), "--seq-len", str(SEQ_LEN)]
+    common += ["--shard-size", "200KB"]
+    assert cli.main(["quantize", common[0], str(tmp_path / "whole"), *common[1:]]) == 0
+    expected = contents(tmp_path / "whole")
+
+    writes = 4  # per block: tensors, report, hidden states, run.json
+    blocks = torch.randperm(layers, generator=torch.Generator().manual_seed(7))[:3].sort().values.tolist()
+    steps = torch.randint(1, writes + 1, (3,), generator=torch.Generator().manual_seed(8)).tolist()
+    out = tmp_path / "out"
+    partial = tmp_path / "out.wkvquant-partial"
+    command = ["quantize", common[0], str(out), *common[1:]]
+    done = 0
+    for i, (block, step) in enumerate([*zip(blocks, steps, strict=True), (layers, 2)]):
+        call = (block - done) * writes + step
+        resume = ["--resume"] if i else []
+        run = subprocess.run(
+            [sys.executable, "-c", KILL, str(call), *command, *resume], capture_output=True, text=True, timeout=300
+        )
+        assert run.returncode == -9, run.stderr
+        assert "killed before" in run.stdout
+        assert not out.exists()
+        done = json.loads((partial / "run.json").read_text())["blocks_done"] if (partial / "run.json").exists() else 0
+        assert done == block
+    assert cli.main([*command, "--resume"]) == 0
+    assert contents(out) == expected
+    assert not partial.exists()
+
+
+# -- command
+
+
+def test_quantize_and_inspect_from_the_command(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_model(tmp_path / "model", "qwen3", head_size=128, num_layers=2)
+    out = tmp_path / "out"
+    arguments = ["--calib-text", str(text), "--samples", "4", "--seq-len", "32"]
+    assert cli.main(["quantize", str(model), str(out), *arguments]) == 0
+    shown = capsys.readouterr()
+    assert "block 2/2" in shown.err
+    assert SEARCHED in shown.out
+    assert cli.main(["inspect", str(out)]) == 0
+    assert "4.250 bits an element" in " ".join(capsys.readouterr().out.split())
+    assert cli.main(["inspect", str(out), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["kv_cache"]["bits_per_element"] == 4.25
+    assert result["kv_cache"]["bytes_per_token"] == 2 * 2 * 136
+    assert result["kv_cache"]["bytes_per_token_16bit"] == 2 * 2 * 512
+    assert result["kv_cache"]["page"] == {
+        "block_size": 64,
+        "bytes_per_head": 8704,
+        "k_codes": 0,
+        "v_codes": 4096,
+        "k_meta": 8192,
+        "v_meta": 8448,
+    }
+    assert result["weights"]["group_sizes"]["o_proj"] == 128
+    assert result["weights"]["quantized_parameters"] == 2 * (128 * 128 * (4 + 2 + 2 + 4) + 3 * 128 * 256)
+    assert len(result["layers"]) == 2
+    assert result["layers"][1]["hidden_error"] > 0
+
+
+def test_inspect_reads_every_file_it_describes(tmp_path: Path, text: Path) -> None:
+    model = tiny_model(tmp_path / "model", num_layers=1)
+    quantize(settings(model, tmp_path / "out", text))
+    weights = inspect(tmp_path / "out")["weights"]
+    kv_bytes = 3 * 2 * 64 * 4
+    shape_bytes = 7 * 16
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    total = weights["quantized_bytes"] + weights["other_bytes"] + kv_bytes + shape_bytes
+    assert index["metadata"]["total_size"] == total
