@@ -1,7 +1,7 @@
 """A plain-torch Llama that computes what the engine should, given the engine's own step boundaries.
 
-Only reference.py stands for the cache here. Roundings are the engine's: bf16 weights and activations, fp32 inside a
-norm, a product or attention.
+Only reference.py stands for the cache here. Roundings are the engine's: weights and activations of 16 bits, fp32
+inside a norm, a product or attention.
 """
 
 import torch
@@ -10,34 +10,31 @@ import torch.nn.functional as F
 from vllm_wkvquant import reference
 from vllm_wkvquant.checkpoint import Checkpoint
 
-DTYPE = torch.bfloat16
-
 
 class ReferenceLlama:
     """Llama, Qwen2 without its extras, or Mistral, from a wkvquant checkpoint."""
 
-    def __init__(self, path) -> None:
+    def __init__(self, path, dtype: torch.dtype = torch.float16) -> None:
+        self.dtype = dtype
         self.ckpt = ckpt = Checkpoint(path)
         self.config = ckpt.config
-        self.weights = {name: ckpt.weight(name, quantized).to(DTYPE) for name, quantized in ckpt.weight_names()}
+        # fp32 holding 16-bit values: a product accumulates in fp32 either way, and no step converts them again
+        self.weights = {name: ckpt.weight(name, q).to(self.dtype).float() for name, q in ckpt.weight_names()}
         self.params = [ckpt.kv_params(i) for i in range(ckpt.kv.num_hidden_layers)]
 
     def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        bias = self.weights.get(f"{name}.bias")
-        y = F.linear(x.float(), self.weights[f"{name}.weight"].float(), None if bias is None else bias.float())
-        return y.to(DTYPE)
+        return F.linear(x.float(), self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")).to(self.dtype)
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        x = x.float()
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.config["rms_norm_eps"])
-        return x.to(DTYPE) * self.weights[f"{name}.weight"]
+        x = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.config["rms_norm_eps"])
+        return x.to(self.dtype) * self.weights[f"{name}.weight"].to(self.dtype)
 
     def _rope(self, x: torch.Tensor) -> torch.Tensor:
         rope = self.ckpt.kv.rope
         angles = torch.arange(x.shape[0])[:, None].float() * torch.tensor(rope.inv_freq)
-        cos, sin = angles.cos().to(DTYPE).float()[:, None], angles.sin().to(DTYPE).float()[:, None]
+        cos, sin = angles.cos().to(self.dtype).float()[:, None], angles.sin().to(self.dtype).float()[:, None]
         a, b = x.float().chunk(2, -1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(DTYPE)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(self.dtype)
 
     def logprobs(self, tokens: list[int], starts: list[int], cache: str = "past_only") -> torch.Tensor:
         """fp32 [len(tokens), vocabulary] log-probabilities of the token after each one.
@@ -57,10 +54,11 @@ class ReferenceLlama:
         if window:
             hidden_keys |= position[None] <= position[:, None] - window
         heads = self.config["num_attention_heads"]
+        # vLLM's fused norm sees the residual sum before it is rounded
         x = self.weights["model.embed_tokens.weight"][torch.tensor(tokens)]
         for i, params in enumerate(self.params):
             layer = f"model.layers.{i}"
-            h = self._norm(x, f"{layer}.input_layernorm")
+            h, x = self._norm(x, f"{layer}.input_layernorm"), x.to(self.dtype)
             q, k, v = (
                 self._linear(h, f"{layer}.self_attn.{n}_proj").view(length, -1, kv.head_size) for n in ("q", "k", "v")
             )
@@ -74,9 +72,9 @@ class ReferenceLlama:
                 p = scores.masked_fill(hidden_keys, -torch.inf).softmax(-1)
                 current = p.masked_fill(~same, 0)
                 out[:, head] = current @ v[:, g].float() + (p - current) @ past_v[:, g]
-            x = x + self._linear(out.flatten(1).to(DTYPE), f"{layer}.self_attn.o_proj")
-            h = self._norm(x, f"{layer}.post_attention_layernorm")
-            gate = F.silu(self._linear(h, f"{layer}.mlp.gate_proj").float()).to(DTYPE)
-            x = x + self._linear(gate * self._linear(h, f"{layer}.mlp.up_proj"), f"{layer}.mlp.down_proj")
+            x = x.float() + self._linear(out.flatten(1).to(self.dtype), f"{layer}.self_attn.o_proj")
+            h, x = self._norm(x, f"{layer}.post_attention_layernorm"), x.to(self.dtype)
+            gate = F.silu(self._linear(h, f"{layer}.mlp.gate_proj"))
+            x = x.float() + self._linear(gate * self._linear(h, f"{layer}.mlp.up_proj"), f"{layer}.mlp.down_proj")
         head_name = "lm_head" if "lm_head.weight" in self.weights else "model.embed_tokens"
         return self._linear(self._norm(x, "model.norm"), head_name).float().log_softmax(-1)

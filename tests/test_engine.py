@@ -1,0 +1,411 @@
+"""Real vLLM engines against the specification, step boundary by step boundary.
+
+Past-only quantization makes results depend on which tokens shared a step. So each engine here records its steps, and
+the reference (llama.py) computes the same model with the same boundaries: whatever the scheduler did (chunks, prefix
+hits, preemption, speculation), the expected log-probabilities are known. One engine lives at a time, because vLLM's
+parallel groups are global to a process.
+"""
+
+import itertools
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from ckpt import VOCAB, write_checkpoint
+from engine import RecordingScheduler, Result, engine, generate, in_subprocess
+from llama import ReferenceLlama
+from transformers import AutoTokenizer
+
+from vllm_wkvquant import layout
+from vllm_wkvquant.config import ConfigError
+from vllm_wkvquant.plugin.attention import WKVQuantBackend
+from vllm_wkvquant.plugin.eval_engine import ExactChunkScheduler, prompt_logprobs
+
+# of a log-probability, in fp16: sums in another order, and codes that a last bit tips over. Quantizing the current
+# token too costs several times as much, which the tests below assert
+TOLERANCE = 0.03
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    generator = random.Random(seed)
+    return [generator.randrange(3, VOCAB) for _ in range(length)]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="module")
+def stress(tmp_path_factory) -> Path:
+    """A shift far from the keys' mean makes their range, and so the cache, coarse."""
+    return write_checkpoint(tmp_path_factory.mktemp("stress") / "model", shift=2.0)
+
+
+@pytest.fixture
+def scratch(tmp_path):
+    return lambda **options: write_checkpoint(tmp_path / "model", **options)
+
+
+def incarnations(result: Result) -> list[list[int]]:
+    """Starts of the request's steps, cut where it was preempted and began again."""
+    out: list[list[int]] = []
+    for step in result.steps:
+        if not out or step.start <= out[-1][-1]:
+            out.append([])
+        out[-1].append(step.start)
+    return out
+
+
+def expected(
+    reference: ReferenceLlama, result: Result, before: list[int] | None = None, cache: str = "past_only"
+) -> torch.Tensor:
+    """What the result's log-probabilities should be. before: starts of the steps that filled a prefix it hit."""
+    first = len(result.prompt)
+    tokens = torch.tensor(result.tokens)
+    runs = incarnations(result)
+    ends = [next(s.start + s.count for s in reversed(result.steps) if s.start == run[-1]) for run in runs]
+    ends[-1] = len(result.tokens) - 1
+    parts, done = [], first
+    for run, end in zip(runs, ends, strict=True):
+        starts = [s for s in before or [] if s < run[0]] + run
+        values = reference.logprobs(result.tokens[:end], starts, cache)
+        wanted = torch.arange(done, end + 1)
+        parts.append(values[wanted - 1, tokens[wanted]])
+        done = end + 1
+    return torch.cat(parts)
+
+
+def mean_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    return (a - b).abs().mean().item()
+
+
+def check(reference: ReferenceLlama, result: Result, before: list[int] | None = None, factor: float = 0.5) -> None:
+    """The engine is within TOLERANCE of past-only, and nearer to it than to a cache of everything by `factor`."""
+    right = expected(reference, result, before)
+    wrong = expected(reference, result, before, cache="all")
+    assert mean_difference(right, result.logprobs) < TOLERANCE
+    assert mean_difference(right, result.logprobs) < factor * mean_difference(right, wrong)
+
+
+def attention_layers(llm) -> list:
+    context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    return [layer for name, layer in sorted(context.items()) if name.endswith("attn")]
+
+
+def is_4_bit(layer) -> bool:
+    """By its backend, and by the tensor that vLLM bound to it."""
+    ours = layer.attn_backend is WKVQuantBackend
+    assert ours == (layer.kv_cache.dtype == torch.uint8 and layer.kv_cache.shape[3] == layout.token_bytes(64))
+    return ours
+
+
+# --- memory
+
+
+def capacity(path: Path, **options) -> tuple[int, int, set]:
+    """(tokens, bytes allocated, cache dtypes of the layers) in 256 MB."""
+    with engine(path, kv_cache_memory_bytes=256 << 20, **options) as llm:
+        cache = llm.llm_engine.vllm_config.cache_config
+        storages = {layer.kv_cache.untyped_storage().data_ptr(): layer.kv_cache for layer in attention_layers(llm)}
+        allocated = sum(t.untyped_storage().nbytes() for t in storages.values())
+        dtypes = {layer.kv_cache.dtype for layer in attention_layers(llm)}
+        assert len(attention_layers(llm)) == 3
+        return cache.num_gpu_blocks * cache.block_size, allocated, dtypes
+
+
+@pytest.mark.parametrize(("head_size", "ratio"), [(64, 3.5), (128, 3.7)])
+def test_capacity_against_bf16(scratch, head_size: int, ratio: float) -> None:
+    path = scratch(head_size=head_size, heads=4, kv_heads=2)
+    ours, our_bytes, our_dtypes = capacity(path)
+    theirs, their_bytes, their_dtypes = capacity(path, kv_cache_dtype="bfloat16")
+    assert our_dtypes == {torch.uint8}
+    assert their_dtypes == {torch.bfloat16}
+    assert ours >= ratio * theirs
+    for tokens, allocated, per_head in (
+        (ours, our_bytes, layout.token_bytes(head_size)),
+        (theirs, their_bytes, 4 * head_size),
+    ):
+        assert allocated == tokens * per_head * 2 * 3
+        assert 0.99 * (256 << 20) < allocated <= 256 << 20
+
+
+# --- the engine equals the specification
+
+
+def real_tokens(smollm2) -> list[int]:
+    text = smollm2.test_text.read_text()[:4000]
+    return AutoTokenizer.from_pretrained(smollm2.checkpoint)(text)["input_ids"][:300]
+
+
+def check_decode(llm, reference: ReferenceLlama, tokens: list[int]) -> tuple[float, float]:
+    """(engine - specification, specification - cache of everything) over 64 decode steps, all but one token past."""
+    (result,) = generate(llm, [tokens], 65)
+    first = len(tokens)
+    assert [s.start for s in result.steps] == [0, *range(first, first + 64)]
+    right, wrong = (expected(reference, result, cache=c)[1:] for c in ("past_only", "all"))
+    return mean_difference(result.logprobs[1:], right), mean_difference(right, wrong)
+
+
+class TestRealModel:
+    """SmolLM2 in fp16."""
+
+    @pytest.fixture(scope="class")
+    def real(self, smollm2):
+        """SmolLM2 in an engine, its reference, and 300 tokens of text."""
+        with engine(smollm2.checkpoint, kv_cache_memory_bytes=64 << 20) as llm:
+            yield llm, ReferenceLlama(smollm2.checkpoint), real_tokens(smollm2)
+
+    def test_decode_of_a_real_model_equals_the_specification(self, real) -> None:
+        llm, reference, tokens = real
+        error, distance = check_decode(llm, reference, tokens[:40])
+        assert error <= 0.03
+        assert error < distance / 2
+
+    def test_chunked_prefill_equals_the_specification(self, real) -> None:
+        llm, reference, tokens = real
+        (result,) = generate(llm, [tokens[60:260]], 8)
+        assert [(s.start, s.count) for s in result.steps[:4]] == [(0, 64), (64, 64), (128, 64), (192, 8)]
+        assert mean_difference(result.logprobs, expected(reference, result)) < 0.03
+
+    def test_a_prefix_hit_equals_the_specification(self, real) -> None:
+        """Pages another request filled serve this one: the donor's boundaries before the hit, its own after."""
+        llm, reference, tokens = real
+        (donor,) = generate(llm, [tokens[100:250]], 2)
+        (result,) = generate(llm, [tokens[100:230]], 8)
+        assert result.cached == 128
+        assert result.steps[0].start == 128
+        before = [s.start for s in donor.steps]
+        assert before[:3] == [0, 64, 128]
+        assert mean_difference(result.logprobs, expected(reference, result, before)) < 0.03
+        # recomputed from nothing, but in the same chunks, it is the same
+        assert llm.llm_engine.reset_prefix_cache()
+        (again,) = generate(llm, [tokens[100:230]], 8)
+        assert again.cached == 0
+        assert again.output == result.output
+        assert mean_difference(again.logprobs, result.logprobs) < 0.01
+
+    def test_a_mixed_batch_equals_the_specification(self, real) -> None:
+        """Prefill chunks and decodes of different lengths share steps."""
+        llm, reference, tokens = real
+        results = generate(llm, [tokens[i : i + n] for i, n in enumerate((1, 17, 90, 33, 140))], 24)
+        shared = {s.number for s in results[0].steps} & {s.number for s in results[4].steps}
+        assert len(shared) > 10
+        for result in results:
+            assert mean_difference(result.logprobs, expected(reference, result)) < 0.03
+
+
+def test_decode_in_bfloat16(smollm2) -> None:
+    """The model's own dtype, where one rounding in 30 layers moves a log-probability by 0.02 and more."""
+    reference = ReferenceLlama(smollm2.checkpoint, torch.bfloat16)
+    with engine(smollm2.checkpoint, kv_cache_memory_bytes=64 << 20, dtype="bfloat16") as llm:
+        error, distance = check_decode(llm, reference, real_tokens(smollm2)[:40])
+    assert error <= 0.03
+    assert error < distance
+
+
+def test_stress(stress) -> None:
+    """Where the cache is coarse, past-only and a cache of everything differ by 0.1 or more."""
+    with engine(stress) as llm:
+        (result,) = generate(llm, [prompt(100)], 65)
+    reference = ReferenceLlama(stress)
+    right, wrong = (expected(reference, result, cache=c)[1:] for c in ("past_only", "all"))
+    distance = mean_difference(right, wrong)
+    assert distance >= 0.1
+    assert mean_difference(right, result.logprobs[1:]) <= distance / 2
+
+
+def test_preemption_and_recompute(stress) -> None:
+    """Seven blocks for three requests that need four each."""
+    with engine(stress, num_gpu_blocks_override=8, max_model_len=192, enable_prefix_caching=False) as llm:
+        results = generate(llm, [prompt(50 + i, seed=i) for i in range(3)], 60)
+        assert RecordingScheduler.preemptions > 0
+        assert llm.llm_engine.vllm_config.cache_config.num_gpu_blocks == 8
+    reference = ReferenceLlama(stress)
+    again = [r for r in results if len(incarnations(r)) > 1]
+    assert again
+    for result in again:
+        assert len(result.output) == 60
+        check(reference, result)
+
+
+def speculate(path: Path, text: list[int]) -> Result:
+    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 2}
+    with engine(path, speculative_config=speculation) as llm:
+        return generate(llm, [text], 48)[0]
+
+
+def test_ngram_speculation(tiny) -> None:
+    """Drafts are accepted, and the tokens are those of plain greedy decoding."""
+    text = prompt(12) * 6
+    # n-gram drafts load numba, whose llvmlite makes vLLM's next CPU engine of the process fail in its scan of modules
+    result = in_subprocess(speculate, tiny, text)
+    with engine(tiny) as llm:
+        (plain,) = generate(llm, [text], 48)
+    decodes = result.steps[2:]
+    assert any(s.count > 1 for s in decodes)
+    accepted = [b.start - a.start for a, b in itertools.pairwise(decodes)]
+    assert sum(a > 1 for a in accepted) > 3
+    assert result.output == plain.output
+    check(ReferenceLlama(tiny), result)
+
+
+def test_sliding_window(scratch) -> None:
+    path = scratch(sliding_window=48, shift=1.0)
+    with engine(path) as llm:
+        assert all(layer.impl.sliding_window == 48 for layer in attention_layers(llm))
+        (result,) = generate(llm, [prompt(150)], 48)
+    reference = ReferenceLlama(path)
+    check(reference, result)
+    # one position more or less would show
+    for window in (47, 49):
+        reference.config["sliding_window"] = window
+        off = expected(reference, result)
+        assert mean_difference(off, result.logprobs) > mean_difference(expected_at(reference, result, 48), off)
+
+
+def expected_at(reference: ReferenceLlama, result: Result, window: int) -> torch.Tensor:
+    reference.config["sliding_window"] = window
+    return expected(reference, result)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_tensor_parallel(scratch, monkeypatch, kv_heads: int) -> None:
+    """Two ranks with two KV heads each, or with a copy each of the only one."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    path = scratch(kv_heads=kv_heads, shift=1.0)
+    with engine(path, tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
+        (result,) = generate(llm, [prompt(100)], 32)
+    check(ReferenceLlama(path), result)
+
+
+@pytest.mark.parametrize("head_size", [80, 96, 256])
+def test_head_sizes(scratch, head_size: int) -> None:
+    path = scratch(head_size=head_size, heads=4, kv_heads=2, hidden=320 if head_size == 80 else 256, shift=1.0)
+    with engine(path) as llm:
+        (result,) = generate(llm, [prompt(100)], 32)
+    check(ReferenceLlama(path), result)
+
+
+def test_biased_keys(scratch) -> None:
+    """Head size 128 and a bias of 8 on keys of size 1, as Qwen2 has: the rotating shift takes it out."""
+    path = scratch(head_size=128, heads=4, kv_heads=2, key_bias=8.0, shift=0.5)
+    with engine(path) as llm:
+        (result,) = generate(llm, [prompt(100)], 64)
+    reference = ReferenceLlama(path)
+    right = mean_difference(expected(reference, result), result.logprobs)
+    assert right < 3 * TOLERANCE
+    # a cache that leaves the shift to the quantizer could not be mistaken for this one
+    plain = {"k_shift": torch.zeros(2, 128), "k_smooth": torch.ones(2, 128), "v_shift": torch.zeros(2, 128)}
+    reference.params = [type(p).build(reference.ckpt.kv, **plain) for p in reference.params]
+    assert mean_difference(expected(reference, result), result.logprobs) > 3 * right
+
+
+# --- what the user asks for wins
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "fp8", "int4_per_token_head"])
+def test_explicit_cache_dtype_is_vllms_own(tiny, dtype: str) -> None:
+    with engine(tiny, kv_cache_dtype=dtype, dtype="bfloat16") as llm:
+        for layer in attention_layers(llm):
+            assert layer.attn_backend.__module__.startswith("vllm.")
+            assert layer.kv_cache_dtype == dtype
+            assert not [name for name, _ in layer.named_parameters() if "wkv" in name]
+        if dtype == "bfloat16":
+            (result,) = generate(llm, [prompt(100)], 32)
+            reference = ReferenceLlama(tiny, torch.bfloat16)
+            assert mean_difference(expected(reference, result, cache="none"), result.logprobs) < TOLERANCE
+
+
+def test_skipped_layers_keep_16_bits(tiny) -> None:
+    with engine(tiny, kv_cache_dtype_skip_layers=["1"]) as llm:
+        assert [is_4_bit(layer) for layer in attention_layers(llm)] == [True, False, True]
+        (result,) = generate(llm, [prompt(100)], 16)
+    assert len(set(result.output)) > 1
+
+
+def test_flag_and_detection_give_the_same(tiny) -> None:
+    outputs = []
+    for quantization in (None, "wkvquant"):
+        with engine(tiny, quantization=quantization) as llm:
+            assert llm.llm_engine.vllm_config.model_config.quantization == "wkvquant"
+            assert all(is_4_bit(layer) for layer in attention_layers(llm))
+            outputs.append(generate(llm, [prompt(100)], 16)[0].output)
+    assert outputs[0] == outputs[1]
+
+
+def test_dummy_weights(tiny) -> None:
+    with engine(tiny, load_format="dummy") as llm:
+        for layer in attention_layers(llm):
+            assert bool((layer.wkv_params.k_smooth == 1).all())
+        (result,) = generate(llm, [prompt(100)], 4)
+    assert bool(result.logprobs.isfinite().all())
+
+
+# --- bad input, as a user of LLM(...) sees it
+
+NAME = "model.layers.2.self_attn.attn.wkv_v_shift"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"edit": {NAME: torch.full((4, 64), torch.nan)}},
+            f"KV tensor {NAME} contains NaN or infinity; the checkpoint is damaged, quantize again",
+        ),
+        ({"edit": {NAME: None}}, f"KV tensor {NAME} is missing from the checkpoint; quantize the model again"),
+        ({"edit": {NAME: torch.ones(4, 32)}}, f"KV tensor {NAME} has shape (4, 32), expected (4, 64)"),
+        (
+            {"section": {"layout_version": 2}},
+            "KV page layout version 2 is not supported (this build uses 1); quantize the model again or install the "
+            "matching vllm-wkvquant",
+        ),
+        (
+            {"section": {"num_hidden_layers": 4}},
+            "quantization_config.wkvquant says number of layers 4, the model has 3; quantize the model again",
+        ),
+    ],
+)
+def test_bad_checkpoints_are_refused(scratch, options: dict, message: str) -> None:
+    # a ConfigError as it is, or inside pydantic's report on vLLM's configuration: both are ValueErrors
+    with pytest.raises(ValueError, match=re.escape(message)) as error, engine(scratch(**options)):
+        pass
+    if "section" not in options:
+        assert isinstance(error.value, ConfigError)
+        assert str(error.value) == message
+
+
+def test_unsupported_block_size_is_refused(tiny) -> None:
+    with pytest.raises(ValueError, match="block size 24 is not a multiple of 16"), engine(tiny, block_size=24):
+        pass
+
+
+# --- evaluation
+
+
+def test_prompt_logprobs_in_exact_chunks(stress) -> None:
+    windows = [prompt(150, seed=1), prompt(100, seed=2)]
+    got = prompt_logprobs(str(stress), windows, 64, dtype="float16", kv_cache_memory_bytes=32 << 20)
+    reference = ReferenceLlama(stress)
+    for window, values in zip(windows, got, strict=True):
+        assert len(values) == len(window) - 1
+        target = torch.tensor(window[1:])[:, None]
+        starts = list(range(0, len(window), 64))
+        right, wrong = (
+            reference.logprobs(window, starts, cache)[:-1].gather(1, target)[:, 0] for cache in ("past_only", "all")
+        )
+        values = torch.tensor(values)
+        assert mean_difference(right, values) < 0.25 * mean_difference(right, wrong)
+
+
+def test_other_chunks_stop_the_engine(tiny) -> None:
+    with (
+        pytest.raises(RuntimeError, match="expected one sequence a step"),
+        engine(tiny, scheduler_cls=ExactChunkScheduler) as llm,
+    ):
+        generate(llm, [prompt(20), prompt(30)], 2)
