@@ -54,7 +54,13 @@ def check_supported(path: Path, config: dict[str, Any]) -> Family:
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method")
         raise ConfigError(f"{path} is already quantized ({method}); give the model with its 16-bit weights")
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    for key in ("rope_parameters", "rope_scaling"):  # of transformers 5, and before it
+        check_rope(config.get(key) or {})
+    return FAMILIES[architecture]
+
+
+def check_rope(rope: dict[str, Any]) -> None:
+    """Raise ConfigError for a rotary embedding whose angle is no fixed multiple of the index in the sequence."""
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if "mrope_section" in rope or kind == "mrope":
         raise ConfigError(
@@ -68,7 +74,6 @@ def check_supported(path: Path, config: dict[str, Any]) -> Family:
         raise ConfigError("rotary embedding 'longrope' is not supported: its frequencies change with the length")
     if kind not in ROPE_TYPES:
         raise ConfigError(f"rotary embedding {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
-    return FAMILIES[architecture]
 
 
 def group_size(in_features: int) -> int | None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ class WriteError(Exception):
 
     def __init__(self, path: Path, error: Exception) -> None:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        code = re.search(r"\(os error (\d+)\)", reason)  # safetensors' writer is Rust and wraps the reason in prose
+        reason = os.strerror(int(code[1])) if code else reason
         super().__init__(f"cannot write {path}: {reason}")
 
 

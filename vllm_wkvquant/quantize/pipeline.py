@@ -71,12 +71,14 @@ def preflight(settings: Settings) -> Plan:
     """Everything that can be refused before long work. Raises ConfigError."""
     recipe = find_recipe(settings.recipe)
     check_output(settings.out, settings.resume)
+    if settings.device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {settings.device} is neither cpu nor cuda")
     if settings.device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu")
     attention = CalibrationAttention()
     adapter = ModelAdapter(settings.model, ATTENTION)
     limit = int(adapter.config.max_position_embeddings)
-    seq_len = settings.seq_len or min(DEFAULT_SEQ_LEN, limit)
+    seq_len = min(DEFAULT_SEQ_LEN, limit) if settings.seq_len is None else settings.seq_len
     if not 2 * SKIPPED <= seq_len <= limit:
         raise ConfigError(
             f"--seq-len {seq_len} is outside {2 * SKIPPED} .. {limit}, the positions that the model knows"
@@ -112,7 +114,7 @@ def check_disk(plan: Plan) -> None:
     free = shutil.disk_usage(existing).free
     if free < checkpoint + hidden:
         raise ConfigError(
-            f"{existing} has {free / 1e9:.1f} GB free, this run needs about {(checkpoint + hidden) / 1e9:.1f} GB; "
+            f"{existing} has {free / 1e9:.2g} GB free, this run needs about {(checkpoint + hidden) / 1e9:.2g} GB; "
             f"free some space, choose another output directory, or lower --samples or --seq-len"
         )
 

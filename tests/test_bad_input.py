@@ -1,0 +1,422 @@
+"""Bad input: one clear line on stderr, exit status 2, and nothing half-written."""
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from models import save_text, tiny_model
+from safetensors.torch import load_file, save_file
+
+from vllm_wkvquant import cli
+from vllm_wkvquant.checkpoint import INDEX_FILE, kv_tensor_name
+from vllm_wkvquant.quantize.state import RunState
+
+ARGUMENTS = ["--samples", "4", "--seq-len", "32"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model"), num_layers=2)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_text(tmp_path_factory.mktemp("text") / "calib.txt")
+
+
+@pytest.fixture
+def copy(model: Path, tmp_path: Path) -> Path:
+    """The model, to be damaged."""
+    (tmp_path / "copy").mkdir()
+    for file in model.iterdir():
+        (tmp_path / "copy" / file.name).write_bytes(file.read_bytes())
+    return tmp_path / "copy"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("checkpoint") / "out"
+    assert cli.main(["quantize", str(model), str(out), "--calib-text", str(text), *ARGUMENTS]) == 0
+    return out
+
+
+@pytest.fixture
+def damaged(checkpoint: Path, tmp_path: Path) -> Path:
+    """The checkpoint, to be damaged."""
+    (tmp_path / "damaged").mkdir()
+    for file in checkpoint.iterdir():
+        (tmp_path / "damaged" / file.name).write_bytes(file.read_bytes())
+    return tmp_path / "damaged"
+
+
+@pytest.fixture
+def refused(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs `wkvquant quantize`, expects it to be refused, and returns the message."""
+
+    def run(model: Path, *arguments: str, out: Path | None = None, calib_text: Path = text) -> str:
+        target = out or tmp_path / "out"
+        before = sorted(target.iterdir()) if target.is_dir() else None
+        capsys.readouterr()
+        status = cli.main(
+            ["quantize", str(model), str(target), "--calib-text", str(calib_text), *ARGUMENTS, *arguments]
+        )
+        shown = capsys.readouterr().err
+        assert status == 2
+        assert (sorted(target.iterdir()) if target.is_dir() else None) == before
+        assert shown.startswith("error: ")
+        assert shown.count("\n") == 1
+        return shown.removeprefix("error: ").strip()
+
+    return run
+
+
+@pytest.fixture
+def inspect_refused(capsys: pytest.CaptureFixture[str]) -> Callable[[Path], str]:
+    def run(path: Path) -> str:
+        capsys.readouterr()
+        assert cli.main(["inspect", str(path)]) == 2
+        return capsys.readouterr().err.removeprefix("error: ").strip()
+
+    return run
+
+
+def edit_config(path: Path, **changes: object) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    file = next(path.glob("*.safetensors"))
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    index = path / INDEX_FILE
+    if index.is_file():
+        index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, file.name)}))
+
+
+# -- wkvquant quantize, before any work
+
+
+def test_missing_model(refused: Callable[..., str], tmp_path: Path) -> None:
+    path = tmp_path / "nothing"
+    assert refused(path) == f"{path} has no config.json; give the path of a local Hugging Face checkpoint"
+
+
+def test_config_is_not_json(refused: Callable[..., str], copy: Path) -> None:
+    (copy / "config.json").write_text("{")
+    assert refused(copy).startswith(f"{copy}/config.json is not valid JSON: ")
+
+
+def test_model_without_weights(refused: Callable[..., str], copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    assert refused(copy) == f"{copy} has neither {INDEX_FILE} nor model.safetensors"
+
+
+def test_missing_text(refused: Callable[..., str], model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "nothing.txt"
+    assert refused(model, calib_text=path) == f"calibration text {path} does not exist; give a UTF-8 text file"
+
+
+def test_short_text(refused: Callable[..., str], model: Path, tmp_path: Path) -> None:
+    path = save_text(tmp_path / "short.txt", 100)
+    assert refused(model, calib_text=path) == (
+        f"calibration text {path} has 100 tokens, 4 samples of 32 need 128; give a longer text, or lower --samples or "
+        f"--seq-len"
+    )
+
+
+def test_text_that_is_not_utf8(refused: Callable[..., str], model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "latin1.txt"
+    path.write_bytes(b"\xff\xfe")
+    assert refused(model, calib_text=path).startswith(f"calibration text {path} is not UTF-8: ")
+
+
+def test_unsupported_architecture(refused: Callable[..., str], copy: Path) -> None:
+    edit_config(copy, architectures=["GPT2LMHeadModel"], model_type="gpt2")
+    assert refused(copy) == (
+        f"architecture GPT2LMHeadModel of {copy} is not supported; supported: LlamaForCausalLM, MistralForCausalLM, "
+        f"Qwen2ForCausalLM, Qwen3ForCausalLM"
+    )
+
+
+def test_quantized_model(refused: Callable[..., str], checkpoint: Path) -> None:
+    assert refused(checkpoint) == (
+        f"{checkpoint} is already quantized (wkvquant); give the model with its 16-bit weights"
+    )
+
+
+def test_group_size_that_does_not_divide(refused: Callable[..., str], tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "odd", num_layers=1, intermediate_size=80)
+    assert refused(model) == (
+        "model.layers.0.mlp.down_proj has 80 input features, which no group size of [128, 64, 32] divides; this model "
+        "cannot be quantized"
+    )
+
+
+def test_head_size(refused: Callable[..., str], tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "odd", num_layers=1, head_size=32)
+    assert refused(model) == "head size 32 is not supported; supported: [64, 80, 96, 128, 256]"
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_positions_that_are_not_indices(key: str, refused: Callable[..., str], copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    del config["rope_parameters"]
+    (copy / "config.json").write_text(json.dumps(config))
+    edit_config(copy, **{key: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]}})
+    assert refused(copy) == (
+        "rotary embedding with mrope_section (M-RoPE) is not supported: positions are not indices in the sequence"
+    )
+    edit_config(copy, **{key: {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}})
+    assert refused(copy) == (
+        "rotary embedding 'dynamic' (dynamic NTK) is not supported: its frequencies change with the length"
+    )
+    edit_config(copy, **{key: {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0}})
+    assert refused(copy) == "rotary embedding 'longrope' is not supported: its frequencies change with the length"
+    edit_config(copy, **{key: {"type": "spiral", "rope_type": "spiral", "rope_theta": 1e4}})
+    assert refused(copy) == ("rotary embedding 'spiral' is not supported; supported: default, linear, llama3, yarn")
+
+
+def test_missing_tensor(refused: Callable[..., str], copy: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_tensors(copy, lambda tensors: tensors.pop(name))
+    assert refused(copy) == f"{copy} lacks 1 tensors of its architecture, {name} first"
+
+
+def test_wrong_shape(refused: Callable[..., str], copy: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_tensors(copy, lambda tensors: tensors.update({name: torch.zeros(3, 128)}))
+    assert refused(copy) == f"{copy}: tensor {name} has shape (3, 128), its config asks for (256, 128)"
+
+
+def test_unknown_tensor(refused: Callable[..., str], copy: Path) -> None:
+    edit_tensors(copy, lambda tensors: tensors.update({"model.layers.1.mlp.extra": torch.zeros(3)}))
+    assert refused(copy) == f"{copy} has tensors that its architecture does not know, model.layers.1.mlp.extra first"
+
+
+def test_truncated_weights(refused: Callable[..., str], copy: Path) -> None:
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert refused(copy).startswith(f"{file} is not a readable safetensors file: ")
+
+
+def test_tokenizer(refused: Callable[..., str], copy: Path) -> None:
+    for file in copy.glob("tokenizer*"):
+        file.unlink()
+    assert refused(copy).startswith(f"the tokenizer of {copy} cannot be loaded: ")
+
+
+def test_output_not_empty(refused: Callable[..., str], model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "full"
+    out.mkdir()
+    (out / "file").touch()
+    assert refused(model, out=out) == f"output directory {out} is not empty; give a new one or delete it"
+    assert refused(model, "--resume", out=out) == f"output directory {out} is not empty; give a new one or delete it"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "magic"], "recipe 'magic' does not exist; recipes: rtn, static"),
+        (["--samples", "3"], "--samples 3 is too few: at least 4, of which 2 are held out"),
+        (["--seq-len", "513"], "--seq-len 513 is outside 8 .. 512, the positions that the model knows"),
+        (["--seq-len", "0"], "--seq-len 0 is outside 8 .. 512, the positions that the model knows"),
+        (["--device", "tpu"], "--device tpu is neither cpu nor cuda"),
+    ],
+)
+def test_arguments(arguments: list[str], message: str, refused: Callable[..., str], model: Path) -> None:
+    assert refused(model, *arguments) == message
+
+
+def test_size_of_shards(model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["quantize", str(model), str(tmp_path / "out"), "--calib-text", str(text), "--shard-size", "5 apples"])
+    assert stopped.value.code == 2
+    assert "'5 apples' is not a size such as 5GB or 500MB" in capsys.readouterr().err
+
+
+def test_little_disk(refused: Callable[..., str], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_wkvquant.quantize import pipeline
+
+    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100_000}))
+    assert refused(model) == (
+        f"{tmp_path} has 0.0001 GB free, this run needs about 0.00087 GB; free some space, choose another output "
+        f"directory, or lower --samples or --seq-len"
+    )
+
+
+# -- interrupted runs
+
+
+def interrupt(model: Path, text: Path, out: Path) -> None:
+    """Leave the state of a run that stopped after its first block."""
+
+    def stop(self: RunState, *args: object) -> None:
+        commit(self, *args)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    commit, RunState.commit = RunState.commit, stop  # type: ignore[method-assign,assignment]
+    try:
+        assert cli.main(["quantize", str(model), str(out), "--calib-text", str(text), *ARGUMENTS]) == 130
+    finally:
+        RunState.commit = commit  # type: ignore[method-assign]
+
+
+def test_interrupted_run_is_not_overwritten(
+    refused: Callable[..., str], model: Path, text: Path, tmp_path: Path
+) -> None:
+    interrupt(model, text, tmp_path / "out")
+    partial = tmp_path / "out.wkvquant-partial"
+    assert refused(model) == f"{partial} holds an interrupted run; continue it with --resume or delete it"
+
+
+def test_resume_with_other_settings(
+    refused: Callable[..., str], model: Path, copy: Path, text: Path, tmp_path: Path
+) -> None:
+    interrupt(model, text, tmp_path / "out")
+    partial = tmp_path / "out.wkvquant-partial"
+    assert refused(model, "--resume", "--recipe", "static") == (
+        f"{partial} was begun with other settings (recipe): recipe was 'rtn', now 'static'; use the same ones or "
+        f"delete that directory"
+    )
+    assert refused(model, "--resume", "--seed", "1").startswith(
+        f"{partial} was begun with other settings (calibration tokens, seed): "
+    )
+    edit_tensors(copy, lambda tensors: tensors["lm_head.weight"].zero_())
+    assert refused(copy, "--resume").startswith(f"{partial} was begun with other settings (weight files): ")
+
+
+# -- disk full
+
+
+def limited(limit: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """`wkvquant` in a process whose files cannot grow beyond `limit` bytes (0: no limit)."""
+
+    def set_limit() -> None:
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return subprocess.run(
+        [sys.executable, "-m", "vllm_wkvquant.cli", *arguments],
+        preexec_fn=set_limit,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize("where", ["block", "checkpoint"])
+def test_disk_full(where: str, model: Path, checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    """While a block is kept, and while the checkpoint is written: nothing at OUT, and --resume goes on from there."""
+    out, partial = tmp_path / "out", tmp_path / "out.wkvquant-partial"
+    # the only shard is larger than any file of the state
+    shard = (checkpoint / "model-00001-of-00001.safetensors").stat().st_size
+    limit, file = {"block": (50_000, "block-00000.safetensors"), "checkpoint": (shard - 1, "checkpoint/shard-00001")}[
+        where
+    ]
+    arguments = ["quantize", str(model), str(out), "--calib-text", str(text), *ARGUMENTS]
+    run = limited(limit, arguments)
+    assert run.returncode == 2, run.stderr
+    assert run.stderr.splitlines()[-1] == (
+        f"error: cannot write {partial}/{file}: File too large; {partial} keeps the finished blocks: free some space, "
+        f"then run again with --resume"
+    )
+    assert not out.exists()
+    assert not list(partial.rglob("*.tmp"))
+    assert limited(0, [*arguments, "--resume"]).returncode == 0
+    assert not partial.exists()
+    for file in sorted(p.name for p in checkpoint.iterdir()):
+        assert (out / file).read_bytes() == (checkpoint / file).read_bytes()
+
+
+# -- damaged checkpoints
+
+
+def test_missing_checkpoint(inspect_refused: Callable[[Path], str], tmp_path: Path) -> None:
+    path = tmp_path / "nothing"
+    assert inspect_refused(path) == f"{path} has no config.json; give the path of a local Hugging Face checkpoint"
+
+
+def test_checkpoint_of_another_kind(inspect_refused: Callable[[Path], str], model: Path) -> None:
+    assert inspect_refused(model) == f"{model} is not a wkvquant checkpoint (quant_method None)"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("param", ["k_smooth", "k_shift", "v_shift"])
+def test_nan_in_a_kv_tensor(param: str, value: float, inspect_refused: Callable[[Path], str], damaged: Path) -> None:
+    name = kv_tensor_name(1, param)
+    edit_tensors(damaged, lambda tensors: tensors[name][1, 3].fill_(value))
+    assert inspect_refused(damaged) == (
+        f"KV tensor {name} contains NaN or infinity; the checkpoint is damaged, quantize again"
+    )
+
+
+def test_smoothing_of_zero(inspect_refused: Callable[[Path], str], damaged: Path) -> None:
+    name = kv_tensor_name(1, "k_smooth")
+    edit_tensors(damaged, lambda tensors: tensors[name][0, 0].zero_())
+    assert inspect_refused(damaged) == f"KV tensor {name} must be positive everywhere"
+
+
+def test_missing_kv_tensor(inspect_refused: Callable[[Path], str], damaged: Path) -> None:
+    name = kv_tensor_name(1, "v_shift")
+    edit_tensors(damaged, lambda tensors: tensors.pop(name))
+    assert inspect_refused(damaged) == f"KV tensor {name} is missing from the checkpoint; quantize the model again"
+
+
+def test_kv_tensor_of_another_shape(inspect_refused: Callable[[Path], str], damaged: Path) -> None:
+    name = kv_tensor_name(0, "k_shift")
+    edit_tensors(damaged, lambda tensors: tensors.update({name: torch.zeros(1, 64)}))
+    assert inspect_refused(damaged) == f"KV tensor {name} has shape (1, 64), expected (2, 64)"
+
+
+def test_nan_in_a_scale(inspect_refused: Callable[[Path], str], damaged: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight_scale"
+    edit_tensors(damaged, lambda tensors: tensors[name][0, 0].fill_(float("nan")))
+    assert inspect_refused(damaged) == f"tensor {name} contains NaN or infinity; the checkpoint is damaged"
+
+
+def test_missing_part_of_a_weight(inspect_refused: Callable[[Path], str], damaged: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight_zero_point"
+    edit_tensors(damaged, lambda tensors: tensors.pop(name))
+    assert inspect_refused(damaged) == f"{damaged} has no tensor {name}"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "layout_version",
+            9,
+            "KV page layout version 9 is not supported (this build uses 1); quantize the model again or install the "
+            "matching vllm-wkvquant",
+        ),
+        (
+            "format_version",
+            9,
+            "checkpoint format version 9 is not supported (this build reads 1); quantize the model again or install "
+            "the matching vllm-wkvquant",
+        ),
+        ("num_bits", 8, "num_bits 8 is not supported; the KV cache has 4 bits"),
+        ("head_size", 72, "head size 72 is not supported; supported: [64, 80, 96, 128, 256]"),
+        ("key_shift", "odd", "key_shift 'odd' is not one of ['rotating', 'static', 'none']"),
+        ("rope", 1, "quantization_config.wkvquant.rope must be an object, got int"),
+    ],
+)
+def test_kv_section(
+    key: str, value: object, message: str, inspect_refused: Callable[[Path], str], damaged: Path
+) -> None:
+    section = json.loads((damaged / "config.json").read_text())["quantization_config"]
+    edit_config(damaged, quantization_config={**section, "wkvquant": {**section["wkvquant"], key: value}})
+    assert inspect_refused(damaged) == message
+
+
+def test_unknown_key_in_the_kv_section(inspect_refused: Callable[[Path], str], damaged: Path) -> None:
+    section = json.loads((damaged / "config.json").read_text())["quantization_config"]
+    edit_config(damaged, quantization_config={**section, "wkvquant": {**section["wkvquant"], "surprise": 1}})
+    assert inspect_refused(damaged).startswith("quantization_config.wkvquant has unknown keys ['surprise']; known: ")
