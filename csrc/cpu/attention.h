@@ -45,28 +45,30 @@ struct Item {
   int64_t partial;             // floats before its partial result
 };
 
-// C[R][NC * 16] (+)= A[R][depth] . B[depth][NC * 16]
-template <int R, int NC, bool Accumulate>
+// C[R][NC vectors V] (+)= A[R][depth] . B[depth][NC vectors V]
+template <class V, int R, int NC, bool Accumulate>
 WKV_INLINE void product_tile(int depth, const float* a, int lda, const float* b, int ldb, float* c, int ldc) {
-  f32 sum[R][NC];
+  constexpr int kWidth = sizeof(V) / sizeof(float);
+  V sum[R][NC];
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < NC; ++j) sum[r][j] = Accumulate ? load<f32>(c + r * ldc + j * kLanes) : f32{};
+    for (int j = 0; j < NC; ++j) sum[r][j] = Accumulate ? load<V>(c + r * ldc + j * kWidth) : V{};
   for (int i = 0; i < depth; ++i)
     for (int j = 0; j < NC; ++j) {
-      const f32 column = load<f32>(b + i * ldb + j * kLanes);
+      const V column = load<V>(b + i * ldb + j * kWidth);
       for (int r = 0; r < R; ++r) sum[r][j] += a[r * lda + i] * column;
     }
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < NC; ++j) store(c + r * ldc + j * kLanes, sum[r][j]);
+    for (int j = 0; j < NC; ++j) store(c + r * ldc + j * kWidth, sum[r][j]);
 }
 
 template <class Isa, int R, bool Accumulate>
 WKV_INLINE void product(int columns, int depth, const float* a, int lda, const float* b, int ldb, float* c, int ldc) {
-  constexpr int kStep = Isa::kColumns * kLanes;
+  using V = typename Isa::Column;
+  constexpr int kWidth = sizeof(V) / sizeof(float), kStep = Isa::kColumns * kWidth;
   int j = 0;
   for (; j + kStep <= columns; j += kStep)
-    product_tile<R, Isa::kColumns, Accumulate>(depth, a, lda, b + j, ldb, c + j, ldc);
-  for (; j < columns; j += kLanes) product_tile<R, 1, Accumulate>(depth, a, lda, b + j, ldb, c + j, ldc);
+    product_tile<V, R, Isa::kColumns, Accumulate>(depth, a, lda, b + j, ldb, c + j, ldc);
+  for (; j < columns; j += kWidth) product_tile<V, R, 1, Accumulate>(depth, a, lda, b + j, ldb, c + j, ldc);
 }
 
 // What a thread needs for one item. Sizes depend on the head size, so the arrays are cut from one scratch block.
@@ -228,13 +230,13 @@ struct Attention {
       w.k_tile[i] = page + tile;
       w.v_tile[i] = page + layout.v_codes() + tile;
       const u32 k = load<u32>(page + layout.k_meta() + 4 * slot), v = load<u32>(page + layout.v_meta() + 4 * slot);
-      // Slots past the end hold anything, NaN too.
-      const i32 valid = lane_index() < end - t;
-      store(w.k_scale + i * kLanes, valid ? Isa::from_half(k & 0xffff) : f32{});
-      store(w.k_min + i * kLanes, valid ? Isa::from_half(k >> 16) : f32{});
-      store(w.v_scale + i * kLanes, valid ? Isa::from_half(v & 0xffff) : f32{});
-      store(w.v_min + i * kLanes, valid ? Isa::from_half(v >> 16) : f32{});
+      store(w.k_scale + i * kLanes, Isa::from_half(k & 0xffff));
+      store(w.k_min + i * kLanes, Isa::from_half(k >> 16));
+      store(w.v_scale + i * kLanes, Isa::from_half(v & 0xffff));
+      store(w.v_min + i * kLanes, Isa::from_half(v >> 16));
     }
+    // Slots past the end hold anything, NaN too.
+    for (int t = end - begin; t < tiles * kLanes; ++t) w.k_scale[t] = w.k_min[t] = w.v_scale[t] = w.v_min[t] = 0;
     if (params.active) rotation_at(begin + kChunk / 2, params.pair_turns, params.active_padded, w.cosine, w.sine);
   }
 
@@ -248,23 +250,25 @@ struct Attention {
     }
     if (params.basis_rows == 2 * params.fast) return;
     // Even polynomials take the coefficient of the cosine, odd ones that of the sine: one broadcast of the pair.
-    f32 even = f32{}, odd = f32{};
+    using V = typename Isa::Column;
+    constexpr int kWidth = sizeof(V) / sizeof(float), kVectors = wkvquant::kChebyshev / kWidth;
     const int slow = params.active - params.fast;
-    const float* pair = c + 2 * params.fast;
+    const float *pair = c + 2 * params.fast, *table = params.chebyshev;
+    V sum[2][kVectors] = {};  // two, because a multiply-add takes four cycles
+    const auto add = [&](V* to, int j) {
+      const V both = broadcast_pair(pair + 2 * j);
+      for (int i = 0; i < kVectors; ++i) to[i] += both * load<V>(table + j * wkvquant::kChebyshev + i * kWidth);
+    };
     int j = 0;
-    for (; j + 2 <= slow; j += 2) {
-      even += broadcast_pair(pair + 2 * j) * load<f32>(params.chebyshev + j * wkvquant::kChebyshev);
-      odd += broadcast_pair(pair + 2 * j + 2) * load<f32>(params.chebyshev + (j + 1) * wkvquant::kChebyshev);
-    }
-    if (j < slow) even += broadcast_pair(pair + 2 * j) * load<f32>(params.chebyshev + j * wkvquant::kChebyshev);
-    store(c + 2 * params.fast, even + odd);
+    for (; j + 2 <= slow; j += 2) add(sum[0], j), add(sum[1], j + 1);
+    if (j < slow) add(sum[0], j);
+    for (int i = 0; i < kVectors; ++i) store(c + 2 * params.fast + i * kWidth, sum[0][i] + sum[1][i]);
   }
 
-  static WKV_INLINE f32 broadcast_pair(const float* p) {
-    using f64 = double __attribute__((vector_size(64)));
+  static WKV_INLINE typename Isa::Column broadcast_pair(const float* p) {
     double both;
     memcpy(&both, p, 8);
-    return (f32)f64{both, both, both, both, both, both, both, both};
+    return (typename Isa::Column)(both - typename Isa::Doubles{});
   }
 
   template <int R>
@@ -424,10 +428,13 @@ struct Attention {
       float* score = w.score + r * kChunk;
       f32 largest = splat(-INFINITY);
       for (int t = 0; t < columns; t += kLanes) {
-        const i32 index = lane_index() + (key + t);
-        f32 s = index < end ? load<f32>(score + t) : splat(-INFINITY);
-        s = index < first ? splat(-INFINITY) : s;
-        store(score + t, s);
+        f32 s = load<f32>(score + t);
+        if (key + t + kLanes > end || key + t < first) {
+          const i32 index = lane_index() + (key + t);
+          s = index < end ? s : splat(-INFINITY);
+          s = index < first ? splat(-INFINITY) : s;
+          store(score + t, s);
+        }
         largest = Isa::max(largest, s);
       }
       const float most = Isa::reduce_max(largest), before = w.max[row + r];

@@ -7,6 +7,10 @@
 namespace {
 
 struct Avx2 : Generic {
+  using Column = float __attribute__((vector_size(32)));
+  using Doubles = double __attribute__((vector_size(32)));
+  static constexpr int kColumns = 2;
+
   struct Halves {
     __m256 lo, hi;
   };
@@ -55,6 +59,32 @@ struct Avx2 : Generic {
   }
   static WKV_INLINE uint16_t to_half(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
   static WKV_INLINE float half_to_float(uint16_t h) { return _cvtsh_ss(h); }
+
+  static WKV_INLINE f32 load_bfloat(const void* p) {
+    const __m128i* b = static_cast<const __m128i*>(p);
+    const auto widen = [](__m128i x) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); };
+    return join(widen(_mm_loadu_si128(b)), widen(_mm_loadu_si128(b + 1)));
+  }
+  static WKV_INLINE __m256i narrow(__m256i lo, __m256i hi) {
+    return _mm256_permute4x64_epi64(_mm256_packs_epi32(lo, hi), 0xd8);
+  }
+  static WKV_INLINE void store_shorts(void* p, i32 x) {
+    const Halves h = split((f32)x);
+    _mm256_storeu_si256(static_cast<__m256i*>(p), narrow(_mm256_castps_si256(h.lo), _mm256_castps_si256(h.hi)));
+  }
+  template <int D>
+  static WKV_INLINE void encode(const float* row, float offset, float inverse, uint8_t* codes) {
+    const __m256 shift = _mm256_set1_ps(offset), factor = _mm256_set1_ps(inverse), top = _mm256_set1_ps(15.0f);
+    const auto code = [&](int i) {
+      const __m256 x = _mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(row + i), shift), factor);
+      return _mm256_cvtps_epi32(_mm256_min_ps(x, top));
+    };
+    for (int i = 0; i < D; i += kLanes) {
+      const __m256i shorts = narrow(code(i), code(i + 8));
+      const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(shorts), _mm256_extracti128_si256(shorts, 1));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), bytes);
+    }
+  }
 
   static WKV_INLINE __m256 hadamard8(__m256 x) {
     const __m256 s1 = _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1), s2 = _mm256_setr_ps(1, 1, -1, -1, 1, 1, -1, -1);

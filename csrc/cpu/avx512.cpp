@@ -7,6 +7,8 @@
 namespace {
 
 struct Avx512 : Generic {
+  using Column = f32;
+  using Doubles = double __attribute__((vector_size(64)));
   static constexpr int kColumns = 4;
 
   static WKV_INLINE f32 max(f32 a, f32 b) { return (f32)_mm512_max_ps((__m512)a, (__m512)b); }
