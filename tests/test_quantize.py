@@ -1,5 +1,6 @@
 """The quantizer on tiny random models: what it writes, that it is what it ran, and that it survives being killed."""
 
+import doctest
 import json
 import subprocess
 import sys
@@ -428,3 +429,11 @@ def test_inspect_reads_every_file_it_describes(tmp_path: Path, text: Path) -> No
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     total = weights["quantized_bytes"] + weights["other_bytes"] + kv_bytes + shape_bytes
     assert index["metadata"]["total_size"] == total
+
+
+def test_worked_example_of_the_format() -> None:
+    """docs/format.md: the offsets and bytes it shows are those of layout.py."""
+    document = Path(__file__).parent.parent / "docs" / "format.md"
+    result = doctest.testfile(str(document), module_relative=False)
+    assert result.attempted >= 10
+    assert result.failed == 0
