@@ -96,8 +96,9 @@ class PlatformWheel(bdist_wheel):
 
 cuda_sources()
 sources = [f"csrc/cpu/{name}.cpp" for name in ("api", "prepare", "scalar", *(ISA_FLAGS if X86 else ()))]
+headers = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h"))  # for the source distribution
 setup(
-    ext_modules=[Extension("vllm_wkvquant._wkvquant_cpu", sources)],
+    ext_modules=[Extension("vllm_wkvquant._wkvquant_cpu", sources, depends=headers)],
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
     distclass=BinaryDistribution,
 )
