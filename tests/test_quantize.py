@@ -156,6 +156,7 @@ def test_checkpoint_on_disk(tmp_path: Path, text: Path) -> None:
         == AutoTokenizer.from_pretrained(model)("abc")["input_ids"]
     )
     assert not (tmp_path / "out.wkvquant-partial").exists()
+    assert {p.stat().st_mode for p in out.iterdir()} == {text.stat().st_mode}  # readable to whom the umask lets
 
 
 def test_tied_embeddings_are_stored_once(tmp_path: Path, text: Path) -> None:
@@ -177,6 +178,15 @@ def test_recipes(recipe: str, tmp_path: Path, text: Path) -> None:
     )
     assert list(report["candidates"]) == r.candidates
     assert (SEARCHED in r.candidates) == bool(r.search)
+
+
+def test_calibration_in_16_bits_agrees(tmp_path: Path, text: Path) -> None:
+    model = tiny_model(tmp_path / "model", num_layers=2)
+    for dtype in ("float32", "bfloat16"):
+        quantize(settings(model, tmp_path / dtype, text, dtype=dtype))
+    exact, rounded = (Checkpoint(tmp_path / dtype).kv_params(1) for dtype in ("float32", "bfloat16"))
+    assert pipeline.relative_error(rounded.k_shift, exact.k_shift) < 0.2
+    assert pipeline.relative_error(rounded.v_shift, exact.v_shift) < 0.2
 
 
 def test_same_seed_same_bytes(tmp_path: Path, text: Path) -> None:

@@ -59,6 +59,9 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, metadata={"format": "pt"})
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # safetensors' files are the owner's alone; a server is often another user
         commit(temporary, path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
