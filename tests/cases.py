@@ -22,7 +22,7 @@ def make_params(
 ) -> KVParams:
     """Parameters like calibrated ones: a shift of magnitude `shift` on every channel and smoothing around 1.
 
-    kind: "rotating", "static" (no angles) or "none" (a shift of zero).
+    kind: "rotating", "static" (no angles) or "none" (a shift of zero, at position 0 as well).
     """
     g = torch.Generator().manual_seed(seed)
     dim = head_size if rotary_dim is None else rotary_dim
@@ -35,6 +35,8 @@ def make_params(
         key_hadamard=hadamard,
         rope_turns=reference.rope_turns(inv_freq) if kind == "rotating" else None,
         rope_scaling=scaling if kind == "rotating" else 1.0,
+        k_first=None if kind == "none" else shift * torch.randn(heads, head_size, generator=g),
+        v_first=None if kind == "none" else 0.1 * shift * torch.randn(heads, head_size, generator=g),
     )
 
 

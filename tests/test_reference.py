@@ -1,6 +1,7 @@
 """The specification itself: its identities in float64, its angles against exact integers."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,11 +83,28 @@ def test_rotation_is_neox() -> None:
     assert torch.allclose(out, torch.tensor([[[2 * math.cos(1.0), 2 * math.sin(1.0), 3.0]]]))
 
 
+def test_first_position_has_its_own_shift() -> None:
+    """A sink far from all other tokens, but where it is expected, costs position 0 nothing; without it, much."""
+    params = make_params(2, 64)
+    positions = torch.tensor([0, 1])
+    far = torch.tensor([1.0, 0.0])[:, None, None]
+    params = replace(params, k_first=params.k_shift + 500, v_first=params.v_shift - 30)
+    key = reference.key_shift_at(positions, replace(params, k_first=None, v_first=None)) + 500 * far
+    value = params.v_shift - 30 * far + 0.01 * torch.randn(2, 2, 64)
+    k, v = reference.fake_quantize(key, value, positions, params)
+    torch.testing.assert_close(k, key, atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(v, value, atol=5e-3, rtol=0)
+    plain = replace(params, k_first=None, v_first=None, v_shift=torch.zeros_like(params.v_shift))
+    k, _ = reference.fake_quantize(key, value, positions, plain)
+    assert (k - key)[0].abs().max() > 0.05
+    assert torch.equal(reference.value_shift_at(positions, params)[1], params.v_shift)
+
+
 @pytest.mark.parametrize("kind", ["static", "none"])
 def test_shift_without_rotation(kind: str) -> None:
-    """A static shift is the same at every position, and no shift is zero."""
+    """A static shift is the same at every position but the first, and no shift is zero."""
     params = make_params(2, 64, kind=kind)
-    shift = reference.key_shift_at(torch.tensor([0, 77777]), params)
+    shift = reference.key_shift_at(torch.tensor([1, 77777]), params)
     assert torch.equal(shift[0], shift[1])
     assert torch.equal(shift[0], params.k_shift)
     assert bool(shift.any()) == (kind == "static")

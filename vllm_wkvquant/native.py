@@ -31,7 +31,7 @@ class Params(Structure):
     """WkvParams of csrc/cpu/api.h, which documents the fields."""
 
     _fields_ = [
-        *[(name, c_void_p) for name in ("k_smooth", "k_shift", "v_shift", "rope_turns")],
+        *[(name, c_void_p) for name in ("k_smooth", "k_shift", "v_shift", "k_first", "v_first", "rope_turns")],
         ("rope_scaling", c_float),
         *[(name, c_int32) for name in ("num_kv_heads", "head_size", "rotary_pairs", "key_hadamard")],
     ]
@@ -147,8 +147,11 @@ def _handle(params: KVParams) -> int:
         return entry[1]
     heads, head_size = params.k_smooth.shape
     _check(head_size in HEAD_SIZES, f"head size {head_size} is not supported; supported: {list(HEAD_SIZES)}")
-    for name in ("k_smooth", "k_shift", "v_shift"):
+    _check((params.k_first is None) == (params.v_first is None), "params.k_first and params.v_first go together")
+    for name in ("k_smooth", "k_shift", "v_shift", "k_first", "v_first"):
         tensor = getattr(params, name)
+        if tensor is None:
+            continue
         _check(
             tensor.shape == (heads, head_size)
             and tensor.dtype == torch.float32
@@ -170,6 +173,8 @@ def _handle(params: KVParams) -> int:
         k_smooth=params.k_smooth.data_ptr(),
         k_shift=params.k_shift.data_ptr(),
         v_shift=params.v_shift.data_ptr(),
+        k_first=None if params.k_first is None else params.k_first.data_ptr(),
+        v_first=None if params.v_first is None else params.v_first.data_ptr(),
         rope_turns=None if turns is None else turns.data_ptr(),
         rope_scaling=params.rope_scaling,
         num_kv_heads=heads,

@@ -2,11 +2,14 @@
 
 Per KV head of size D, position t, static smoothing s and shift delta, orthonormal Hadamard H, rotary rotation R_t:
 
-    k'_t = H ((k_t - R_t k_shift) / k_smooth)              v'_t = v_t - v_shift
+    k'_t = H ((k_t - K_t) / k_smooth)                      v'_t = v_t - V_t
+    K_t = R_t k_shift, V_t = v_shift                       K_0 = k_first, V_0 = v_first
     minimum = fp16(min x'), scale = fp16((max x' - min x') / 15), code = round((x' - minimum) / scale) in 0..15
-    q . k_t  =  H (q * k_smooth) . (scale_t code_t + minimum_t)  +  q . R_t k_shift
-    out_past =  sum_t p_t (scale_t code_t + minimum_t)  +  v_shift sum_t p_t
+    q . k_t  =  H (q * k_smooth) . (scale_t code_t + minimum_t)  +  q . K_t
+    out_past =  sum_t p_t (scale_t code_t + minimum_t + V_t)
 
+Position 0 has shifts of its own: it is the attention sink of most models, half of all attention goes there, and its
+key and value lie far from all others but hardly depend on the token (docs/algorithm.md).
 H and the smoothing of V are folded into v_proj and o_proj offline (quantize/fold.py), so the cache sees v' up to its
 shift. Past tokens (positions < seq_len - query_len) are read from the page; the tokens of the step are attended as
 they came (past-only quantization, arXiv 2402.12065 section 4.1).
@@ -30,7 +33,8 @@ class KVParams:
 
     k_smooth, k_shift, v_shift: fp32 [num_kv_heads, head_size]. key_hadamard: rotate keys before quantizing.
     rope_turns: int64 [rotary_dim / 2] of `rope_turns`, or None for a shift that does not rotate. rope_scaling:
-    factor on cos and sin (YaRN).
+    factor on cos and sin (YaRN). k_first, v_first: fp32 [num_kv_heads, head_size], shifts at position 0 as the cache
+    sees keys and values there; None: position 0 is like any other.
     """
 
     k_smooth: torch.Tensor
@@ -39,10 +43,18 @@ class KVParams:
     key_hadamard: bool
     rope_turns: torch.Tensor | None
     rope_scaling: float = 1.0
+    k_first: torch.Tensor | None = None
+    v_first: torch.Tensor | None = None
 
     @classmethod
     def build(
-        cls, config: KVCacheConfig, k_smooth: torch.Tensor, k_shift: torch.Tensor, v_shift: torch.Tensor
+        cls,
+        config: KVCacheConfig,
+        k_smooth: torch.Tensor,
+        k_shift: torch.Tensor,
+        v_shift: torch.Tensor,
+        k_first: torch.Tensor | None = None,
+        v_first: torch.Tensor | None = None,
     ) -> "KVParams":
         """Parameters of a layer from its checkpoint tensors [num_kv_heads, head_size] and the KV section."""
         rotating = config.key_shift == "rotating"
@@ -53,18 +65,14 @@ class KVParams:
             key_hadamard=config.key_hadamard,
             rope_turns=rope_turns(config.rope.inv_freq).to(k_shift.device) if rotating else None,
             rope_scaling=config.rope.attention_scaling if rotating else 1.0,
+            k_first=None if k_first is None else k_first.float().contiguous(),
+            v_first=None if v_first is None else v_first.float().contiguous(),
         )
 
     def to(self, device: torch.device | str) -> "KVParams":
         """The same parameters on another device."""
-        turns = None if self.rope_turns is None else self.rope_turns.to(device)
-        return replace(
-            self,
-            k_smooth=self.k_smooth.to(device),
-            k_shift=self.k_shift.to(device),
-            v_shift=self.v_shift.to(device),
-            rope_turns=turns,
-        )
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: value.to(device) for name, value in tensors.items()})
 
 
 def hadamard_block(head_size: int) -> int:
@@ -107,11 +115,23 @@ def rotate(x: torch.Tensor, positions: torch.Tensor, turns: torch.Tensor, scalin
 
 
 def key_shift_at(positions: torch.Tensor, params: KVParams, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """R_t k_shift, [T, H, D]: the part of the keys that is known from the position alone."""
+    """K_t, [T, H, D]: the part of the keys that is known from the position alone."""
     shift = params.k_shift.to(dtype)[None].expand(positions.shape[0], -1, -1)
-    if params.rope_turns is None:
+    if params.rope_turns is not None:
+        shift = rotate(shift, positions, params.rope_turns, params.rope_scaling)
+    return _at_first(positions, params.k_first, shift)
+
+
+def value_shift_at(positions: torch.Tensor, params: KVParams, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """V_t, [T, H, D]."""
+    shift = params.v_shift.to(dtype)[None].expand(positions.shape[0], -1, -1)
+    return _at_first(positions, params.v_first, shift)
+
+
+def _at_first(positions: torch.Tensor, first: torch.Tensor | None, shift: torch.Tensor) -> torch.Tensor:
+    if first is None:
         return shift
-    return rotate(shift, positions, params.rope_turns, params.rope_scaling)
+    return torch.where((positions == 0)[:, None, None], first.to(shift.dtype), shift)
 
 
 def transform_key(key: torch.Tensor, positions: torch.Tensor, params: KVParams) -> torch.Tensor:
@@ -149,7 +169,8 @@ def fake_quantize(
     if params.key_hadamard:
         k = k @ hadamard_matrix(key.shape[-1]).to(k.device)
     k = k * params.k_smooth + key_shift_at(positions, params)
-    v = dequantize_tokens(*quantize_tokens(value.float() - params.v_shift, qmax)) + params.v_shift
+    v_shift = value_shift_at(positions, params)
+    v = dequantize_tokens(*quantize_tokens(value.float() - v_shift, qmax)) + v_shift
     return k, v
 
 
@@ -166,7 +187,7 @@ def cache_write(
     slots, positions = slot_mapping[keep].long(), positions[: keep.shape[0]][keep]
     key, value = key[: keep.shape[0]][keep], value[: keep.shape[0]][keep]
     k = quantize_tokens(transform_key(key, positions, params))
-    v = quantize_tokens(value.float() - params.v_shift)
+    v = quantize_tokens(value.float() - value_shift_at(positions, params))
     layout.store(kv_cache, slots, k, v)
 
 
@@ -201,7 +222,7 @@ def paged_attention(
         k = dequantize_tokens(*k_past, dtype)
         k = k @ hadamard if hadamard is not None else k
         k = k * params.k_smooth.to(dtype) + key_shift_at(p, params, dtype)
-        v = dequantize_tokens(*v_past, dtype) + params.v_shift.to(dtype)
+        v = dequantize_tokens(*v_past, dtype) + value_shift_at(p, params, dtype)
         k = torch.cat([k, key[first:last].to(dtype)]).repeat_interleave(group, 1)
         v = torch.cat([v, value[first:last].to(dtype)]).repeat_interleave(group, 1)
         scores = torch.einsum("qhd,khd->hqk", query[first:last].to(dtype), k) * scale

@@ -14,6 +14,8 @@ struct WkvParams {
   const float* k_smooth;      // [num_kv_heads, head_size]
   const float* k_shift;       // [num_kv_heads, head_size]
   const float* v_shift;       // [num_kv_heads, head_size]
+  const float* k_first;       // [num_kv_heads, head_size], shift of the key at position 0; null: as elsewhere
+  const float* v_first;       // [num_kv_heads, head_size]
   const int64_t* rope_turns;  // [rotary_pairs], 2^64 a turn; null: the shift of the keys does not rotate
   float rope_scaling;
   int32_t num_kv_heads;
@@ -81,9 +83,11 @@ struct Prepared {
   int num_kv_heads, head_size;
   int hadamard;  // size of a block, 0: none
   int pairs;     // rotary pairs, 0: the shift does not rotate
-  bool has_k_shift, has_v_shift;
+  bool has_k_shift;
   float *query_scale, *key_scale;  // [H][D] k_smooth and 1 / k_smooth, each over sqrt(hadamard)
   float *k_shift, *v_shift;        // [H][D], rotary channels of k_shift times rope_scaling
+  float *k_first, *v_first;        // [H][D] shifts of position 0; null: as elsewhere
+  float *k_extra, *v_extra;        // [H][D] what they have more than k_shift and v_shift
   uint64_t* turns;                 // [pairs, padded to 16]
 
   // The shift of a chunk as a sum over a basis of functions of the position inside the chunk; see prepare.cpp.

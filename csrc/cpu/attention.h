@@ -88,6 +88,7 @@ struct Work {
   float* max;                                // [kRows] running maximum
   float *sum, *min_sum;                      // [kRows][16] sum p and sum p minimum_t, lanes to be added up
   float *step, *total, *constant;            // [kRows] unit of q', sum q', part of the shift that does not rotate
+  float *first, *first_weight;               // [kRows] extra score of position 0, its p
   const uint8_t *k_tile[kTiles], *v_tile[kTiles];
   int padded, pitch;  // columns of `past`; floats of a row of `coefficient`
 
@@ -108,6 +109,7 @@ struct Work {
     take(w->cosine, active), take(w->sine, active);
     take(w->max, kRows), take(w->sum, kRows * kLanes), take(w->min_sum, kRows * kLanes);
     take(w->step, kRows), take(w->total, kRows), take(w->constant, kRows);
+    take(w->first, kRows), take(w->first_weight, kRows);
     return used;
   }
 };
@@ -146,6 +148,7 @@ struct Attention {
       w.max[r] = -INFINITY;
       store(w.sum + r * kLanes, f32{});
       store(w.min_sum + r * kLanes, f32{});
+      w.first_weight[r] = 0;
       memset(w.past + r * w.padded, 0, w.padded * sizeof(float));
       if (item.begin < item.end) transform_query(r);
     }
@@ -188,6 +191,9 @@ struct Attention {
     }
     // Of the rounded q': its error then meets scale * code + minimum, which is centred, instead of the larger codes.
     w.total[r] = Isa::reduce_add(total) * w.step[r];
+    w.first[r] = 0;
+    if (params.k_first)
+      for (int i = 0; i < d; ++i) w.first[r] += q[i] * params.k_extra[item.head * d + i];
     const float* shift = params.k_shift + item.head * d;
     const int n = params.pairs;
     w.constant[r] = 0;
@@ -290,6 +296,7 @@ struct Attention {
         f32 s = minimum * w.total[row + r] + w.constant[row + r];
         s += __builtin_convertvector(dot[r], f32) * (scale * w.step[row + r]);
         if (params.active) s += load<f32>(out);
+        if (begin + i == 0) s += lane_index() == 0 ? splat(w.first[row + r]) : f32{};
         if (masked) {
           const i32 position = lane_index() + (begin + i * kLanes);
           const int first = first_visible(item.query + (row + r) / group);
@@ -301,7 +308,14 @@ struct Attention {
       }
     }
     float decay[R], unit[R];
-    for (int r = 0; r < R; ++r) soften(row + r, r, columns, Isa::reduce_max(largest[r]), decay[r], unit[r]);
+    for (int r = 0; r < R; ++r) {
+      const float first = begin == 0 ? w.score[r * kChunk] : -INFINITY;
+      soften(row + r, r, columns, Isa::reduce_max(largest[r]), decay[r], unit[r]);
+      if (first > -INFINITY)
+        w.first_weight[row + r] = exp2_vec<Isa>(splat(first - w.max[row + r]))[0];
+      else
+        w.first_weight[row + r] *= decay[r];
+    }
     for (int column = 0; column < w.padded; column += 64) {
       i32 acc[R][4];
       for (int r = 0; r < R; ++r)
@@ -366,6 +380,7 @@ struct Attention {
   void finish_past() {
     const int d = params.head_size;
     const float* shift = params.v_shift + item.head * d;
+    const float* extra = params.v_first ? params.v_extra + item.head * d : nullptr;
     for (int r = 0; r < rows; ++r) {
       const float* past = w.past + r * w.padded;
       const float minimum = Isa::reduce_add(load<f32>(w.min_sum + r * kLanes));
@@ -375,6 +390,8 @@ struct Attention {
         const int word = i / 4;
         out[i] = past[word / kLanes * 64 + i % 4 * kLanes + word % kLanes] + minimum + sum * shift[i];
       }
+      if (extra && w.first_weight[r] != 0)
+        for (int i = 0; i < d; ++i) out[i] += w.first_weight[r] * extra[i];
     }
   }
 

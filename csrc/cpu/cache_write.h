@@ -53,7 +53,10 @@ WKV_INLINE Range transform_key(const wkvquant::CacheWriteArgs& a, int64_t token,
   constexpr int N = D / kLanes, kBlock = (D & -D) / kLanes;
   const wkvquant::Prepared& p = *a.params;
   load_row<Isa>(a.key, a.dtype, token * a.key_stride[0] + head * a.key_stride[1], D, row);
-  if (p.has_k_shift) {
+  if (p.k_first && a.positions[token] == 0) {
+    const float* shift = p.k_first + head * D;
+    for (int j = 0; j < D; ++j) row[j] -= shift[j];
+  } else if (p.has_k_shift) {
     const float* shift = p.k_shift + head * D;
     // Pairs are no multiple of 16 for a head size of 80: plain loops, which the compiler turns into masked vectors.
     for (int j = 0; j < p.pairs; ++j) {
@@ -75,7 +78,9 @@ WKV_INLINE Range transform_value(const wkvquant::CacheWriteArgs& a, int64_t toke
   constexpr int N = D / kLanes;
   load_row<Isa>(a.value, a.dtype, token * a.value_stride[0] + head * a.value_stride[1], D, row);
   f32 x[N];
-  for (int i = 0; i < N; ++i) x[i] = load<f32>(row + kLanes * i) - load<f32>(a.params->v_shift + head * D + kLanes * i);
+  const wkvquant::Prepared& p = *a.params;
+  const float* shift = (p.v_first && a.positions[token] == 0 ? p.v_first : p.v_shift) + head * D;
+  for (int i = 0; i < N; ++i) x[i] = load<f32>(row + kLanes * i) - load<f32>(shift + kLanes * i);
   return store_range<Isa, N>(x, row);
 }
 

@@ -108,7 +108,15 @@ Prepared* prepare(const WkvParams& in) {
     p->k_shift[i] = in.k_shift[i] * (i % d < 2 * p->pairs ? in.rope_scaling : 1.0f);
     p->v_shift[i] = in.v_shift[i];
     p->has_k_shift |= p->k_shift[i] != 0;
-    p->has_v_shift |= p->v_shift[i] != 0;
+  }
+  if (in.k_first && in.v_first) {
+    for (float** array : {&p->k_first, &p->v_first, &p->k_extra, &p->v_extra}) *array = allocate<float>(n);
+    for (int i = 0; i < n; ++i) {
+      p->k_first[i] = in.k_first[i];
+      p->v_first[i] = in.v_first[i];
+      p->k_extra[i] = in.k_first[i] - p->k_shift[i];
+      p->v_extra[i] = in.v_first[i] - p->v_shift[i];
+    }
   }
   for (int j = 0; j < p->pairs; ++j) p->turns[j] = static_cast<uint64_t>(in.rope_turns[j]);
   build_basis(*p);
@@ -116,8 +124,8 @@ Prepared* prepare(const WkvParams& in) {
 }
 
 void release(Prepared* p) {
-  void* arrays[] = {p->query_scale, p->key_scale,  p->k_shift, p->v_shift,  p->turns,
-                    p->pair,        p->pair_turns, p->basis,   p->chebyshev};
+  void* arrays[] = {p->query_scale, p->key_scale, p->k_shift, p->v_shift,    p->turns, p->k_first,  p->v_first,
+                    p->k_extra,     p->v_extra,   p->pair,    p->pair_turns, p->basis, p->chebyshev};
   for (void* array : arrays) free(array);
   delete p;
 }
