@@ -45,7 +45,7 @@ def write_checkpoint(
 ) -> Path:
     """Write the model and return `path`.
 
-    shift: size of the random k_shift and v_shift; key_bias: of a random bias on k_proj, which k_shift then equals (a
+    shift: size of the random shifts of keys and values; key_bias: of a random bias on k_proj, which k_shift then equals (a
     model like Qwen2, whose keys no plain 4-bit cache can hold). key_gain, value_gain: sharpen attention, which random
     weights leave uniform. edit: tensors replaced by name, or left out where None. section: keys replaced in the KV
     section of config.json.
@@ -96,7 +96,9 @@ def write_checkpoint(
             "k_shift": torch.zeros(shape) if key_shift == "none" else k_shift,
             "v_shift": shift * torch.randn(shape, generator=generator),
         }
-        tensors |= {checkpoint.kv_tensor_name(layer, param): value for param, value in values.items()}
+        values["k_first"] = k_shift + shift * torch.randn(shape, generator=generator)
+        values["v_first"] = shift * torch.randn(shape, generator=generator)
+        tensors |= {checkpoint.kv_tensor_name(layer, param): values[param] for param in checkpoint.KV_PARAMS}
     for name, tensor in (edit or {}).items():
         if tensor is None:
             del tensors[name]

@@ -13,7 +13,7 @@ from models import save_text, tiny_model
 from safetensors.torch import load_file, save_file
 
 from vllm_wkvquant import cli
-from vllm_wkvquant.checkpoint import INDEX_FILE, kv_tensor_name
+from vllm_wkvquant.checkpoint import INDEX_FILE, KV_PARAMS, kv_tensor_name
 from vllm_wkvquant.quantize.state import RunState
 
 ARGUMENTS = ["--samples", "4", "--seq-len", "32"]
@@ -348,7 +348,7 @@ def test_checkpoint_of_another_kind(inspect_refused: Callable[[Path], str], mode
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("param", ["k_smooth", "k_shift", "v_shift"])
+@pytest.mark.parametrize("param", KV_PARAMS)
 def test_nan_in_a_kv_tensor(param: str, value: float, inspect_refused: Callable[[Path], str], damaged: Path) -> None:
     name = kv_tensor_name(1, param)
     edit_tensors(damaged, lambda tensors: tensors[name][1, 3].fill_(value))

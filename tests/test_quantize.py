@@ -4,6 +4,7 @@ import doctest
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from compressed_tensors.compressors import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from models import save_text, tiny_model
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_wkvquant import cli, layout, reference
@@ -294,22 +297,57 @@ def test_statistics(scaling: float) -> None:
     queries[:, 2:] = 5
     values = torch.randn(200, 2, 64) + 7
     keys[0][:SKIPPED] = values[:SKIPPED] = 1e6  # massive activations, which no statistic may see
-    found = kv.collect([(queries, k, values) for k in keys], config)
+    firsts = queries[:3], keys[0][:3] + torch.randn(3, 2, 64), values[:3] + torch.randn(3, 2, 64)
+    windows = [(queries, k, values) for k in keys]
+    found = kv.collect(windows, firsts, config, first_shift=True)
     torch.testing.assert_close(found.k_shift, bias, rtol=0, atol=1e-3)
     turned = torch.stack([reference.rotate(n, positions, turns, scaling) for n in noise])
     torch.testing.assert_close(found.k_deviation, turned[:, SKIPPED:].abs().amax((0, 1)), rtol=0, atol=1e-3)
     torch.testing.assert_close(found.q_rms, torch.tensor([3.0, 5.0])[:, None].expand(2, 64))
     torch.testing.assert_close(found.v_shift, values[SKIPPED:].mean(0))
+    torch.testing.assert_close(found.k_first, firsts[1].mean(0))
+    torch.testing.assert_close(found.v_first, firsts[2].mean(0))
+    plain = kv.collect(windows, firsts, config, first_shift=False)
+    torch.testing.assert_close(plain.k_first, reference.rotate(found.k_shift[None], positions[:1], turns, scaling)[0])
+    torch.testing.assert_close(plain.v_first, found.v_shift)
+
+
+def test_first_position_is_calibrated_on_what_begins_a_sequence(tmp_path: Path, text: Path) -> None:
+    """Any token of the text, or the BOS where the tokenizer puts one before every text, windows included."""
+    model = tiny_model(tmp_path / "model", num_layers=2)
+    windows = read_windows(model, text, SAMPLES, SEQ_LEN, seed=0)
+    assert windows.prefix == []
+    assert set(windows.first_tokens().tolist()) <= set(windows.tokens[: windows.statistics].flatten().tolist())
+    assert windows.first_tokens().numel() > 16
+    quantize(settings(model, tmp_path / "out", text))
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    captured: list[torch.Tensor] = []
+    whole.model.layers[0].self_attn.k_proj.register_forward_hook(lambda m, x, y: captured.append(y))
+    with torch.inference_mode():
+        whole(windows.first_tokens()[:, None])
+    # position 0 is not rotated; the first block's keys feel no rounding but that of k_proj itself
+    k_first = Checkpoint(tmp_path / "out").kv_tensors(0)["k_first"]
+    assert pipeline.relative_error(k_first.flatten(), captured[0][:, 0].mean(0)) < 0.2
+
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    bos = tokenizer.token_to_id("\x01")
+    tokenizer.post_processor = TemplateProcessing(single="\x01 $A", special_tokens=[("\x01", bos)])
+    tokenizer.save(str(model / "tokenizer.json"))
+    begun = read_windows(model, text, SAMPLES, SEQ_LEN, seed=0)
+    assert begun.prefix == begun.first_tokens().tolist() == [bos]
+    assert begun.tokens.shape == windows.tokens.shape
+    assert (begun.tokens[:, 0] == bos).all()
 
 
 def test_smoothing_factors() -> None:
     deviation = torch.tensor([[1.0, 4.0, 16.0, 1.0, 1e9, 0.0]]).repeat(2, 1)
-    found = kv.KVStatistics(k_shift=deviation, k_deviation=deviation, q_rms=torch.full((2, 6), 4.0), v_shift=deviation)
+    rest = dict.fromkeys(("v_shift", "k_first", "v_first"), deviation)
+    found = kv.KVStatistics(k_shift=deviation, k_deviation=deviation, q_rms=torch.full((2, 6), 4.0), **rest)
     tied = kv.smoothing_factors(Smoothing(0.5, tied=True), found, rotary_dim=4)
     torch.testing.assert_close(tied[:, :2], tied[:, 2:4])
     assert ((tied >= 1 / kv.SMOOTH_LIMIT) & (tied <= kv.SMOOTH_LIMIT)).all()
     assert (kv.smoothing_factors(Smoothing(), found, 4) == 1).all()
-    plain = kv.KVStatistics(*(x[:, :4] for x in (deviation, deviation, found.q_rms, deviation)))
+    plain = replace(found, k_deviation=deviation[:, :4], q_rms=found.q_rms[:, :4])
     free = kv.smoothing_factors(Smoothing(0.5), plain, 4)
     torch.testing.assert_close(free[0] / free[0, 0], torch.tensor([1.0, 2.0, 4.0, 1.0]))
     torch.testing.assert_close(free.log().mean(-1), torch.zeros(2))

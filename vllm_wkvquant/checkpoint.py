@@ -1,7 +1,7 @@
 """The checkpoint on disk (docs/format.md): names, `quantization_config`, and a reader that validates.
 
 Weights are compressed-tensors `pack-quantized` (asymmetric uint4 in groups along the input), written by
-`quantize/writer.py`; KV parameters are three fp32 tensors [num_kv_heads, head_size] per layer.
+`quantize/writer.py`; KV parameters are five fp32 tensors [num_kv_heads, head_size] per layer.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from vllm_wkvquant.reference import KVParams
 
 QUANT_METHOD = "wkvquant"
 INDEX_FILE = "model.safetensors.index.json"
-KV_PARAMS = ("k_smooth", "k_shift", "v_shift")
+KV_PARAMS = ("k_smooth", "k_shift", "v_shift", "k_first", "v_first")
 KV_PREFIX = "wkv_"
 
 

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -28,6 +28,7 @@ from vllm_wkvquant.checkpoint import Checkpoint, read_config
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.layout import token_bytes
 from vllm_wkvquant.reference import KVParams, fake_quantize, past_only_attention
+from vllm_wkvquant.text import read_tokens
 
 ATTENTION = "wkvquant_past_only"
 LOGIT_ROWS = 512  # rows of logits held at once: 512 x 152k vocabulary x fp32 is 0.3 GB
@@ -81,17 +82,15 @@ def load_quantized(ckpt: Checkpoint, dtype: torch.dtype, device: str) -> PreTrai
 
 
 def read_windows(tokenizer_path: Path, text: Path, window: int, count: int) -> list[list[int]]:
-    """The text as token windows, without special tokens: `count` windows of `window`, or all of it for 0."""
-    if not text.is_file():
-        raise ConfigError(f"text file {text} does not exist")
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
-    ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
-    if count and len(ids) < count * window:
+    """The text as `count` windows of `window` tokens, or all of it for 0, each after the tokenizer's prefix."""
+    ids, prefix = read_tokens(tokenizer_path, text, "text")
+    own = window - len(prefix)
+    if count and len(ids) < count * own:
         raise ConfigError(
             f"{text} has {len(ids)} tokens, fewer than {count} windows of {window}; give a longer text or --windows 0"
         )
-    stop = count * window if count else len(ids)
-    return [w for w in (ids[i : min(i + window, stop)] for i in range(0, stop, window)) if len(w) > 1]
+    stop = count * own if count else len(ids)
+    return [w for w in (prefix + ids[i : min(i + own, stop)] for i in range(0, stop, own)) if len(w) > 1]
 
 
 def _progress(items: list[list[int]], what: str) -> Iterator[list[int]]:

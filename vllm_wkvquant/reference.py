@@ -17,6 +17,7 @@ they came (past-only quantization, arXiv 2402.12065 section 4.1).
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -71,8 +72,8 @@ class KVParams:
 
     def to(self, device: torch.device | str) -> "KVParams":
         """The same parameters on another device."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **{name: value.to(device) for name, value in tensors.items()})
+        moved: dict[str, Any] = {n: v.to(device) for n, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **moved)
 
 
 def hadamard_block(head_size: int) -> int:

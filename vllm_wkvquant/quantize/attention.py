@@ -87,7 +87,14 @@ class CalibrationAttention:
         sliding_window: int | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        """transformers' attention interface: query [1, Hq, T, D], key and value [1, H, T, D] -> [1, T, Hq, D]."""
+        """transformers' attention interface: query [1, Hq, T, D], key and value [1, H, T, D] -> [1, T, Hq, D].
+
+        A batch of sequences of one token, [B, Hq, 1, D], is captured as B tokens; each attends itself alone.
+        """
+        if query.shape[2] == 1:
+            if self.captured is not None:
+                self.captured.append((query[:, :, 0], key[:, :, 0], value[:, :, 0]))
+            return value.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(1, 2), None
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         self.scale = scaling if scaling is not None else q.shape[-1] ** -0.5
         self.sliding_window = sliding_window or 0

@@ -20,17 +20,22 @@ class KVStatistics:
 
     k_shift: mean key before the rotary embedding (after it for a static shift); k_deviation: largest deviation from
     the shift, after the rotary embedding; q_rms: root mean square of the queries of the KV head's group; v_shift: mean
-    value.
+    value; k_first, v_first: mean key and value of tokens at position 0.
     """
 
     k_shift: torch.Tensor
     k_deviation: torch.Tensor
     q_rms: torch.Tensor
     v_shift: torch.Tensor
+    k_first: torch.Tensor
+    v_first: torch.Tensor
 
 
-def collect(windows: list[QKV], config: KVCacheConfig) -> KVStatistics:
-    """Statistics of captured windows, under the shift that `config` asks for."""
+def collect(windows: list[QKV], firsts: QKV, config: KVCacheConfig, first_shift: bool) -> KVStatistics:
+    """Statistics of captured windows, under the shift that `config` asks for.
+
+    firsts: tokens at position 0, [B, ...]. first_shift: whether that position has shifts of its own.
+    """
     length, heads, size = windows[0][1].shape
     positions = torch.arange(length, device=windows[0][1].device)
     keys = [k.float() for _, k, _ in windows]
@@ -42,15 +47,17 @@ def collect(windows: list[QKV], config: KVCacheConfig) -> KVStatistics:
         turns = rope_turns(config.rope.inv_freq).to(positions.device)
         unrotated = [rotate(k, -positions, turns, 1 / config.rope.attention_scaling) if rotating else k for k in keys]
         k_shift = torch.stack([k[SKIPPED:].mean(0) for k in unrotated]).mean(0)
-    shifted = KVParams.build(config, zeros + 1, k_shift, zeros)
-    known = key_shift_at(positions, shifted)
+    v_shift = torch.stack([v[SKIPPED:].float().mean(0) for _, _, v in windows]).mean(0)
+    known = key_shift_at(positions, KVParams.build(config, zeros + 1, k_shift, zeros))
     deviations = [(k - known)[SKIPPED:] for k in keys]
     queries = [q[SKIPPED:].float().unflatten(1, (heads, -1)) for q, _, _ in windows]
     return KVStatistics(
         k_shift=k_shift,
         k_deviation=torch.stack([d.abs().amax(0) for d in deviations]).amax(0),
         q_rms=torch.stack([q.square().mean((0, 2)) for q in queries]).mean(0).sqrt(),
-        v_shift=torch.stack([v[SKIPPED:].float().mean(0) for _, _, v in windows]).mean(0),
+        v_shift=v_shift,
+        k_first=firsts[1].float().mean(0) if first_shift else known[0].clone(),
+        v_first=firsts[2].float().mean(0) if first_shift else v_shift.clone(),
     )
 
 

@@ -33,6 +33,7 @@ from vllm_wkvquant.reference import KVParams
 
 LOGIT_ROWS = 512  # rows of logits held at once: 512 x 152k vocabulary x fp32 is 0.3 GB
 REFERENCE = "reference"
+FIRST = "first"
 DEFAULT_SEQ_LEN = 2048
 
 Progress = Callable[[int, int], None]  # (blocks done, blocks in all)
@@ -166,12 +167,14 @@ def quantize(settings: Settings, progress: Progress = lambda done, total: None) 
 
 
 def first_hidden(plan: Plan) -> dict[str, torch.Tensor]:
-    """Embeddings: the reference's on all windows [N, T, hidden], and each candidate's on the held-out ones."""
+    """Embeddings: the reference's on all windows [N, T, hidden] and on tokens at position 0 [B, 1, hidden], and each
+    candidate's on the held-out windows."""
     embedding = plan.adapter.load_embedding().to(plan.adapter.dtype)
     dtype = getattr(torch, plan.settings.dtype)
     hidden = torch.nn.functional.embedding(plan.windows.tokens, embedding).to(dtype)
     held_out = hidden[plan.windows.statistics :]
-    return {REFERENCE: hidden} | {name: held_out.clone() for name in plan.recipe.candidates}
+    first = torch.nn.functional.embedding(plan.windows.first_tokens()[:, None], embedding).to(dtype)
+    return {REFERENCE: hidden, FIRST: first} | {name: held_out.clone() for name in plan.recipe.candidates}
 
 
 class BlockRunner:
@@ -192,6 +195,14 @@ class BlockRunner:
         self.attention.params, self.attention.captured = params, captured
         x = window.to(self.device)[None]
         return self.block(x, attention_mask=None, position_embeddings=self.rope)[0].cpu()
+
+    def first(self, tokens: torch.Tensor) -> tuple[torch.Tensor, QKV]:
+        """Tokens that are sequences of their own: [B, 1, hidden] -> [B, 1, hidden] on the CPU, and their q, k, v."""
+        self.attention.params, self.attention.captured = None, []
+        cosine, sine = self.rope
+        rope = cosine[:, :1], sine[:, :1]
+        after = self.block(tokens.to(self.device), attention_mask=None, position_embeddings=rope).cpu()
+        return after, self.attention.captured[0]
 
 
 def quantize_block(
@@ -217,16 +228,17 @@ def quantize_block(
     after = torch.empty_like(reference)
     for i, window in enumerate(reference):
         after[i] = runner(window, captured=captured if i < windows.statistics else None)
-    statistics = kv.collect(captured, plan.kv)
+    first, firsts = runner.first(hidden[FIRST])
+    statistics = kv.collect(captured, firsts, plan.kv, recipe.first_shift)
     params = layer_params(plan, statistics, captured, o_proj.weight)  # type: ignore[arg-type]
-    out = {REFERENCE: after}
+    out = {REFERENCE: after, FIRST: first}
     errors = {}
     exact = after[windows.statistics :]
     for name, candidate in params.items():
         out[name] = torch.stack([runner(window, params=candidate) for window in hidden[name]])
         errors[name] = relative_error(out[name][:, SKIPPED:], exact[:, SKIPPED:])
         tensors[f"{name}.k_smooth"] = candidate.k_smooth.cpu()
-    tensors |= {"k_shift": statistics.k_shift.cpu(), "v_shift": statistics.v_shift.cpu()}
+    tensors |= {p: getattr(statistics, p).cpu() for p in KV_PARAMS if p != "k_smooth"}
     report = {
         "weight_error": weight_error,
         "hidden_error": errors,
@@ -285,7 +297,7 @@ def layer_params(
     """Each candidate's parameters of one layer, by its name."""
 
     def build(k_smooth: torch.Tensor) -> KVParams:
-        return KVParams.build(plan.kv, k_smooth, statistics.k_shift, statistics.v_shift)
+        return KVParams.build(plan.kv, k_smooth, **{p: getattr(statistics, p) for p in KV_PARAMS if p != "k_smooth"})
 
     def factors(smoothing: Smoothing) -> torch.Tensor:
         return kv.smoothing_factors(smoothing, statistics, plan.kv.rope.rotary_dim)

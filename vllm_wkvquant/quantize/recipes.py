@@ -41,6 +41,7 @@ class Recipe:
     key_shift: str
     key_hadamard: bool
     value_hadamard: bool
+    first_shift: bool
     value_balance: float
     smoothings: tuple[Smoothing, ...]
     search: tuple[Smoothing, ...] = ()
@@ -60,6 +61,7 @@ RECIPES = {
             key_shift="rotating",
             key_hadamard=True,
             value_hadamard=True,
+            first_shift=True,
             value_balance=0.5,
             smoothings=(Smoothing(0.5), Smoothing(0.5, tied=True)),
             search=(
@@ -74,6 +76,7 @@ RECIPES = {
             key_shift="static",
             key_hadamard=False,
             value_hadamard=False,
+            first_shift=False,
             value_balance=0.5,
             smoothings=(Smoothing(0.5), Smoothing(0.7), Smoothing(1.0)),
         ),

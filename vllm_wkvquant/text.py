@@ -1,0 +1,36 @@
+"""Text of a local file as tokens of a model."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from vllm_wkvquant.config import ConfigError
+
+
+def load_tokenizer(model: Path) -> Any:
+    """The model's tokenizer. Raises ConfigError."""
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # transformers raises anything here: OSError, ValueError, KeyError, the Rust side's own
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"the tokenizer of {model} cannot be loaded: {reason}") from error
+
+
+def read_tokens(model: Path, file: Path, what: str) -> tuple[list[int], list[int]]:
+    """Tokens of a UTF-8 file without special ones, and the prefix that the tokenizer puts before every text.
+
+    The prefix is what a served prompt begins with (Llama's BOS; often nothing). what: name of the file in errors.
+    Raises ConfigError.
+    """
+    if not file.is_file():
+        raise ConfigError(f"{what} {file} does not exist; give a UTF-8 text file")
+    try:
+        content = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{what} {file} is not UTF-8: {error}") from error
+    tokenizer = load_tokenizer(model)
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    special = tokenizer("a")["input_ids"]
+    prefix = special[: special.index(plain[0])] if plain and plain[0] in special else []
+    return tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"], prefix
