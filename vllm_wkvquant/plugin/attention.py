@@ -22,7 +22,6 @@ from vllm_wkvquant.layout import HEAD_SIZES, TILE, PageLayout, token_bytes
 class WKVQuantBackend(AttentionBackend):
     """Pages are uint8 [num_blocks, num_kv_heads, block_size, token_bytes], each (block, head) contiguous."""
 
-    accept_output_buffer = True
     # the write needs the positions that only the metadata has, and forward() is where the metadata arrives
     forward_includes_kv_cache_update = True
     supported_dtypes: ClassVar = [torch.float16, torch.bfloat16, torch.float32]
