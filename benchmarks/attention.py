@@ -25,6 +25,7 @@ HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 32, 8, 128, 64
 DTYPE = torch.bfloat16
 COLD_BYTES = 96 << 20  # of all copies of our cache: three times the last-level cache of the development machine
 MAX_PEER_BYTES = 8 << 30
+PER_HEAD = ("k_smooth", "k_shift", "v_shift", "k_first", "v_first")
 SAMPLE_SECONDS = 3e-3
 
 
@@ -53,7 +54,7 @@ class Row:
 
 
 def make_params() -> KVParams:
-    """Rotating shift of magnitude 5 on every pair, smoothing around 1, rotated keys."""
+    """Rotating shift of magnitude 5 on every pair, a sink at position 0, smoothing around 1, rotated keys."""
     g = torch.Generator().manual_seed(0)
     inv_freq = [1e4 ** (-2 * j / HEAD_SIZE) for j in range(HEAD_SIZE // 2)]
     return KVParams(
@@ -62,6 +63,8 @@ def make_params() -> KVParams:
         v_shift=0.5 * torch.randn(KV_HEADS, HEAD_SIZE, generator=g),
         key_hadamard=True,
         rope_turns=reference.rope_turns(inv_freq),
+        k_first=5 * torch.randn(KV_HEADS, HEAD_SIZE, generator=g),
+        v_first=0.5 * torch.randn(KV_HEADS, HEAD_SIZE, generator=g),
     )
 
 
@@ -169,7 +172,7 @@ def random_kv(params: KVParams, positions: torch.Tensor) -> tuple[torch.Tensor, 
     """Roped keys and values as the parameters expect them."""
     shape = (len(positions), KV_HEADS, HEAD_SIZE)
     key = torch.randn(shape) * params.k_smooth + reference.key_shift_at(positions, params)
-    return key.to(DTYPE), (torch.randn(shape) + params.v_shift).to(DTYPE)
+    return key.to(DTYPE), (torch.randn(shape) + reference.value_shift_at(positions, params)).to(DTYPE)
 
 
 def attention_row(op: str, step: Step, pairs: int) -> Row:
@@ -214,7 +217,7 @@ def attention_row(op: str, step: Step, pairs: int) -> Row:
     attend(copy_tables[0])()
     # One sequence and one KV head are enough for the error, and all that fits in fp64.
     group = HEADS // KV_HEADS
-    first = replace(params, **{n: getattr(params, n)[:1] for n in ("k_smooth", "k_shift", "v_shift")})
+    first = replace(params, **{n: getattr(params, n)[:1] for n in PER_HEAD})
     n = min(step.query_len, 64)
     expected = torch.empty(n, group, HEAD_SIZE, dtype=torch.float64)
     reference.paged_attention(
@@ -280,7 +283,7 @@ def write_row(tokens: int, pairs: int) -> Row:
     expected = torch.zeros_like(cache)
     reference.cache_write(key, value, expected, slots[0], positions, params)
     # Where rounding ties, codes differ by one and are equally good: how much farther than the reference are we?
-    exact = reference.transform_key(key, positions, params), value.float() - params.v_shift
+    exact = reference.transform_key(key, positions, params), value.float() - reference.value_shift_at(positions, params)
     seen, wanted = (layout.load(c, slots[0], HEAD_SIZE) for c in (cache, expected))
     error = max(
         ((reference.dequantize_tokens(*a) - x).abs() - (reference.dequantize_tokens(*b) - x).abs()).max().item()

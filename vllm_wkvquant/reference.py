@@ -217,7 +217,9 @@ def paged_attention(
         if first == last:
             continue
         past = seq_len - (last - first)
-        p = torch.arange(past, device=query.device)
+        # a window's caller may have freed the pages before it
+        start = max(0, past - sliding_window + 1) if sliding_window else 0
+        p = torch.arange(start, past, device=query.device)
         slots = block_table[i].long()[p // block_size] * block_size + p % block_size
         k_past, v_past = layout.load(kv_cache, slots, head_size)
         k = dequantize_tokens(*k_past, dtype)
@@ -228,7 +230,7 @@ def paged_attention(
         v = torch.cat([v, value[first:last].to(dtype)]).repeat_interleave(group, 1)
         scores = torch.einsum("qhd,khd->hqk", query[first:last].to(dtype), k) * scale
         q_pos = torch.arange(past, seq_len, device=query.device)[:, None]
-        k_pos = torch.arange(seq_len, device=query.device)[None]
+        k_pos = torch.arange(start, seq_len, device=query.device)[None]
         hidden = k_pos > q_pos
         if sliding_window:
             hidden |= k_pos <= q_pos - sliding_window
