@@ -162,6 +162,16 @@ def test_checkpoint_on_disk(tmp_path: Path, text: Path) -> None:
     assert {p.stat().st_mode for p in out.iterdir()} == {text.stat().st_mode}  # readable to whom the umask lets
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_models_own_16_bits_are_kept(dtype: torch.dtype, tmp_path: Path, text: Path) -> None:
+    model = tiny_model(tmp_path / "model", num_layers=1, dtype=dtype)
+    quantize(settings(model, tmp_path / "out", text))
+    ckpt = Checkpoint(tmp_path / "out")
+    assert ckpt.config["dtype"] == str(dtype).removeprefix("torch.")
+    names = ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight_scale")
+    assert {t.dtype for t in ckpt.tensors.get(list(names)).values()} == {dtype}
+
+
 def test_tied_embeddings_are_stored_once(tmp_path: Path, text: Path) -> None:
     model = tiny_model(tmp_path / "model", tie_word_embeddings=True, num_layers=1)
     quantize(settings(model, tmp_path / "out", text))
@@ -472,7 +482,7 @@ def test_inspect_reads_every_file_it_describes(tmp_path: Path, text: Path) -> No
     model = tiny_model(tmp_path / "model", num_layers=1)
     quantize(settings(model, tmp_path / "out", text))
     weights = inspect(tmp_path / "out")["weights"]
-    kv_bytes = 3 * 2 * 64 * 4
+    kv_bytes = len(KV_PARAMS) * 2 * 64 * 4
     shape_bytes = 7 * 16
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     total = weights["quantized_bytes"] + weights["other_bytes"] + kv_bytes + shape_bytes

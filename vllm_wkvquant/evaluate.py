@@ -154,7 +154,9 @@ def score_vllm(ckpt: Checkpoint, baseline: Path, windows: list[list[int]], chunk
     """Per-token nll fp64 from vLLM's prompt log-probabilities, prefilled in chunks of `chunk` tokens."""
     from vllm_wkvquant.plugin.eval_engine import prompt_logprobs
 
-    runs = {"fp16": (str(baseline), "auto"), "w4": (str(ckpt.path), "bfloat16"), "w4kv4": (str(ckpt.path), "auto")}
+    # any explicit type gives vLLM's own cache; the model's own type loses nothing
+    own = str(ckpt.config.get("dtype", "bfloat16"))
+    runs = {"fp16": (str(baseline), "auto"), "w4": (str(ckpt.path), own), "w4kv4": (str(ckpt.path), "auto")}
     out = {}
     for name, (path, kv_cache_dtype) in runs.items():
         logprobs = prompt_logprobs(path, windows, chunk, kv_cache_dtype=kv_cache_dtype)

@@ -106,6 +106,9 @@ class ModelAdapter:
         self.tied = bool(config.tie_word_embeddings)
         if self.head_size not in HEAD_SIZES:
             raise ConfigError(f"head size {self.head_size} is not supported; supported: {list(HEAD_SIZES)}")
+        # of the tensors that stay 16-bit, and of the scales; a model in fp32 is stored in bf16. The skeleton below sets
+        # the config's dtype to its own.
+        self.dtype = config.dtype if config.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
         with torch.device("meta"):
             self.skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation=attention
@@ -119,12 +122,6 @@ class ModelAdapter:
         )
         self._shapes = self._check_tensors()
         self.group_sizes = self._check_groups()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the tensors that stay 16-bit, and of the scales; a model in fp32 is stored in bf16."""
-        dtype = getattr(self.config, "dtype", None)
-        return dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
 
     def _check_tensors(self) -> dict[str, tuple[int, ...]]:
         expected = {n: tuple(p.shape) for n, p in self.skeleton.named_parameters(remove_duplicate=False)}
