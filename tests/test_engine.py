@@ -141,15 +141,15 @@ def test_decode_of_a_real_model_equals_the_specification(smollm2) -> None:
     """64 decode steps of SmolLM2, all but one token past, teacher-forced on the engine's greedy tokens.
 
     A last bit of a 16-bit activation tips 4-bit codes over, and 30 layers amplify that: the reference itself moves by
-    0.02 to 0.1 between fp32 and bf16, least where the model is certain of its text. So the bound of 0.03 is on the most
-    certain of four texts, and all four are held to what the reference does to itself.
+    0.015 to 0.045 between fp32 and fp16, least where the model is certain of its text. So the bound of 0.03 is on the
+    most certain of four texts, and all four are held to what the reference does to itself.
     """
     tokenizer = AutoTokenizer.from_pretrained(smollm2.checkpoint)
     text = tokenizer(smollm2.test_text.read_text()[:4000])["input_ids"]
     prompts = [text[:40], text[100:164], tokenizer("One, two, three, four, five,")["input_ids"], text[200:220]]
-    with engine(smollm2.checkpoint, kv_cache_memory_bytes=64 << 20, dtype="bfloat16") as llm:
+    with engine(smollm2.checkpoint, kv_cache_memory_bytes=64 << 20) as llm:
         results = [generate(llm, [tokens], 65)[0] for tokens in prompts]
-    reference, exact = (ReferenceLlama(smollm2.checkpoint, dtype) for dtype in (torch.bfloat16, torch.float32))
+    reference, exact = (ReferenceLlama(smollm2.checkpoint, dtype) for dtype in (torch.float16, torch.float32))
     errors, moves = [], []
     for result in results:
         first = len(result.prompt)
