@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -38,8 +39,8 @@ def weight_bytes(model: Path) -> int:
     return total
 
 
-def generate(model: str, kv_cache_dtype: str) -> None:
-    """One row, in its own process: prints a JSON object as its last line."""
+def generate(model: str, kv_cache_dtype: str, out: str) -> None:
+    """One row, in its own process: writes a JSON object to the file `out`, since vLLM prints to both streams."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -68,17 +69,18 @@ def generate(model: str, kv_cache_dtype: str) -> None:
         "tokens_per_s": len(prompts) * TOKENS / decode,
         "text": [o.outputs[0].text for o in text],
     }
-    print(json.dumps(result))
+    Path(out).write_text(json.dumps(result))
 
 
 def run_row(model: Path, kv_cache_dtype: str) -> dict:
     """`generate` in a subprocess, so that every engine starts from nothing."""
     environment = {**os.environ, "VLLM_CPU_INT4_W4A8": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
-    command = [sys.executable, __file__, "--row", str(model), kv_cache_dtype]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(f"demo: the engine failed for {model} with --kv-cache-dtype {kv_cache_dtype}")
-    return json.loads(done.stdout.splitlines()[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "row.json"
+        command = [sys.executable, __file__, "--row", str(model), kv_cache_dtype, str(out)]
+        if subprocess.run(command, env=environment).returncode or not out.exists():
+            sys.exit(f"demo: the engine failed for {model} with --kv-cache-dtype {kv_cache_dtype}")
+        return json.loads(out.read_text())
 
 
 def main() -> None:
@@ -127,6 +129,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--row"]:
-        generate(*sys.argv[2:4])
+        generate(*sys.argv[2:5])
     else:
         main()
