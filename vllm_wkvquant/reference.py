@@ -8,7 +8,7 @@ Per KV head of size D, position t, static smoothing s and shift delta, orthonorm
     q . k_t  =  H (q * k_smooth) . (scale_t code_t + minimum_t)  +  q . K_t
     out_past =  sum_t p_t (scale_t code_t + minimum_t + V_t)
 
-Position 0 has shifts of its own: it is the attention sink of most models, half of all attention goes there, and its
+Position 0 has shifts of its own: it is the attention sink of most models, much attention goes there, and its
 key and value lie far from all others but hardly depend on the token (docs/algorithm.md).
 H and the smoothing of V are folded into v_proj and o_proj offline (quantize/fold.py), so the cache sees v' up to its
 shift. Past tokens (positions < seq_len - query_len) are read from the page; the tokens of the step are attended as
