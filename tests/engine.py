@@ -36,6 +36,7 @@ class RecordingScheduler(Scheduler):
     """Keeps what it scheduled, so that a reference can use the same step boundaries."""
 
     steps: list[Step] = []  # noqa: RUF012 - vLLM makes the instance, so the record is the class's
+    blocks: dict[str, list[int]] = {}  # noqa: RUF012 - of the one KV cache group, by request
     preemptions = 0
     number = 0
 
@@ -46,6 +47,7 @@ class RecordingScheduler(Scheduler):
         for request, count in output.num_scheduled_tokens.items():
             start = self.requests[request].num_computed_tokens - count
             cls.steps.append(Step(cls.number, request, start, count))
+            (cls.blocks[request],) = self.kv_cache_manager.get_block_ids(request)
         return output
 
     def _preempt_request(self, *args: Any, **kwargs: Any) -> Any:
@@ -80,13 +82,14 @@ def engine(path: Any, **options: Any) -> Iterator[LLM]:
 
 @dataclass(frozen=True)
 class Result:
-    """prompt + output tokens of one request, the log-probabilities of its output tokens, and its steps."""
+    """prompt + output tokens of one request, the log-probabilities of its output tokens, its steps and its pages."""
 
     prompt: list[int]
     output: list[int]
     logprobs: torch.Tensor
     cached: int
     steps: list[Step]
+    blocks: list[int]
 
     @property
     def tokens(self) -> list[int]:
@@ -105,6 +108,7 @@ def generate(llm: LLM, prompts: list[list[int]], max_tokens: int, **sampling: An
         temperature=0, max_tokens=max_tokens, logprobs=0, detokenize=False, ignore_eos=True, **sampling
     )
     RecordingScheduler.steps.clear()
+    RecordingScheduler.blocks.clear()
     RecordingScheduler.preemptions = 0
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     results = []
@@ -113,5 +117,6 @@ def generate(llm: LLM, prompts: list[list[int]], max_tokens: int, **sampling: An
         values = [step[token].logprob for token, step in zip(tokens, out.outputs[0].logprobs, strict=True)]
         # vLLM appends a random suffix to the request's number
         steps = [s for s in RecordingScheduler.steps if s.request.split("-")[0] == out.request_id.split("-")[0]]
-        results.append(Result(prompt, tokens, torch.tensor(values), out.num_cached_tokens or 0, steps))
+        blocks = RecordingScheduler.blocks[steps[-1].request] if steps else []
+        results.append(Result(prompt, tokens, torch.tensor(values), out.num_cached_tokens or 0, steps, blocks))
     return results

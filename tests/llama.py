@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from vllm_wkvquant import reference
 from vllm_wkvquant.checkpoint import Checkpoint
+from vllm_wkvquant.layout import Quantized
 
 
 class ReferenceLlama:
@@ -36,11 +37,20 @@ class ReferenceLlama:
         a, b = x.float().chunk(2, -1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(self.dtype)
 
-    def logprobs(self, tokens: list[int], starts: list[int], cache: str = "past_only") -> torch.Tensor:
+    def logprobs(
+        self,
+        tokens: list[int],
+        starts: list[int],
+        cache: str = "past_only",
+        stored: list[tuple[Quantized, Quantized]] | None = None,
+    ) -> torch.Tensor:
         """fp32 [len(tokens), vocabulary] log-probabilities of the token after each one.
 
         starts: first position of each step. cache: "past_only", "all" (the step's own tokens quantized too) or "none".
+        stored: what an engine's pages hold of these tokens, by layer; past tokens are then read from it. What the
+        reference would have stored is left in `self.stored` either way.
         """
+        self.stored = []
         length, kv = len(tokens), self.ckpt.kv
         position = torch.arange(length)
         step = torch.bucketize(position, torch.tensor(sorted(set(starts))), right=True)
@@ -63,7 +73,8 @@ class ReferenceLlama:
                 self._linear(h, f"{layer}.self_attn.{n}_proj").view(length, -1, kv.head_size) for n in ("q", "k", "v")
             )
             q, k = self._rope(q), self._rope(k)
-            past_k, past_v = reference.fake_quantize(k, v, position, params)
+            self.stored.append(reference.quantize(k, v, position, params))
+            past_k, past_v = reference.dequantize(*(stored or self.stored)[i], position, params)
             out = torch.empty(q.shape, dtype=torch.float32)
             for head in range(heads):
                 g = head * kv.num_kv_heads // heads

@@ -23,6 +23,7 @@ import torch
 
 from vllm_wkvquant import layout
 from vllm_wkvquant.config import KVCacheConfig
+from vllm_wkvquant.layout import Quantized
 
 QMAX = 15
 FP16_MAX = 65504.0
@@ -141,11 +142,8 @@ def transform_key(key: torch.Tensor, positions: torch.Tensor, params: KVParams) 
     return x @ hadamard_matrix(key.shape[-1]).to(x.device) if params.key_hadamard else x
 
 
-def quantize_tokens(x: torch.Tensor, qmax: int = QMAX) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Dynamic asymmetric quantization of x [T, H, D] per token and head.
-
-    Returns codes uint8 [T, H, D], scale fp16 [T, H] and minimum fp16 [T, H].
-    """
+def quantize_tokens(x: torch.Tensor, qmax: int = QMAX) -> Quantized:
+    """Dynamic asymmetric quantization of x [T, H, D] per token and head."""
     x = x.float()
     low, high = x.amin(-1), x.amax(-1)
     minimum = low.clamp(-FP16_MAX, FP16_MAX).half()
@@ -166,13 +164,31 @@ def fake_quantize(
     key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, params: KVParams, qmax: int = QMAX
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values [T, H, D] as attention sees them once they are past: what the cache returns, in fp32."""
-    k = dequantize_tokens(*quantize_tokens(transform_key(key, positions, params), qmax))
+    k, v = quantize(key, value, positions, params, qmax)
+    return dequantize(k, v, positions, params)
+
+
+def quantize(
+    key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, params: KVParams, qmax: int = QMAX
+) -> tuple[Quantized, Quantized]:
+    """What the cache stores of roped keys and values [T, H, D] at positions [T]."""
+    k = quantize_tokens(transform_key(key, positions, params), qmax)
+    return k, quantize_tokens(value.float() - value_shift_at(positions, params), qmax)
+
+
+def dequantize(
+    key: Quantized,
+    value: Quantized,
+    positions: torch.Tensor,
+    params: KVParams,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [T, H, D] that the cache returns for what it stored at positions [T]."""
+    k = dequantize_tokens(*key, dtype)
     if params.key_hadamard:
-        k = k @ hadamard_matrix(key.shape[-1]).to(k.device)
-    k = k * params.k_smooth + key_shift_at(positions, params)
-    v_shift = value_shift_at(positions, params)
-    v = dequantize_tokens(*quantize_tokens(value.float() - v_shift, qmax)) + v_shift
-    return k, v
+        k = k @ hadamard_matrix(k.shape[-1], dtype).to(k.device)
+    k = k * params.k_smooth.to(dtype) + key_shift_at(positions, params, dtype)
+    return k, dequantize_tokens(*value, dtype) + value_shift_at(positions, params, dtype)
 
 
 def cache_write(
@@ -187,9 +203,7 @@ def cache_write(
     keep = slot_mapping >= 0
     slots, positions = slot_mapping[keep].long(), positions[: keep.shape[0]][keep]
     key, value = key[: keep.shape[0]][keep], value[: keep.shape[0]][keep]
-    k = quantize_tokens(transform_key(key, positions, params))
-    v = quantize_tokens(value.float() - value_shift_at(positions, params))
-    layout.store(kv_cache, slots, k, v)
+    layout.store(kv_cache, slots, *quantize(key, value, positions, params))
 
 
 def paged_attention(
@@ -210,7 +224,6 @@ def paged_attention(
     """Specification of `ops.paged_attention`, computed in `dtype`."""
     block_size, head_size = kv_cache.shape[2], query.shape[-1]
     group = query.shape[1] // key.shape[1]
-    hadamard = hadamard_matrix(head_size, dtype).to(query.device) if params.key_hadamard else None
     starts = query_start_loc.tolist()
     for i, seq_len in enumerate(seq_lens.tolist()):
         first, last = starts[i], starts[i + 1]
@@ -221,11 +234,7 @@ def paged_attention(
         start = max(0, past - sliding_window + 1) if sliding_window else 0
         p = torch.arange(start, past, device=query.device)
         slots = block_table[i].long()[p // block_size] * block_size + p % block_size
-        k_past, v_past = layout.load(kv_cache, slots, head_size)
-        k = dequantize_tokens(*k_past, dtype)
-        k = k @ hadamard if hadamard is not None else k
-        k = k * params.k_smooth.to(dtype) + key_shift_at(p, params, dtype)
-        v = dequantize_tokens(*v_past, dtype) + value_shift_at(p, params, dtype)
+        k, v = dequantize(*layout.load(kv_cache, slots, head_size), p, params, dtype)
         k = torch.cat([k, key[first:last].to(dtype)]).repeat_interleave(group, 1)
         v = torch.cat([v, value[first:last].to(dtype)]).repeat_interleave(group, 1)
         scores = torch.einsum("qhd,khd->hqk", query[first:last].to(dtype), k) * scale
