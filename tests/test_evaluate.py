@@ -98,7 +98,7 @@ def test_engine_measures_what_the_specification_says(smollm2) -> None:
     command = [sys.executable, "-m", "vllm_wkvquant.cli", "eval", smollm2.checkpoint, "--baseline", smollm2.path]
     command += ["--text", smollm2.test_text, "--window", "512", "--windows", "4", "--engine", "vllm", "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(done.stdout)
     assert result["engine"] == "vllm"
     assert result["chunk"] == 64
     assert result["tokens"] == 4 * 511

@@ -164,11 +164,10 @@ def agrees(text: str, steps: list[dict[str, Any]]) -> bool:
 
 
 def test_one_client_reads_the_offline_text(server, texts) -> None:
-    """One request at a time has the batch shapes of the offline run."""
+    """One request at a time has the batch shapes of the offline run, so every sum is the same."""
     completions, answer = texts
-    same = [agrees(server.complete(p), expected["steps"]) for p, expected in zip(PROMPTS, completions, strict=True)]
-    assert sum(same) >= len(PROMPTS) - 1
-    assert server.chat()[:10] == answer[:10]
+    assert [server.complete(prompt) for prompt in PROMPTS] == [c["text"] for c in completions]
+    assert server.chat() == answer
     server.wait_until_idle()
 
 
@@ -197,7 +196,7 @@ def test_bad_requests_do_no_harm(server, texts) -> None:
     with pytest.raises(urllib.error.HTTPError) as error:
         server.complete("x " * 2000)
     assert error.value.code == 400
-    assert server.complete(PROMPTS[0]).startswith(texts[0][0]["text"][:6])
+    assert server.complete(PROMPTS[0]) == texts[0][0]["text"]
     server.wait_until_idle()
 
 
@@ -208,7 +207,9 @@ def test_it_stops_when_asked(server) -> None:
     code = server.process.wait(timeout=120)
     log = server.log.read_text()
     assert code == 0, log[-4000:]
-    assert "Traceback" not in log
+    # vLLM's API process may find its engine gone before it has stopped listening to it, and log that; the engine
+    # itself must end in order
+    assert not re.search(r"\(EngineCore.*Traceback", log), log[-4000:]
     end = time.monotonic() + 60
     while time.monotonic() < end:
         try:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 import vllm_wkvquant
 from vllm_wkvquant.config import ConfigError
+from vllm_wkvquant.quantize.recipes import RECIPES
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -28,8 +29,6 @@ def parse_size(text: str) -> int:
 
 def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `wkvquant quantize`."""
-    from vllm_wkvquant.quantize.recipes import RECIPES
-
     recipes = "\n".join(f"  {r.name:8s} {r.summary}" for r in RECIPES.values())
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = (
@@ -105,10 +104,48 @@ def run_quantize(args: argparse.Namespace) -> int:
     return 0
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command."""
-    from vllm_wkvquant import evaluate, inspect
+def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `wkvquant inspect`."""
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint that `wkvquant quantize` wrote")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
+
+def run_inspect(args: argparse.Namespace) -> int:
+    """Run `wkvquant inspect`; returns the exit status."""
+    from vllm_wkvquant import inspect
+
+    return inspect.main(args)
+
+
+def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `wkvquant eval`."""
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint that `wkvquant quantize` wrote")
+    parser.add_argument("--baseline", type=Path, required=True, metavar="MODEL", help="the model it was made from")
+    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text to score")
+    parser.add_argument("--window", type=int, default=2048, help="tokens in a window, each scored afresh (%(default)s)")
+    parser.add_argument("--windows", type=int, default=10, help="number of windows; 0 is the whole text (%(default)s)")
+    parser.add_argument(
+        "--chunk",
+        type=int,
+        help="tokens attended as they are before they become past: the prefill chunk (transformers: 1, vllm: 64)",
+    )
+    parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers", help="(%(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, for --engine transformers (%(default)s)")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the transformers run"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    """Run `wkvquant eval`; returns the exit status."""
+    from vllm_wkvquant import evaluate
+
+    return evaluate.main(args)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command. Nothing heavy is imported before a command runs."""
     parser = argparse.ArgumentParser(prog="wkvquant", description="4-bit weights and a 4-bit paged KV cache for vLLM")
     parser.add_argument("--version", action="version", version=f"vllm-wkvquant {vllm_wkvquant.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -116,11 +153,11 @@ def build_parser() -> argparse.ArgumentParser:
     add_quantize_arguments(quantize)
     quantize.set_defaults(run=run_quantize)
     look = commands.add_parser("inspect", help="show and validate a checkpoint")
-    inspect.add_arguments(look)
-    look.set_defaults(run=inspect.main)
+    add_inspect_arguments(look)
+    look.set_defaults(run=run_inspect)
     evaluation = commands.add_parser("eval", help="measure perplexity and KL divergence")
-    evaluate.add_arguments(evaluation)
-    evaluation.set_defaults(run=evaluate.main)
+    add_eval_arguments(evaluation)
+    evaluation.set_defaults(run=run_eval)
     return parser
 
 

@@ -7,9 +7,11 @@ specification runs beside it with the same chunk.
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -240,24 +242,18 @@ def evaluate(
     return result | measured | {"kl_w4": reference["kl_w4"], "reference": reference}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `wkvquant eval`."""
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint that `wkvquant quantize` wrote")
-    parser.add_argument("--baseline", type=Path, required=True, metavar="MODEL", help="the model it was made from")
-    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text to score")
-    parser.add_argument("--window", type=int, default=2048, help="tokens in a window, each scored afresh (%(default)s)")
-    parser.add_argument("--windows", type=int, default=10, help="number of windows; 0 is the whole text (%(default)s)")
-    parser.add_argument(
-        "--chunk",
-        type=int,
-        help="tokens attended as they are before they become past: the prefill chunk (transformers: 1, vllm: 64)",
-    )
-    parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers", help="(%(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda, for --engine transformers (%(default)s)")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the transformers run"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+@contextlib.contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Sends what vLLM and the processes it starts print to stderr, so that stdout holds the result alone."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(saved, 1)
+        os.close(saved)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -266,17 +262,18 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(f"--chunk {args.chunk} must be at least 1")
     if args.windows < 0:
         raise ConfigError(f"--windows {args.windows} must not be negative")
-    result = evaluate(
-        args.checkpoint,
-        args.baseline,
-        args.text,
-        args.window,
-        args.windows,
-        args.chunk,
-        args.device,
-        args.engine,
-        getattr(torch, args.dtype),
-    )
+    with stdout_to_stderr():
+        result = evaluate(
+            args.checkpoint,
+            args.baseline,
+            args.text,
+            args.window,
+            args.windows,
+            args.chunk,
+            args.device,
+            args.engine,
+            getattr(torch, args.dtype),
+        )
     if args.json:
         json.dump(result, sys.stdout)
         print()

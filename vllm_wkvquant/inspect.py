@@ -119,12 +119,6 @@ def _report(path: Path) -> dict[str, Any]:
     }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `wkvquant inspect`."""
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint that `wkvquant quantize` wrote")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-
-
 def main(args: argparse.Namespace) -> int:
     """Run `wkvquant inspect`; returns the exit status."""
     result = inspect(args.checkpoint)
