@@ -75,11 +75,14 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_streaming_equals_the_whole_model(name: str, tmp_path: Path, text: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [*((name, "rtn") for name in FAMILIES), ("llama-llama3-96", "best"), ("qwen2-bias-128", "paper")],
+)
+def test_streaming_equals_the_whole_model(name: str, recipe: str, tmp_path: Path, text: Path) -> None:
     """The KL reported from one block at a time is that of the written checkpoint run as a whole in transformers."""
     model = tiny_model(tmp_path / "model", **FAMILIES[name])
-    report = quantize(settings(model, tmp_path / "out", text))
+    report = quantize(settings(model, tmp_path / "out", text, recipe=recipe))
     windows = read_windows(model, text, SAMPLES, SEQ_LEN, seed=0)
 
     ckpt = Checkpoint(tmp_path / "out")

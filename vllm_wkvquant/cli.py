@@ -87,10 +87,10 @@ def run_quantize(args: argparse.Namespace) -> int:
     with bar:
         task = bar.add_task("checking", total=None)
 
-        def progress(done: int, total: int) -> None:
-            bar.update(task, description="blocks", completed=done, total=total)
+        def progress(done: int, total: int, note: str) -> None:
+            bar.update(task, description=f"blocks {note}", completed=done, total=total)
             if not console.is_terminal:  # a log: one line a block
-                print(f"block {done}/{total}", file=sys.stderr, flush=True)
+                print(f"block {done}/{total} {note}".rstrip(), file=sys.stderr, flush=True)
 
         report = quantize(settings, progress)
     table = Table(title="candidates for the smoothing of keys, on held-out calibration text")
@@ -100,6 +100,9 @@ def run_quantize(args: argparse.Namespace) -> int:
         style = "bold" if name == report["smoothing"] else None
         table.add_row(name, f"{row['kl']:.5f}", f"{row['kl_se']:.5f}", style=style)
     Console().print(table)
+    if report["weights"]:
+        w = report["weights"]
+        Console().print(f"KL(16-bit || 4-bit weights) there {w['kl']:.5f} (se {w['kl_se']:.5f})", highlight=False)
     Console().print(f"{settings.out}: {report['smoothing']} chosen", highlight=False, soft_wrap=True)
     return 0
 

@@ -1,17 +1,18 @@
 """Attention of the calibration runs: a transformers attention function that captures q, k, v or simulates the cache."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from vllm_wkvquant.reference import KVParams, fake_quantize
-
 ATTENTION = "wkvquant_calibration"
 QUERY_ROWS = 512  # rows of scores held at once: keeps them in cache and lets causality halve the work
 
+# (key [T, H, D], value [T, H, D], positions [T]) -> the same as attention sees them once they are past, fp32
+Cache = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # roped query [T, Hq, D], roped key [T, H, D], value [T, H, D]
 
 
@@ -65,12 +66,12 @@ def raw_attention(
 class CalibrationAttention:
     """The attention of the block under calibration, registered with transformers under `ATTENTION`.
 
-    params: the simulated cache, or None for a 16-bit one. captured: receives (query, key, value) of each window where
+    cache: the simulated cache, or None for a 16-bit one. captured: receives (query, key, value) of each window where
     it is a list.
     """
 
     def __init__(self) -> None:
-        self.params: KVParams | None = None
+        self.cache: Cache | None = None
         self.captured: list[QKV] | None = None
         self.scale = 1.0
         self.sliding_window = 0
@@ -100,10 +101,9 @@ class CalibrationAttention:
         self.sliding_window = sliding_window or 0
         if self.captured is not None:
             self.captured.append((q, k, v))
-        if self.params is None:
+        if self.cache is None:
             out = raw_attention(q, k, v, self.scale, self.sliding_window)
         else:
             positions = torch.arange(q.shape[0], device=q.device)
-            past = fake_quantize(k, v, positions, self.params)
-            out = past_only_attention(q, k, v, *past, self.scale, self.sliding_window)
+            out = past_only_attention(q, k, v, *self.cache(k, v, positions), self.scale, self.sliding_window)
         return out.to(query.dtype)[None], None

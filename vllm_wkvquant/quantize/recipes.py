@@ -1,10 +1,10 @@
 """What is computed for a checkpoint, by name. A recipe is data; pipeline.py is the one place that acts on it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm_wkvquant.config import ConfigError
 
-SEARCHED = "searched"
+SEARCHED, LEARNED = "searched", "learned"
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,30 @@ class Smoothing:
 
 
 @dataclass(frozen=True)
+class Learning:
+    """What is learned of a block, and how (learn.py).
+
+    clip: how a group's range starts and is held: "searched" for the share of it that loses least, kept in 0.3 .. 1, or
+    "sigmoid", the paper's. rounding: learn which of its two neighbours a weight becomes. cache: learn k_smooth,
+    k_shift, v_shift and the smoothing of V with the weights, under a simulated cache; otherwise the weights are learned
+    under a 16-bit cache and the cache's parameters are taken from statistics afterwards. optimizer: "sign" (rate: how
+    far a parameter may move in all) or "adamw" (rate, cache_rate: learning rates). batch: windows a step. loss: a key
+    of `learn.LOSSES`. followers: how many of the following blocks, in 16 bits, the output is also compared after.
+    """
+
+    clip: str
+    rounding: bool
+    cache: bool
+    optimizer: str
+    epochs: int
+    batch: int
+    rate: float
+    loss: str
+    cache_rate: float = 0.0
+    followers: int = 0
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One way of making a checkpoint.
 
@@ -45,43 +69,80 @@ class Recipe:
     value_balance: float
     smoothings: tuple[Smoothing, ...]
     search: tuple[Smoothing, ...] = ()
+    learning: Learning | None = None
+
+    @property
+    def learns_cache(self) -> bool:
+        """Whether the cache's parameters are learned: from the first smoothing on, and nothing is left to choose."""
+        return self.learning is not None and self.learning.cache
 
     @property
     def candidates(self) -> list[str]:
         """Names of all candidates."""
+        if self.learns_cache:
+            return [LEARNED]
         return [s.name for s in self.smoothings] + [SEARCHED] * bool(self.search)
 
 
-RECIPES = {
-    r.name: r
-    for r in (
-        Recipe(
-            name="rtn",
-            summary="rotating key shift, smoothing, Hadamard on K and V; weights rounded to nearest",
-            key_shift="rotating",
-            key_hadamard=True,
-            value_hadamard=True,
-            first_shift=True,
-            value_balance=0.5,
-            smoothings=(Smoothing(0.5), Smoothing(0.5, tied=True)),
-            search=(
-                Smoothing(),
-                *(Smoothing(key, query) for key in (0.3, 0.5, 0.7) for query in (0.0, 0.2, 0.4)),
-                *(Smoothing(0.9, query) for query in (0.2, 0.4)),
-            ),
-        ),
-        Recipe(
-            name="static",
-            summary="WKVQuant's static form: shift after the rotary embedding, smoothing of K and V, no Hadamard",
-            key_shift="static",
-            key_hadamard=False,
-            value_hadamard=False,
-            first_shift=False,
-            value_balance=0.5,
-            smoothings=(Smoothing(0.5), Smoothing(0.7), Smoothing(1.0)),
-        ),
-    )
-}
+RTN = Recipe(
+    name="rtn",
+    summary="rotating key shift, smoothing, Hadamard on K and V; weights rounded to nearest",
+    key_shift="rotating",
+    key_hadamard=True,
+    value_hadamard=True,
+    first_shift=True,
+    value_balance=0.5,
+    smoothings=(Smoothing(0.5), Smoothing(0.5, tied=True)),
+    search=(
+        Smoothing(),
+        *(Smoothing(key, query) for key in (0.3, 0.5, 0.7) for query in (0.0, 0.2, 0.4)),
+        *(Smoothing(0.9, query) for query in (0.2, 0.4)),
+    ),
+)
+STATIC = Recipe(
+    name="static",
+    summary="WKVQuant's static form: shift after the rotary embedding, smoothing of K and V, no Hadamard",
+    key_shift="static",
+    key_hadamard=False,
+    value_hadamard=False,
+    first_shift=False,
+    value_balance=0.5,
+    smoothings=(Smoothing(0.5), Smoothing(0.7), Smoothing(1.0)),
+)
+BEST = replace(
+    RTN,
+    name="best",
+    summary="the cache of rtn; rounding and clipping of weights learned, block by block",
+    learning=Learning(
+        clip="searched",
+        rounding=True,
+        cache=False,
+        optimizer="sign",
+        epochs=10,
+        batch=4,
+        rate=0.5,
+        loss="relative_mse",
+    ),
+)
+PAPER = replace(
+    STATIC,
+    name="paper",
+    summary="WKVQuant: learned clipping, shift and smoothing, cross-block reconstruction over 5 blocks (slow)",
+    smoothings=(Smoothing(0.5),),
+    learning=Learning(
+        clip="sigmoid",
+        rounding=False,
+        cache=True,
+        optimizer="adamw",
+        epochs=5,
+        batch=1,
+        rate=1e-2,
+        cache_rate=1e-3,
+        loss="mae",
+        followers=5,
+    ),
+)
+RECIPES = {r.name: r for r in (RTN, STATIC, BEST, PAPER)}
 
 
 def find_recipe(name: str) -> Recipe:

@@ -1,12 +1,19 @@
-"""4-bit weights, asymmetric, in groups along the input."""
+"""4-bit weights, asymmetric, in groups along the input: the grid, rounding to it, and its straight-through gradient.
+
+A group's range [low, high] fixes its grid: step = (high - low) / 15 in the checkpoint's 16-bit type, zero_point =
+round(-low / step), code = round(w / step + zero_point + offset) in 0..15, and the weight becomes step * (code -
+zero_point). Rounding to nearest has offset 0; a learned offset in -0.5..0.5 chooses between the two neighbours.
+"""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from vllm_wkvquant.checkpoint import pack_weight
 
 WEIGHT_QMAX = 15
+CLIPS = tuple(1 - 0.05 * i for i in range(9))  # shares of a group's range that `search_clip` tries
 
 
 @dataclass(frozen=True)
@@ -27,13 +34,97 @@ class QuantizedWeight:
         return pack_weight(self.codes.cpu(), self.scale.cpu(), self.zero_point.cpu())
 
 
-def round_to_nearest(weight: torch.Tensor, group_size: int, scale_dtype: torch.dtype) -> QuantizedWeight:
-    """Quantize weight [out, in] with each group's own range, which always holds 0 (so that 0 stays 0)."""
-    groups = weight.float().view(weight.shape[0], -1, group_size)
-    low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
+def group_range(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least and greatest weight of each group, [out, in / group]; a range always holds 0, so that 0 stays 0."""
+    groups = weight.view(weight.shape[0], -1, group_size)
+    return groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
+
+
+def _codes(
+    groups: torch.Tensor, low: torch.Tensor, high: torch.Tensor, scale_dtype: torch.dtype, offset: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes before they are clamped, in fp32 [out, in / group, group]; scale and zero_point, [out, in / group]."""
     scale = ((high - low) / WEIGHT_QMAX).to(scale_dtype)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a group of zeros, or too small for the type
     step = scale.float()
-    zero_point = (-low / step).round().clamp(0, WEIGHT_QMAX)
-    codes = (groups / step[..., None] + zero_point[..., None]).round().clamp(0, WEIGHT_QMAX)
-    return QuantizedWeight(codes.to(torch.uint8).flatten(1), scale, zero_point.to(torch.uint8))
+    zero_point = (-low / step).round_().clamp_(0, WEIGHT_QMAX)
+    codes = (groups / step[..., None]).add_(zero_point[..., None])
+    if offset is not None:
+        codes += offset
+    return codes.round_(), scale, zero_point
+
+
+def quantize_weight(
+    weight: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    scale_dtype: torch.dtype,
+    offset: torch.Tensor | None = None,
+) -> QuantizedWeight:
+    """Quantize weight [out, in] on the grids of the ranges low, high fp32 [out, in / group].
+
+    offset: fp32 [out, in / group, group], added to codes before they are rounded.
+    """
+    groups = weight.float().view(*low.shape, -1)
+    codes, scale, zero_point = _codes(groups, low, high, scale_dtype, offset)
+    codes = codes.clamp_(0, WEIGHT_QMAX).to(torch.uint8).flatten(1)
+    return QuantizedWeight(codes, scale, zero_point.to(torch.uint8))
+
+
+def round_to_nearest(weight: torch.Tensor, group_size: int, scale_dtype: torch.dtype) -> QuantizedWeight:
+    """Quantize weight [out, in] with each group's own range."""
+    return quantize_weight(weight, *group_range(weight.float(), group_size), scale_dtype)
+
+
+def search_clip(
+    weight: torch.Tensor, importance: torch.Tensor, group_size: int, scale_dtype: torch.dtype
+) -> torch.Tensor:
+    """Share of its range, one of CLIPS, that each group should keep, fp32 [out, in / group].
+
+    The one with the least sum of importance * (error of the weight)^2. importance: fp32 [in], mean square of the input
+    channel, which makes the sum the expected square of the output's error where channels are uncorrelated.
+    """
+    low, high = group_range(weight, group_size)
+    scores = []
+    for clip in CLIPS:
+        error = quantize_weight(weight, clip * low, clip * high, scale_dtype).dequantize() - weight
+        scores.append((error.square_() * importance).view(*low.shape, -1).sum(-1))
+    return torch.tensor(CLIPS, device=weight.device)[torch.stack(scores).argmin(0)]
+
+
+class FakeQuantize(torch.autograd.Function):
+    """weight -> what `quantize_weight` makes of it, dequantized, with straight-through gradients.
+
+    Every rounding counts as adding a constant. Inside 0..15 the zero point cancels: weight' = weight + step * (offset +
+    constant). A clamped one is weight' = low + step * constant, because zero_point = -low / step + constant.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: torch.Tensor,
+        low: torch.Tensor,
+        high: torch.Tensor,
+        offset: torch.Tensor | None,
+        scale_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """weight fp32 [out, in]; low, high fp32 [out, in / group]; offset fp32 [out, in / group, group] or None."""
+        groups = weight.view(*low.shape, -1)
+        codes, scale, zero_point = _codes(groups, low, high, scale_dtype, offset)
+        clamped = (codes > WEIGHT_QMAX) | (codes < 0)
+        step = scale.float()[..., None]
+        out = codes.clamp_(0, WEIGHT_QMAX).sub_(zero_point[..., None]).mul_(step)
+        by_step = torch.where(clamped, out - low[..., None], out - groups).div_(step)
+        ctx.save_for_backward(step, clamped, by_step)
+        ctx.has_offset = offset is not None
+        return out.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Gradients to weight, low, high and offset."""
+        step, clamped, by_step = ctx.saved_tensors
+        grad = grads[0].view_as(by_step)
+        inside = grad.masked_fill(clamped, 0)
+        high = (grad * by_step).sum(-1) / WEIGHT_QMAX
+        low = (grad - inside).sum(-1) - high
+        return inside.view_as(grads[0]), low, high, inside * step if ctx.has_offset else None, None

@@ -1,0 +1,214 @@
+"""Learned weights and cache parameters: gradients, agreement with what is stored, and that learning learns."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from models import save_text, tiny_model
+
+from vllm_wkvquant import reference
+from vllm_wkvquant.checkpoint import Checkpoint
+from vllm_wkvquant.quantize import learn, pipeline
+from vllm_wkvquant.quantize.recipes import BEST, PAPER, RECIPES, Learning, Smoothing
+from vllm_wkvquant.quantize.weights import (
+    WEIGHT_QMAX,
+    FakeQuantize,
+    group_range,
+    quantize_weight,
+    round_to_nearest,
+    search_clip,
+)
+
+GROUP = 32
+LEARNING = BEST.learning
+assert LEARNING
+
+
+def ranges(weight: torch.Tensor, clip: float) -> tuple[torch.Tensor, torch.Tensor]:
+    low, high = group_range(weight, GROUP)
+    return clip * low, clip * high
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.6])
+def test_fake_weights_are_the_stored_ones(clip: float) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(24, 96)
+    weight[2] = 0
+    low, high = ranges(weight, clip)
+    offset = torch.rand(24, 3, GROUP) - 0.5
+    stored = quantize_weight(weight, low, high, torch.float16, offset).dequantize()
+    torch.testing.assert_close(FakeQuantize.apply(weight, low, high, offset, torch.float16), stored, rtol=0, atol=0)
+    nearest = round_to_nearest(weight, GROUP, torch.float16).dequantize()
+    if clip == 1.0:
+        torch.testing.assert_close(FakeQuantize.apply(weight, low, high, None, torch.float16), nearest, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.6])
+def test_straight_through_gradients(clip: float) -> None:
+    """By autograd through the same formula with every rounding replaced by the identity plus a constant."""
+    torch.manual_seed(0)
+    weight = torch.randn(8, 64).requires_grad_()
+    low, high = (r.detach().requires_grad_() for r in ranges(weight.detach(), clip))
+    offset = (0.9 * (torch.rand(8, 2, GROUP) - 0.5)).requires_grad_()
+    upstream = torch.randn(8, 64)
+    sources = [weight, low, high, offset]
+    got = torch.autograd.grad(FakeQuantize.apply(*sources, torch.float32), sources, upstream)
+
+    step = (high - low) / WEIGHT_QMAX
+    zero_point = learn.straight_through((-low / step).round(), -low / step)[..., None]
+    codes = weight.view(8, 2, GROUP) / step[..., None] + zero_point + offset
+    codes = learn.straight_through(codes.round(), codes).clamp(0, WEIGHT_QMAX)
+    out = ((codes - zero_point) * step[..., None]).view(8, 64)
+    if clip < 1:
+        assert (codes.detach().round() == WEIGHT_QMAX).any()
+    expected = torch.autograd.grad(out, sources, upstream)
+    for name, a, b in zip(("weight", "low", "high", "offset"), got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_clip_is_searched_by_importance() -> None:
+    """One outlier a group: kept where its channel matters, clipped where it does not; small groups vary."""
+    torch.manual_seed(0)
+    weight = 0.1 * torch.randn(16, GROUP)
+    weight[:, 0] = 1.0
+    matters, does_not = torch.ones(GROUP), torch.ones(GROUP)
+    matters[0], does_not[0] = 1e4, 1e-6
+    assert search_clip(weight, matters, GROUP, torch.float16).mean() > 0.95
+    assert search_clip(weight, does_not, GROUP, torch.float16).mean() < 0.8
+
+
+@pytest.mark.parametrize("recipe", ["paper", "rotating"])
+def test_fake_cache_is_the_specification(recipe: str) -> None:
+    torch.manual_seed(0)
+    tokens, heads, size = 40, 2, 64
+    inv_freq = [1e4 ** (-2 * i / size) for i in range(size // 2)]
+    start = reference.KVParams(
+        k_smooth=0.5 + torch.rand(heads, size),
+        k_shift=torch.randn(heads, size),
+        v_shift=torch.randn(heads, size),
+        key_hadamard=recipe == "rotating",
+        rope_turns=reference.rope_turns(inv_freq) if recipe == "rotating" else None,
+    )
+    cache = learn.LearnedCache(start)
+    k, v = (torch.randn(tokens, heads, size).requires_grad_() for _ in range(2))
+    positions = torch.arange(tokens)
+    got = cache.fake(k, v, positions)
+    with torch.no_grad():
+        expected = reference.fake_quantize(k, v, positions, cache.params())
+    for a, b in zip(got, expected, strict=True):
+        # a last bit may tip a code; no more than a few of 5120
+        assert ((a - b).abs() > 1e-4).sum() <= 4
+    gradients = torch.autograd.grad(sum(x.square().sum() for x in got), [*cache.parameters()[:3], k, v])
+    assert all(g.isfinite().all() and g.abs().max() > 0 for g in gradients)
+    shifts = cache.shifts()
+    at_first = reference.key_shift_at(torch.zeros(1, dtype=torch.long), cache.params())[0]
+    torch.testing.assert_close(shifts["k_first"], at_first, rtol=0, atol=0)
+
+
+def test_an_offset_reaches_its_neighbour() -> None:
+    """`rate` is how far a parameter moves if all gradients agree."""
+    parameter = torch.zeros(3)
+    descent = learn.SignDescent([parameter], reach=0.5, steps=7)
+    for _ in range(7):
+        descent.step([torch.tensor([1.0, -3.0, 0.0])])
+    torch.testing.assert_close(parameter, torch.tensor([-0.5, 0.5, 0.0]))
+
+
+def test_every_window_once_an_epoch() -> None:
+    got = list(learn.batches(10, dataclasses.replace(LEARNING, epochs=3, batch=4), seed=1))
+    assert [len(b) for b in got] == [4, 4, 2] * 3
+    assert all(sorted(itertools.chain(*got[i : i + 3])) == list(range(10)) for i in (0, 3, 6))
+    assert got != list(learn.batches(10, dataclasses.replace(LEARNING, epochs=3, batch=4), seed=2))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    root = tmp_path_factory.mktemp("learn")
+    return tiny_model(root / "model", "qwen2", head_size=64, key_bias=3.0, num_layers=2), save_text(root / "calib.txt")
+
+
+def settings(model, out, **options) -> pipeline.Settings:
+    path, text = model
+    return pipeline.Settings(path, out, text, samples=12, seq_len=48, **options)
+
+
+def run(model, out, monkeypatch, learning: Learning | None, **recipe) -> dict:
+    """The report of `best` or `paper` with parts of it changed."""
+    base = PAPER if recipe.pop("paper", False) else BEST
+    monkeypatch.setitem(RECIPES, "trial", dataclasses.replace(base, name="trial", learning=learning, **recipe))
+    return pipeline.quantize(settings(model, out, recipe="trial"))
+
+
+def test_learning_beats_rounding_and_each_part_helps(model, tmp_path, monkeypatch) -> None:
+    """KL to the 16-bit model on windows that took no part: nothing learned > clips alone > clips and rounding."""
+    kl = {}
+    for name, change in {
+        "nothing": {"rounding": False, "rate": 0.0, "epochs": 1},
+        "clip": {"rounding": False},
+        "both": {},
+    }.items():
+        report = run(model, tmp_path / name, monkeypatch, dataclasses.replace(LEARNING, **change))
+        kl[name] = report["weights"]["kl"]
+        assert all(len(layer["loss"]) == change.get("epochs", 10) for layer in report["layers"])
+    assert kl["both"] < 0.9 * kl["clip"] < 0.9 * kl["nothing"], kl
+
+
+def test_the_paper_learns(model, tmp_path, monkeypatch) -> None:
+    """Losses fall, shift, smoothing and clips move, and followers take part as far as there are any."""
+    assert PAPER.learning
+    seen = []
+    original = learn.learn
+
+    def spy(learning, block, forward, inputs, targets, seed):
+        seen.append(len(targets))
+        before = [p.detach().clone() for p in block.parameters()]
+        losses = original(learning, block, forward, inputs, targets, seed)
+        assert losses[-1] < losses[0]
+        assert all((a != b).any() for a, b in zip(before, block.parameters(), strict=True))
+        return losses
+
+    monkeypatch.setattr(pipeline, "learn", spy)
+    report = run(model, tmp_path / "out", monkeypatch, dataclasses.replace(PAPER.learning, followers=1), paper=True)
+    assert seen == [2, 1]
+    assert report["smoothing"] == "learned"
+    params = Checkpoint(tmp_path / "out").kv_params(0)
+    assert params.k_first is not None
+    torch.testing.assert_close(params.k_first, params.k_shift, rtol=0, atol=0)
+
+
+def test_folding_learned_smoothing_keeps_the_function(model, tmp_path, monkeypatch) -> None:
+    """Without rounding, weights folded with any smoothing of V give the block's own output."""
+    s = settings(model, tmp_path / "out", recipe="paper")
+    plan = pipeline.preflight(s)
+    block = plan.adapter.load_block(0, torch.float32, "cpu")
+    runner = pipeline.BlockRunner(plan, block, 48)
+    monkeypatch.setattr(FakeQuantize, "apply", lambda weight, *_: weight)
+    family = plan.adapter.family
+    assert PAPER.learning
+    weights = {
+        name: learn.LearnedWeight(block.get_submodule(name).weight, 64, torch.float16, PAPER.learning, torch.ones(1))
+        for name in family.linears
+    }
+    heads, size = plan.adapter.num_kv_heads, plan.adapter.head_size
+    ones = torch.ones(heads, size)
+    cache = learn.LearnedCache(reference.KVParams(ones, 0 * ones, 0 * ones, False, None))
+    learned = learn.LearnedBlock(weights, cache, block, family.v_proj, family.o_proj)
+    window = torch.randn(48, plan.adapter.config.hidden_size)
+    with torch.no_grad():
+        cache.log_v.copy_(torch.randn(heads, size))
+        torch.testing.assert_close(runner.run(block, learned.fake(), window), runner(window), rtol=1e-4, atol=1e-4)
+
+
+def test_same_seed_same_bytes(model, tmp_path) -> None:
+    for name in ("a", "b"):
+        pipeline.quantize(settings(model, tmp_path / name, recipe="best"))
+    files = [sorted(p for p in (tmp_path / n).rglob("*") if p.suffix == ".safetensors") for n in ("a", "b")]
+    assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
+
+
+def test_recipes_start_where_they_say() -> None:
+    assert PAPER.smoothings == (Smoothing(0.5),)
+    assert PAPER.learning
+    assert torch.sigmoid(torch.tensor(learn.SIGMOID_INIT)) > 0.98
+    assert (PAPER.learning.followers, PAPER.learning.epochs, PAPER.learning.loss) == (5, 5, "mae")

@@ -1,0 +1,319 @@
+"""Learning one block's rounding, clipping and, in the paper's recipe, cache parameters by gradient descent.
+
+The block is run on what the quantized blocks before it produce, and its output is compared with that of the 16-bit
+model, which had its own blocks before: so a block also learns to undo the error that it receives.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from vllm_wkvquant.quantize.calibration import SKIPPED
+from vllm_wkvquant.quantize.recipes import Learning
+from vllm_wkvquant.quantize.weights import FakeQuantize, QuantizedWeight, group_range, quantize_weight, search_clip
+from vllm_wkvquant.reference import FP16_MAX, QMAX, KVParams, hadamard_matrix, key_shift_at, value_shift_at
+
+CLIP_MIN = 0.3  # a group keeps at least this share of its range
+SIGMOID_INIT = 4.0  # of the paper's gamma and beta: 98 % of the range
+
+# (the block's weights by parameter name, hidden states [T, hidden]) -> hidden states after the block, and after each of
+# its followers
+Forward = Callable[[dict[str, torch.Tensor], torch.Tensor], list[torch.Tensor]]
+
+
+class LearnedWeight:
+    """One linear layer's weight fp32 [out, in], with what is learned of its quantization.
+
+    low, high: share of each end of a group's range that is kept, through a sigmoid in the paper's recipe, [out, in /
+    group]; offset: what is added to a code before it is rounded, [out, in / group, group], or None.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        group_size: int,
+        scale_dtype: torch.dtype,
+        learning: Learning,
+        importance: torch.Tensor,
+    ) -> None:
+        """importance: fp32 [in], mean square of the layer's input channels."""
+        self.weight, self.group_size, self.scale_dtype = weight.float(), group_size, scale_dtype
+        self.sigmoid = learning.clip == "sigmoid"
+        shape = weight.shape[0], weight.shape[1] // group_size
+        if self.sigmoid:
+            clip = torch.full(shape, SIGMOID_INIT, device=weight.device)
+        else:
+            clip = search_clip(self.weight, importance, group_size, scale_dtype)
+        self.low, self.high = clip.clone().requires_grad_(), clip.clone().requires_grad_()
+        self.offset = None
+        if learning.rounding:
+            self.offset = torch.zeros(*shape, group_size, device=weight.device).requires_grad_()
+
+    def parameters(self) -> list[torch.Tensor]:
+        """What is learned."""
+        return [self.low, self.high] + ([] if self.offset is None else [self.offset])
+
+    def project(self) -> None:
+        """Bring every parameter back to where it may be."""
+        for clip in () if self.sigmoid else (self.low, self.high):
+            clip.clamp_(CLIP_MIN, 1)
+        if self.offset is not None:
+            self.offset.clamp_(-0.5, 0.5)
+
+    def _range(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        low, high = group_range(weight, self.group_size)
+        if self.sigmoid:
+            return self.low.sigmoid() * low, self.high.sigmoid() * high
+        return self.low * low, self.high * high
+
+    def fake(self, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """The weight as its codes will give it, with straight-through gradients. weight: in place of its own."""
+        weight = self.weight if weight is None else weight
+        return FakeQuantize.apply(weight, *self._range(weight), self.offset, self.scale_dtype)
+
+    def quantize(self, weight: torch.Tensor | None = None) -> QuantizedWeight:
+        """The codes of `fake`."""
+        weight = self.weight if weight is None else weight
+        return quantize_weight(weight, *self._range(weight), self.scale_dtype, self.offset)
+
+
+def straight_through(rounded: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`rounded` with the gradient of `x`."""
+    return x + (rounded - x).detach()
+
+
+def fake_quantize_tokens(x: torch.Tensor) -> torch.Tensor:
+    """`reference.quantize_tokens` and back, with straight-through gradients; the range's ends get theirs, too."""
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    minimum = low.clamp(-FP16_MAX, FP16_MAX)
+    minimum = straight_through(minimum.half().float(), minimum)
+    scale = ((high - low) / QMAX).clamp_max(FP16_MAX)
+    scale = straight_through(scale.half().float(), scale)
+    codes = (x - minimum) * torch.where(scale > 0, 1 / scale, 0)
+    codes = straight_through(codes.round(), codes).clamp(0, QMAX)
+    return codes * scale + minimum
+
+
+class LearnedCache:
+    """A layer's cache parameters [H, D] while they are learned: k_shift, v_shift, and smoothing of K and V as logs.
+
+    The smoothing of V is a factor on what `fold_value` has folded, and is folded in its turn.
+    """
+
+    def __init__(self, start: KVParams) -> None:
+        """start: where learning begins; its other parts stay."""
+        self.start = start
+        self.k_shift = start.k_shift.clone().requires_grad_()
+        self.v_shift = start.v_shift.clone().requires_grad_()
+        self.log_k = start.k_smooth.log().requires_grad_()
+        self.log_v = torch.zeros_like(start.k_smooth).requires_grad_()
+
+    def parameters(self) -> list[torch.Tensor]:
+        """What is learned."""
+        return [self.k_shift, self.v_shift, self.log_k, self.log_v]
+
+    def params(self) -> KVParams:
+        """The parameters as the cache will have them; position 0 is shifted like any other."""
+        return replace(self.start, k_smooth=self.log_k.exp(), k_shift=self.k_shift, v_shift=self.v_shift)
+
+    def shifts(self) -> dict[str, torch.Tensor]:
+        """All shifts by their names in the checkpoint."""
+        first = torch.zeros(1, dtype=torch.long, device=self.k_shift.device)
+        params = self.params()
+        return {
+            "k_shift": self.k_shift.detach(),
+            "v_shift": self.v_shift.detach(),
+            "k_first": key_shift_at(first, params)[0].clone(),
+            "v_first": value_shift_at(first, params)[0].clone(),
+        }
+
+    def fake(
+        self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`reference.fake_quantize` with straight-through gradients."""
+        params = self.params()
+        shift = key_shift_at(positions, params)
+        k = (key.float() - shift) / params.k_smooth
+        if params.key_hadamard:
+            h = hadamard_matrix(key.shape[-1]).to(k.device)
+            k = fake_quantize_tokens(k @ h) @ h
+        else:
+            k = fake_quantize_tokens(k)
+        v_shift = value_shift_at(positions, params)
+        return k * params.k_smooth + shift, fake_quantize_tokens(value.float() - v_shift) + v_shift
+
+
+class LearnedBlock:
+    """All that is learned of one block; losses: the mean loss of each epoch, once it is.
+
+    weights: by the linear layers' module path; v_proj, o_proj: paths of those that the smoothing of V is folded into.
+    """
+
+    def __init__(
+        self,
+        weights: dict[str, LearnedWeight],
+        cache: LearnedCache | None,
+        block: torch.nn.Module,
+        v_proj: str,
+        o_proj: str,
+    ) -> None:
+        self.weights, self.cache, self.v_proj, self.o_proj = weights, cache, v_proj, o_proj
+        self.v_linear: Any = block.get_submodule(v_proj)
+        self.losses: list[float] = []
+
+    def parameters(self) -> list[torch.Tensor]:
+        """What is learned: of the weights, then of the cache."""
+        of_cache = self.cache.parameters() if self.cache else []
+        return [p for w in self.weights.values() for p in w.parameters()] + of_cache
+
+    def project(self) -> None:
+        """Bring every parameter back to where it may be."""
+        for weight in self.weights.values():
+            weight.project()
+
+    def _folded(self) -> dict[str, torch.Tensor]:
+        """Weights that the smoothing of V changes: v_proj's rows divided by it, o_proj's columns times it."""
+        if self.cache is None:
+            return {}
+        v, o = self.weights[self.v_proj].weight, self.weights[self.o_proj].weight
+        smooth = self.cache.log_v.exp()
+        heads, size = smooth.shape
+        group = o.shape[1] // (heads * size)
+        columns = smooth[:, None].expand(heads, group, size).reshape(-1)
+        return {self.v_proj: v / smooth.reshape(-1, 1), self.o_proj: o * columns}
+
+    def _bias(self) -> torch.Tensor | None:
+        """v_proj's bias where it has one that the smoothing of V changes."""
+        if self.cache is None or self.v_linear.bias is None:
+            return None
+        return self.v_linear.bias / self.cache.log_v.exp().flatten()
+
+    def fake(self) -> dict[str, torch.Tensor]:
+        """Parameters as the checkpoint will give them, by name, with straight-through gradients."""
+        folded, bias = self._folded(), self._bias()
+        fake = {f"{name}.weight": w.fake(folded.get(name)) for name, w in self.weights.items()}
+        return fake if bias is None else {**fake, f"{self.v_proj}.bias": bias}
+
+    def fold(self) -> None:
+        """Give v_proj its bias, once learning is over."""
+        bias = self._bias()
+        if bias is not None:
+            self.v_linear.bias.data = bias.detach()
+
+    def quantize(self) -> dict[str, QuantizedWeight]:
+        """The codes of `fake`, by module path."""
+        folded = self._folded()
+        return {name: w.quantize(folded.get(name)) for name, w in self.weights.items()}
+
+
+def relative_mse(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of |error|^2 / |target|^2: a token of massive activations counts as one token.
+
+    The norm before the next block divides by a token's length, so its relative error is what that block sees. The first
+    positions of the window are left out.
+    """
+    output, target = output[SKIPPED:].float(), target[SKIPPED:].float()
+    return ((output - target).square().sum(-1) / target.square().sum(-1)).mean()
+
+
+def mae(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean absolute error over all tokens and channels (arXiv 2402.12065, section 4.3)."""
+    return (output.float() - target.float()).abs().mean()
+
+
+LOSSES = {"relative_mse": relative_mse, "mae": mae}
+
+
+def batches(windows: int, learning: Learning, seed: int) -> Iterator[list[int]]:
+    """Windows of each step: every epoch a permutation of all, cut into batches."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(learning.epochs):
+        order = torch.randperm(windows, generator=generator).tolist()
+        yield from (order[i : i + learning.batch] for i in range(0, windows, learning.batch))
+
+
+class SignDescent:
+    """Steps by the sign of the gradient, of a size that falls linearly to 0: a parameter moves by `reach` at most.
+
+    So an offset can reach every neighbour, and none depends on the size of its gradient (SignRound, arXiv 2309.05516).
+    """
+
+    def __init__(self, parameters: list[torch.Tensor], reach: float, steps: int) -> None:
+        self.parameters, self.size, self.steps, self.done = parameters, 2 * reach / (steps + 1), steps, 0
+
+    def step(self, gradients: list[torch.Tensor]) -> None:
+        """One step down."""
+        size = self.size * (1 - self.done / self.steps)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.sub_(gradient.sign_(), alpha=size)
+        self.done += 1
+
+
+class AdamW:
+    """torch's AdamW without decay; the cache's parameters, the last `of_cache`, have a learning rate of their own."""
+
+    def __init__(self, parameters: list[torch.Tensor], of_cache: int, learning: Learning) -> None:
+        self.parameters = parameters
+        split = len(parameters) - of_cache
+        groups = [{"params": parameters[:split], "lr": learning.rate}]
+        if of_cache:
+            groups.append({"params": parameters[split:], "lr": learning.cache_rate})
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+
+    def step(self, gradients: list[torch.Tensor]) -> None:
+        """One step down."""
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
+
+
+def learn(
+    learning: Learning,
+    block: LearnedBlock,
+    forward: Forward,
+    inputs: torch.Tensor,
+    targets: list[torch.Tensor],
+    seed: int,
+) -> list[float]:
+    """Change what `block` learns so that `forward` takes inputs to targets; returns the mean loss of each epoch.
+
+    inputs: [N, T, hidden] windows; targets: the same after the block and after each follower, whose losses are
+    averaged.
+    """
+    loss_function = LOSSES[learning.loss]
+    parameters, direct = block.parameters(), block.cache.parameters() if block.cache else []
+    steps = learning.epochs * -(-inputs.shape[0] // learning.batch)
+    optimizer: SignDescent | AdamW
+    if learning.optimizer == "sign":
+        optimizer = SignDescent(parameters, learning.rate, steps)
+    else:
+        optimizer = AdamW(parameters, len(direct), learning)
+    losses = []
+    for batch in batches(inputs.shape[0], learning, seed):
+        with torch.enable_grad():
+            fake = block.fake()
+        # the graph of the weights is walked once a step, that of the block once a window: memory holds one window
+        leaves = {name: t.detach().requires_grad_() for name, t in fake.items()}
+        sources = [*leaves.values(), *direct]
+        sums = [torch.zeros_like(t) for t in sources]
+        for i in batch:
+            with torch.enable_grad():
+                outputs = forward(leaves, inputs[i])
+                parts = [loss_function(o, t[i].to(o.device)) for o, t in zip(outputs, targets, strict=True)]
+                loss = torch.stack(parts).mean()
+            for total, part in zip(sums, torch.autograd.grad(loss, sources, allow_unused=True), strict=True):
+                if part is not None:
+                    total += part
+            losses.append(loss.item())
+        gradients = torch.autograd.grad([*fake.values()], parameters, sums[: len(fake)], allow_unused=True)
+        by_cache = [None] * (len(parameters) - len(direct)) + sums[len(fake) :]
+        optimizer.step([_sum(a, b) for a, b in zip(gradients, by_cache, strict=True)])
+        block.project()
+    return torch.tensor(losses).view(learning.epochs, -1).mean(1).tolist()
+
+
+def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor:
+    parts = [x for x in (a, b) if x is not None]
+    return parts[0] + parts[1] if len(parts) == 2 else parts[0]
