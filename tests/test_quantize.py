@@ -196,10 +196,11 @@ def test_recipes(recipe: str, tmp_path: Path, text: Path) -> None:
     assert (SEARCHED in r.candidates) == bool(r.search)
 
 
-def test_calibration_in_16_bits_agrees(tmp_path: Path, text: Path) -> None:
-    model = tiny_model(tmp_path / "model", num_layers=2)
+@pytest.mark.parametrize("recipe", ["rtn", "best", "paper"])
+def test_calibration_in_16_bits_agrees(recipe: str, tmp_path: Path, text: Path) -> None:
+    model = tiny_model(tmp_path / "model", "qwen2", num_layers=2)
     for dtype in ("float32", "bfloat16"):
-        quantize(settings(model, tmp_path / dtype, text, dtype=dtype))
+        quantize(settings(model, tmp_path / dtype, text, dtype=dtype, recipe=recipe))
     exact, rounded = (Checkpoint(tmp_path / dtype).kv_params(1) for dtype in ("float32", "bfloat16"))
     assert pipeline.relative_error(rounded.k_shift, exact.k_shift) < 0.2
     assert pipeline.relative_error(rounded.v_shift, exact.v_shift) < 0.2

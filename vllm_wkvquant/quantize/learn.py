@@ -6,7 +6,6 @@ model, which had its own blocks before: so a block also learns to undo the error
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -160,7 +159,8 @@ class LearnedBlock:
         o_proj: str,
     ) -> None:
         self.weights, self.cache, self.v_proj, self.o_proj = weights, cache, v_proj, o_proj
-        self.v_linear: Any = block.get_submodule(v_proj)
+        self.v_linear: torch.nn.Linear = block.get_submodule(v_proj)  # type: ignore[assignment]
+        self.dtype = self.v_linear.weight.dtype  # that the block runs in; what is learned is fp32
         self.losses: list[float] = []
 
     def parameters(self) -> list[torch.Tensor]:
@@ -188,7 +188,7 @@ class LearnedBlock:
         """v_proj's bias where it has one that the smoothing of V changes."""
         if self.cache is None or self.v_linear.bias is None:
             return None
-        return self.v_linear.bias / self.cache.log_v.exp().flatten()
+        return self.v_linear.bias.float() / self.cache.log_v.exp().flatten()
 
     def fake(self) -> dict[str, torch.Tensor]:
         """Parameters as the checkpoint will give them, by name, with straight-through gradients."""
@@ -200,7 +200,7 @@ class LearnedBlock:
         """Give v_proj its bias, once learning is over."""
         bias = self._bias()
         if bias is not None:
-            self.v_linear.bias.data = bias.detach()
+            self.v_linear.bias.data = bias.detach().to(self.dtype)
 
     def quantize(self) -> dict[str, QuantizedWeight]:
         """The codes of `fake`, by module path."""
@@ -295,9 +295,9 @@ def learn(
         with torch.enable_grad():
             fake = block.fake()
         # the graph of the weights is walked once a step, that of the block once a window: memory holds one window
-        leaves = {name: t.detach().requires_grad_() for name, t in fake.items()}
+        leaves = {name: t.detach().to(block.dtype).requires_grad_() for name, t in fake.items()}
         sources = [*leaves.values(), *direct]
-        sums = [torch.zeros_like(t) for t in sources]
+        sums = [torch.zeros_like(t, dtype=torch.float32) for t in sources]
         for i in batch:
             with torch.enable_grad():
                 outputs = forward(leaves, inputs[i])
