@@ -90,7 +90,7 @@ def test_all_current_costs_nothing(smollm2) -> None:
     result = evaluate(smollm2.checkpoint, smollm2.path, smollm2.test_text, window=128, windows=1, chunk=128)
     assert result["kl_w4"] < 1e-6
     assert result["w4kv4_ppl"] == pytest.approx(result["w4_ppl"], rel=1e-4)
-    assert result["w4_ppl"] > result["fp16_ppl"]
+    assert result["w4_ppl"] != pytest.approx(result["fp16_ppl"], rel=1e-3)
 
 
 def test_engine_measures_what_the_specification_says(smollm2) -> None:

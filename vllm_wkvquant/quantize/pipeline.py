@@ -52,7 +52,7 @@ class Settings:
     model: Path
     out: Path
     calib_text: Path
-    recipe: str = "rtn"
+    recipe: str = "best"
     samples: int = 32
     seq_len: int | None = None
     seed: int = 0
