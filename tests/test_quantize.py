@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_wkvquant import cli, layout, reference
 from vllm_wkvquant.checkpoint import KV_PARAMS, Checkpoint, kv_tensor_name
 from vllm_wkvquant.config import KVCacheConfig, RopeConfig
-from vllm_wkvquant.evaluate import ATTENTION, PastOnlyCache, load_quantized
+from vllm_wkvquant.evaluate import ATTENTION, SimulatedCache, load_quantized
 from vllm_wkvquant.inspect import inspect
 from vllm_wkvquant.quantize import attention, kv, pipeline
 from vllm_wkvquant.quantize.adapters import group_size
@@ -28,6 +29,7 @@ from vllm_wkvquant.quantize.fold import fold_value
 from vllm_wkvquant.quantize.pipeline import REFERENCE, Settings, quantize
 from vllm_wkvquant.quantize.recipes import RECIPES, SEARCHED, Smoothing
 from vllm_wkvquant.quantize.weights import round_to_nearest
+from vllm_wkvquant.reference import fake_quantize
 
 SAMPLES, SEQ_LEN = 4, 48
 
@@ -86,15 +88,13 @@ def test_streaming_equals_the_whole_model(name: str, recipe: str, tmp_path: Path
     windows = read_windows(model, text, SAMPLES, SEQ_LEN, seed=0)
 
     ckpt = Checkpoint(tmp_path / "out")
-    cache = PastOnlyCache([ckpt.kv_params(i) for i in range(ckpt.kv.num_hidden_layers)], chunk=1)
-    attention.AttentionInterface.register(ATTENTION, cache.attention)
-    whole = load_quantized(ckpt, torch.float32, "cpu")
+    cache = SimulatedCache([partial(fake_quantize, params=ckpt.kv_params(i)) for i in range(ckpt.kv.num_hidden_layers)])
+    whole = load_quantized(ckpt, cache, torch.float32, "cpu")
     held_out = windows.tokens[windows.statistics :]
     with torch.inference_mode():
         whole.config._attn_implementation = "sdpa"
         exact = whole(held_out).logits.log_softmax(-1)
         whole.config._attn_implementation = ATTENTION
-        cache.enabled = True
         logits = [whole(w[None], attention_mask=torch.ones(1, SEQ_LEN)).logits for w in held_out]
         quantized = torch.cat(logits).log_softmax(-1)
     kl = (exact.exp() * (exact - quantized)).sum(-1).mean().item()
@@ -114,8 +114,7 @@ def test_reference_pass_gives_the_whole_models_logits(tmp_path: Path, text: Path
             _, _, hidden = pipeline.quantize_block(plan, layer, hidden)
         streamed = plan.adapter.load_head(torch.float32, "cpu")(hidden[REFERENCE])
     quantize(s)
-    attention.AttentionInterface.register(ATTENTION, PastOnlyCache([], chunk=1).attention)
-    whole = load_quantized(Checkpoint(tmp_path / "out"), torch.float32, "cpu")
+    whole = load_quantized(Checkpoint(tmp_path / "out"), SimulatedCache(), torch.float32, "cpu")
     whole.config._attn_implementation = "sdpa"
     with torch.inference_mode():
         expected = whole(plan.windows.tokens).logits

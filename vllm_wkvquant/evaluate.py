@@ -13,8 +13,9 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +30,28 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from vllm_wkvquant.checkpoint import Checkpoint, read_config
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.layout import token_bytes
-from vllm_wkvquant.reference import KVParams, fake_quantize, past_only_attention
+from vllm_wkvquant.reference import fake_quantize, past_only_attention
 from vllm_wkvquant.text import read_tokens
 
 ATTENTION = "wkvquant_past_only"
 LOGIT_ROWS = 512  # rows of logits held at once: 512 x 152k vocabulary x fp32 is 0.3 GB
 
+# keys and values [T, H, D] at positions int64 [T] -> what the cache returns for them, fp32 [T, H, D] each
+Simulation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# a model's head, and its last hidden states [n - 1, hidden] in a window of n tokens
+Scored = tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]
+
 
 @dataclass
-class PastOnlyCache:
-    """Simulates the 4-bit cache inside a transformers model; `enabled` switches between it and a 16-bit cache."""
+class SimulatedCache:
+    """A KV cache inside a transformers model.
 
-    params: list[KVParams]
-    chunk: int
-    enabled: bool = False
+    layers: what the cache does in each layer; None: it keeps keys and values as they are. chunk: tokens of a step,
+    which attend each other as they came; 0: every token is read from the cache, the current one too.
+    """
+
+    layers: Sequence[Simulation] | None = None
+    chunk: int = 1
 
     def attention(
         self,
@@ -56,19 +65,31 @@ class PastOnlyCache:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """transformers' attention interface: query [1, Hq, T, D], key and value [1, H, T, D] -> [1, T, Hq, D]."""
-        if not self.enabled:
+        if self.layers is None:
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         positions = torch.arange(q.shape[0], device=q.device)
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
-        past = fake_quantize(k, v, positions, self.params[layer])
+        past = self.layers[int(module.layer_idx)](k, v, positions)  # type: ignore[arg-type]
+        if self.chunk == 0:
+            key, value = (x.transpose(0, 1)[None] for x in past)
+            out, _ = sdpa_attention_forward(
+                module, query.float(), key, value, attention_mask, scaling=scaling, **kwargs
+            )
+            return out.to(query.dtype), None
         scale = scaling if scaling is not None else q.shape[-1] ** -0.5
         out = past_only_attention(q, k, v, *past, scale, self.chunk, sliding_window or 0)
         return out.to(query.dtype)[None], None
 
 
-def load_quantized(ckpt: Checkpoint, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """The checkpoint's model in transformers, with its weights dequantized to `dtype`."""
+def load_baseline(path: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """The unquantized model in transformers."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").eval().to(device)
+
+
+def load_quantized(ckpt: Checkpoint, cache: SimulatedCache, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """The checkpoint's model in transformers with its weights dequantized to `dtype`, and `cache` in its attention."""
+    AttentionInterface.register(ATTENTION, cache.attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     config = AutoConfig.from_pretrained(ckpt.path)
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
@@ -95,65 +116,93 @@ def read_windows(tokenizer_path: Path, text: Path, window: int, count: int) -> l
     return [w for w in (prefix + ids[i : min(i + own, stop)] for i in range(0, stop, own)) if len(w) > 1]
 
 
-def _progress(items: list[list[int]], what: str) -> Iterator[list[int]]:
+def check_run(window: int, device: str, models: list[dict[str, Any]]) -> None:
+    """Raise ConfigError where this window does not fit the models of these config.json, or the device is not here."""
+    limit = min(c.get("max_position_embeddings", window) for c in models)
+    if not 2 <= window <= limit:
+        raise ConfigError(f"--window {window} is outside 2 .. {limit}, the positions that the model knows")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu")
+
+
+def device_name(device: str) -> str:
+    """What results name as the machine: "cpu", or the name of the GPU."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
+
+
+def progress(items: list[list[int]], what: str) -> Iterator[list[int]]:
+    """The items, with a bar on stderr."""
     yield from track(items, description=what, console=Console(stderr=True), transient=True)
 
 
 @torch.inference_mode()
-def _hidden(model: PreTrainedModel, tokens: list[int], device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Last hidden states [n - 1, hidden] of a window and the tokens [n - 1] they predict."""
-    ids = torch.tensor(tokens, device=device)
-    return model.model(ids[None], use_cache=False).last_hidden_state[0, :-1], ids[1:]
+def last_hidden(model: Any, tokens: list[int]) -> torch.Tensor:
+    """Last hidden states [n - 1, hidden] of a window, which predict its tokens 1 .. n - 1."""
+    ids = torch.tensor([tokens], device=model.device)
+    return model.model(ids, use_cache=False).last_hidden_state[0, :-1]
 
 
 @torch.inference_mode()
-def _score(
-    head: Callable[[torch.Tensor], torch.Tensor], hidden: list[torch.Tensor], target: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """Per token: negative log-likelihood of each hidden state, and KL(first || last) and top-1 agreement of two."""
+def score(rows: dict[str, Scored], tokens: list[int], references: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
+    """Per-token tensors fp64 [n - 1] of a window, on the CPU.
+
+    `nll_ROW` of every row, and of every row against every other that `references` names `kl_REFERENCE_ROW`,
+    KL(REFERENCE || ROW) in nats, and `top1_REFERENCE_ROW`, 1.0 where both have the same likeliest token.
+    """
     parts: dict[str, list[torch.Tensor]] = {}
-    for i in range(0, target.shape[0], LOGIT_ROWS):
-        rows = slice(i, i + LOGIT_ROWS)
-        logp = [head(h[rows]).float().log_softmax(-1) for h in hidden]
-        for j, lp in enumerate(logp):
-            nll = -lp.gather(1, target[rows, None])[:, 0]
-            parts.setdefault(f"nll{j}", []).append(nll.double().cpu())
-        if len(logp) == 2:
-            parts.setdefault("kl", []).append((logp[0].exp() * (logp[0] - logp[1])).sum(-1).double().cpu())
-            parts.setdefault("top1", []).append((logp[0].argmax(-1) == logp[1].argmax(-1)).double().cpu())
+
+    def put(name: str, part: torch.Tensor) -> None:
+        parts.setdefault(name, []).append(part.double().cpu())
+
+    for i in range(0, len(tokens) - 1, LOGIT_ROWS):
+        target = torch.tensor(tokens[1:][i : i + LOGIT_ROWS])
+
+        def log_probabilities(name: str, start: int = i) -> torch.Tensor:
+            head, hidden = rows[name]
+            return head(hidden[start : start + LOGIT_ROWS]).float().log_softmax(-1)
+
+        known = {name: log_probabilities(name) for name in references}
+        for name in rows:
+            logp = known[name] if name in known else log_probabilities(name)
+            put(f"nll_{name}", -logp.gather(1, target.to(logp.device)[:, None])[:, 0])
+            for other, expected in known.items():
+                if other != name:
+                    put(f"kl_{other}_{name}", (expected.exp() * (expected - logp)).sum(-1))
+                    put(f"top1_{other}_{name}", expected.argmax(-1) == logp.argmax(-1))
     return {name: torch.cat(p) for name, p in parts.items()}
 
 
+def concatenate(windows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The `score` of several windows as one."""
+    return {name: torch.cat([w[name] for w in windows]) for name in windows[0]}
+
+
 def score_transformers(
-    ckpt: Checkpoint, baseline: Path | None, windows: list[list[int]], chunk: int, device: str, dtype: torch.dtype
+    ckpt: Checkpoint, baseline: Path, windows: list[list[int]], chunk: int, device: str, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """Per-token tensors fp64 over all windows: nll of "w4", "w4kv4" and, with a baseline, "fp16"; "kl"; "top1"."""
-    cache = PastOnlyCache([ckpt.kv_params(i).to(device) for i in range(ckpt.kv.num_hidden_layers)], chunk)
-    AttentionInterface.register(ATTENTION, cache.attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    out: dict[str, list[torch.Tensor]] = {}
-    if baseline is not None:
-        model: Any = AutoModelForCausalLM.from_pretrained(baseline, dtype=dtype, attn_implementation="sdpa")
-        model = model.eval().to(device)
-        for tokens in _progress(windows, "FP16"):
-            hidden, target = _hidden(model, tokens, device)
-            out.setdefault("fp16", []).append(_score(model.lm_head, [hidden], target)["nll0"])
-        del model
-        gc.collect()
-    model = load_quantized(ckpt, dtype, device)
-    for tokens in _progress(windows, "W4 and W4KV4"):
-        states = []
-        for cache.enabled in (False, True):
-            hidden, target = _hidden(model, tokens, device)
-            states.append(hidden)
-        scores = _score(model.lm_head, states, target)
-        for name, key in (("w4", "nll0"), ("w4kv4", "nll1"), ("kl", "kl"), ("top1", "top1")):
-            out.setdefault(name, []).append(scores[key])
-    return {name: torch.cat(parts) for name, parts in out.items()}
+    """`score` over all windows of the rows "fp16", "w4" and "w4kv4", the last against "w4"."""
+    model: Any = load_baseline(baseline, dtype, device)
+    fp16 = [score({"fp16": (model.lm_head, last_hidden(model, w))}, w) for w in progress(windows, "FP16")]
+    del model
+    gc.collect()
+    cache = SimulatedCache(chunk=chunk)
+    model = load_quantized(ckpt, cache, dtype, device)
+    params = [ckpt.kv_params(i).to(device) for i in range(ckpt.kv.num_hidden_layers)]
+    caches: dict[str, Sequence[Simulation] | None] = {
+        "w4": None,
+        "w4kv4": [partial(fake_quantize, params=p) for p in params],
+    }
+    w4 = []
+    for tokens in progress(windows, "W4 and W4KV4"):
+        rows = {}
+        for name, cache.layers in caches.items():
+            rows[name] = (model.lm_head, last_hidden(model, tokens))
+        w4.append(score(rows, tokens, ("w4",)))
+    return concatenate(fp16) | concatenate(w4)
 
 
 def score_vllm(ckpt: Checkpoint, baseline: Path, windows: list[list[int]], chunk: int) -> dict[str, torch.Tensor]:
-    """Per-token nll fp64 from vLLM's prompt log-probabilities, prefilled in chunks of `chunk` tokens."""
+    """Per-token fp64 `nll_ROW` from vLLM's prompt log-probabilities, prefilled in chunks of `chunk` tokens."""
     from vllm_wkvquant.plugin.eval_engine import prompt_logprobs
 
     # any explicit type gives vLLM's own cache; the model's own type loses nothing
@@ -162,12 +211,17 @@ def score_vllm(ckpt: Checkpoint, baseline: Path, windows: list[list[int]], chunk
     out = {}
     for name, (path, kv_cache_dtype) in runs.items():
         logprobs = prompt_logprobs(path, windows, chunk, kv_cache_dtype=kv_cache_dtype)
-        out[name] = -torch.tensor([lp for window in logprobs for lp in window], dtype=torch.float64)
+        out[f"nll_{name}"] = -torch.tensor([lp for window in logprobs for lp in window], dtype=torch.float64)
     return out
 
 
-def _se(x: torch.Tensor) -> float:
-    return (x.std() / math.sqrt(x.numel())).item()
+def standard_errors(x: torch.Tensor, windows: list[list[int]]) -> tuple[float, float]:
+    """Standard error of the mean of per-token `x`, and the same with windows as the independent units."""
+    se = (x.std() / math.sqrt(x.numel())).item()
+    lengths = [len(w) - 1 for w in windows]
+    sums = torch.stack([part.sum() for part in (x - x.mean()).split(lengths)])
+    n = len(lengths)
+    return se, math.sqrt(n / (n - 1)) * sums.norm().item() / x.numel() if n > 1 else se
 
 
 def difference(a: torch.Tensor, b: torch.Tensor, windows: list[list[int]]) -> dict[str, float]:
@@ -176,12 +230,8 @@ def difference(a: torch.Tensor, b: torch.Tensor, windows: list[list[int]]) -> di
     mean and se: of the difference in nats a token; se_window: the same with windows as the independent units.
     percent, percent_upper95: 100 (exp(mean) - 1), and with mean + 1.96 max(se, se_window).
     """
-    d = a - b
-    mean, se = d.mean().item(), _se(d)
-    lengths = [len(w) - 1 for w in windows]
-    sums = torch.stack([part.sum() for part in (d - d.mean()).split(lengths)])
-    n = len(lengths)
-    se_window = math.sqrt(n / (n - 1)) * sums.norm().item() / d.numel() if n > 1 else se
+    mean = (a - b).mean().item()
+    se, se_window = standard_errors(a - b, windows)
     return {
         "mean": mean,
         "se": se,
@@ -194,8 +244,8 @@ def difference(a: torch.Tensor, b: torch.Tensor, windows: list[list[int]]) -> di
 def summarize(scores: dict[str, torch.Tensor], windows: list[list[int]]) -> dict[str, Any]:
     """Perplexities and paired differences of per-token nll tensors."""
     pairs = {"w4_vs_fp16": ("w4", "fp16"), "w4kv4_vs_w4": ("w4kv4", "w4"), "w4kv4_vs_fp16": ("w4kv4", "fp16")}
-    diffs = {k: difference(scores[a], scores[b], windows) for k, (a, b) in pairs.items() if b in scores}
-    out: dict[str, Any] = {f"{n}_ppl": scores[n].mean().exp().item() for n in ("fp16", "w4", "w4kv4") if n in scores}
+    diffs = {k: difference(scores[f"nll_{a}"], scores[f"nll_{b}"], windows) for k, (a, b) in pairs.items()}
+    out: dict[str, Any] = {f"{n}_ppl": scores[f"nll_{n}"].mean().exp().item() for n in ("fp16", "w4", "w4kv4")}
     return {**out, "se": {k: d["se"] for k, d in diffs.items()}, "difference": diffs}
 
 
@@ -212,11 +262,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """The JSON object that `wkvquant eval --json` prints (docs/algorithm.md). Raises ConfigError on bad input."""
     ckpt = Checkpoint(ckpt_path)
-    limit = min(c.get("max_position_embeddings", window) for c in (ckpt.config, read_config(baseline)))
-    if not 2 <= window <= limit:
-        raise ConfigError(f"--window {window} is outside 2 .. {limit}, the positions that the model knows")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu")
+    check_run(window, device, [ckpt.config, read_config(baseline)])
     chunk = chunk or (64 if engine == "vllm" else 1)
     tokens = read_windows(baseline, text, window, windows)
     scores = score_transformers(ckpt, baseline, tokens, chunk, device, dtype)
@@ -226,15 +272,16 @@ def evaluate(
         "text": text.name,
         "window": window,
         "windows": len(tokens),
-        "tokens": scores["w4"].numel(),
+        "tokens": scores["nll_w4"].numel(),
         "chunk": chunk,
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
+        "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
         "kv_bits_per_element": 8 * token_bytes(ckpt.kv.head_size) / (2 * ckpt.kv.head_size),
     }
     reference = summarize(scores, tokens)
-    reference |= {"kl_w4": scores["kl"].mean().item(), "kl_w4_se": _se(scores["kl"])}
-    reference["top1_agreement"] = scores["top1"].mean().item()
+    kl = scores["kl_w4_w4kv4"]
+    reference |= {"kl_w4": kl.mean().item(), "kl_w4_se": standard_errors(kl, tokens)[0]}
+    reference["top1_agreement"] = scores["top1_w4_w4kv4"].mean().item()
     if engine == "transformers":
         return result | reference
     # the engine gives no full distribution, so the divergence is the specification's
