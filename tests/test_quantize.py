@@ -40,7 +40,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def settings(model: Path, out: Path, text: Path, **other: object) -> Settings:
-    return Settings(model, out, text, samples=SAMPLES, seq_len=SEQ_LEN, **other)  # type: ignore[arg-type]
+    return Settings(model, out, text, **({"samples": SAMPLES, "seq_len": SEQ_LEN, "recipe": "rtn"} | other))  # type: ignore[arg-type]
 
 
 def contents(directory: Path) -> dict[str, bytes]:
