@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """What 4-bit weights and different KV caches cost a model, each on the same tokens.
 
-    python benchmarks/quality.py MODEL --checkpoint best=CKPT --text wiki=wiki_test.txt --window 2048 --windows 10 \
-        --device cuda --json quality.jsonl
+    python benchmarks/quality.py MODEL --checkpoint rtn=CKPT --text wiki=wiki_test.txt --device cuda --json OUT.jsonl
 
 Rows for every text and checkpoint: FP16, the model itself; W4, the checkpoint's weights with a 16-bit cache; and W4
 with each cache of kv_peers.py, on the same weights. Parts of the cache that are folded into the weights (V's rotation
@@ -279,10 +278,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, metavar="MODEL", help="the model that the checkpoints were made from")
     parser.add_argument(
-        "--checkpoint", type=named_path, action="append", default=[], metavar="NAME=PATH", help="may be repeated"
+        "--checkpoint",
+        type=named_path,
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="a checkpoint that `wkvquant quantize` made from MODEL, and its name in the rows; may be repeated",
     )
     parser.add_argument(
-        "--text", type=named_path, action="append", default=[], metavar="NAME=FILE", help="UTF-8; may be repeated"
+        "--text",
+        type=named_path,
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="UTF-8 text to score, and its name in the rows; may be repeated",
     )
     parser.add_argument(
         "--python-stdlib",
@@ -295,22 +304,27 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="ROW",
-        help="measure this row and FP16 alone, W4 or a cache of kv_peers.py; may be repeated (all of them)",
+        help="measure this one beside FP16: W4 or a cache of kv_peers.py; may be repeated (all of them)",
     )
     parser.add_argument("--window", type=int, default=2048, help="tokens in a window, each scored afresh (%(default)s)")
     parser.add_argument("--windows", type=int, default=10, help="number of windows; 0 is the whole text (%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(%(default)s)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="type of the model (%(default)s)"
+    )
     parser.add_argument("--json", type=Path, required=True, metavar="OUT.jsonl", help="file that rows are appended to")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure what is missing and print the tables. Raises ConfigError on bad input."""
-    for option, named in (("--checkpoint", args.checkpoint), ("--text", args.text)):
-        names = [name for name, _ in named]
+    python = ["python"] if args.python_stdlib is not None else []
+    for what, names in (
+        ("checkpoints", [n for n, _ in args.checkpoint]),
+        ("texts", [n for n, _ in args.text] + python),
+    ):
         if len(set(names)) < len(names):
-            raise ConfigError(f"{option} has the same name twice: {names}")
+            raise ConfigError(f"two {what} have the same name: {names}")
     if args.windows < 0:
         raise ConfigError(f"--windows {args.windows} must not be negative")
     config = read_config(args.model)
