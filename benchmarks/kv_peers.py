@@ -170,9 +170,10 @@ def unrotated(simulation: Simulation) -> Simulation:
 
 
 def variants(ckpt: Checkpoint, window: int, device: str) -> dict[str, Variant]:
-    """The caches of this module's docstring by name, in its order; those that are kv4 in this checkpoint are left out.
+    """The caches of this module's docstring by name, in its order.
 
-    window: tokens over which a static shift is the mean. turboquant_4bit_nc needs a head size that is a power of two.
+    Left out are kv4_no_hadamard where keys are not rotated, kv4_static_shift where their shift does not rotate, and
+    turboquant_4bit_nc where the head size is no power of two. window: tokens over which a static shift is the mean.
     """
     layers, size = ckpt.kv.num_hidden_layers, ckpt.kv.head_size
     params = [ckpt.kv_params(i).to(device) for i in range(layers)]

@@ -46,7 +46,7 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, dict[s
     folder = tmp_path_factory.mktemp("vllm")
     torch.save({size: case(size, dtype) for size, dtype in SIZES.items()}, folder / "in.pt")
     command = [sys.executable, Path(__file__).parent / "vllm_kv.py", folder / "in.pt", folder / "out.pt"]
-    subprocess.run(command, check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+    subprocess.run(command, check=True, env=os.environ | {"TRITON_INTERPRET": "1"}, timeout=600)
     return torch.load(folder / "out.pt")
 
 

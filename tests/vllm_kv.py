@@ -2,7 +2,8 @@
 
     TRITON_INTERPRET=1 python vllm_kv.py IN.pt OUT.pt
 
-IN: "key", "value" fp32 or 16-bit [T, H, D], "query" [T, Hq, D]. OUT: what tests/test_kv_peers.py reads.
+IN: cases by name, each with "key" and "value" [T, H, D] and "query" [T, Hq, D] of one type. OUT: by the same
+names "int4" and, where the head size is a power of two, "turboquant".
 """
 
 import sys
@@ -95,7 +96,7 @@ def turboquant_4bit(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
 
 
 def main() -> None:
-    """Every case of IN: {name: {"key", "value", "query"}} -> {name: {"int4": ..., "turboquant": ...}}."""
+    """Every case of IN."""
     source, target = sys.argv[1:]
     out = {}
     for name, case in torch.load(source).items():
