@@ -54,4 +54,4 @@ $(MODEL)/config.json: benchmarks/prepare.py | .venv/packages
 # made afresh where the code that made it has changed
 $(CKPT)/config.json: $(MODEL)/config.json $(QUANTIZER) | .venv/native
 	rm -rf $(CKPT) $(CKPT).wkvquant-partial
-	$(BIN)/wkvquant quantize $(MODEL) $(CKPT) --calib-text demo/calib.txt --samples 8 --seq-len 512
+	$(BIN)/wkvquant quantize $(MODEL) $(CKPT) --calib-text demo/calib.txt --recipe rtn --samples 8 --seq-len 512
