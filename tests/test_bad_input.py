@@ -246,7 +246,7 @@ def test_little_disk(refused: Callable[..., str], model: Path, tmp_path: Path, m
 
     monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100_000}))
     assert refused(model) == (
-        f"{tmp_path} has 0.0001 GB free, this run needs about 0.001 GB; free some space, choose another output "
+        f"{tmp_path} has 0.0001 GB free, this run needs about 0.00087 GB; free some space, choose another output "
         f"directory, or lower --samples or --seq-len"
     )
 
@@ -282,7 +282,7 @@ def test_resume_with_other_settings(
     interrupt(model, text, tmp_path / "out")
     partial = tmp_path / "out.wkvquant-partial"
     assert refused(model, "--resume", "--recipe", "static") == (
-        f"{partial} was begun with other settings (recipe): recipe was 'best', now 'static'; use the same ones or "
+        f"{partial} was begun with other settings (recipe): recipe was 'rtn', now 'static'; use the same ones or "
         f"delete that directory"
     )
     assert refused(model, "--resume", "--seed", "1").startswith(

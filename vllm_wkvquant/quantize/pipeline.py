@@ -52,7 +52,7 @@ class Settings:
     model: Path
     out: Path
     calib_text: Path
-    recipe: str = "best"
+    recipe: str = "rtn"
     samples: int = 32
     seq_len: int | None = None
     seed: int = 0
