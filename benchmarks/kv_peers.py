@@ -36,9 +36,9 @@ from functools import cache, partial
 import torch
 
 from vllm_wkvquant.checkpoint import Checkpoint
-from vllm_wkvquant.evaluate import Simulation
 from vllm_wkvquant.reference import (
     KVParams,
+    Simulation,
     fake_quantize,
     hadamard_block,
     hadamard_matrix,

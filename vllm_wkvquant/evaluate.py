@@ -30,14 +30,11 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from vllm_wkvquant.checkpoint import Checkpoint, read_config
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.layout import token_bytes
-from vllm_wkvquant.reference import fake_quantize, past_only_attention
+from vllm_wkvquant.reference import Simulation, fake_quantize, past_only_attention
 from vllm_wkvquant.text import read_tokens
 
 ATTENTION = "wkvquant_past_only"
 LOGIT_ROWS = 512  # rows of logits held at once: 512 x 152k vocabulary x fp32 is 0.3 GB
-
-# keys and values [T, H, D] at positions int64 [T] -> what the cache returns for them, fp32 [T, H, D] each
-Simulation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 # a model's head, and its last hidden states [n - 1, hidden] in a window of n tokens
 Scored = tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]
 

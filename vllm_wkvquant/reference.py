@@ -16,6 +16,7 @@ they came (past-only quantization, arXiv 2402.12065 section 4.1).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,10 @@ import torch
 from vllm_wkvquant import layout
 from vllm_wkvquant.config import KVCacheConfig
 from vllm_wkvquant.layout import Quantized
+
+# A simulated cache: keys and values [T, H, D] at positions int64 [T] -> the same as attention sees them once they are
+# past, fp32 [T, H, D] each. `fake_quantize` with its params bound is this project's.
+Simulation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 QMAX = 15
 FP16_MAX = 65504.0

@@ -1,18 +1,17 @@
 """Attention of the calibration runs: a transformers attention function that captures q, k, v or simulates the cache."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from vllm_wkvquant.reference import Simulation
+
 ATTENTION = "wkvquant_calibration"
 QUERY_ROWS = 512  # rows of scores held at once: keeps them in cache and lets causality halve the work
 
-# (key [T, H, D], value [T, H, D], positions [T]) -> the same as attention sees them once they are past, fp32
-Cache = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # roped query [T, Hq, D], roped key [T, H, D], value [T, H, D]
 
 
@@ -71,7 +70,7 @@ class CalibrationAttention:
     """
 
     def __init__(self) -> None:
-        self.cache: Cache | None = None
+        self.cache: Simulation | None = None
         self.captured: list[QKV] | None = None
         self.scale = 1.0
         self.sliding_window = 0
