@@ -1,0 +1,96 @@
+// The C interface of the CUDA kernels (called through ctypes, vllm_wkvquant/native_cuda.py mirrors the structs). No Torch
+// or Python header: one build serves every version of both. Every pointer is a device pointer; nothing is read on the host.
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+enum WkvDtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+// KV parameters of a layer in the form the kernels use (native_cuda.prepare makes them).
+//
+// The shift's part of a score is a sum over a basis of functions of the position inside a chunk of 128 tokens, times
+// coefficients of the query at the centre of the chunk (csrc/cpu/prepare.cpp has the derivation). `slots` lists rotary
+// pairs, -1 where a slot is padding: first 8 * fast_steps pairs whose cos and sin are tabulated, then slow_slots pairs
+// (a multiple of 4) that share one step of 16 Chebyshev polynomials.
+struct WkvCudaParams {
+  const float* query_scale;    // [num_kv_heads, head_size] k_smooth over the norm of the Hadamard rotation
+  const float* key_scale;      // [num_kv_heads, head_size] 1 / k_smooth over that norm
+  const float* k_shift;        // [num_kv_heads, head_size], rotary channels times rope_scaling
+  const float* v_shift;        // [num_kv_heads, head_size]
+  const int64_t* rope_turns;   // [rotary_pairs], 2^64 a turn
+  const uint32_t* basis;       // [4 groups of 32 positions][steps][2 m-tiles][high, low][32 lanes][4] half2, mma operand A
+  const int32_t* slots;        // [8 * fast_steps + slow_slots]
+  const int64_t* slot_turns;   // the same
+  const float* chebyshev;      // [slow_slots][16]
+  int32_t num_kv_heads;
+  int32_t head_size;
+  int32_t rotary_pairs;  // 0: the shift does not rotate
+  int32_t hadamard;      // keys are rotated
+  int32_t fast_steps;
+  int32_t slow_slots;
+};
+
+struct WkvCudaCacheWrite {
+  const void* key;              // dtype [num_tokens, num_kv_heads, head_size]
+  const void* value;            // dtype [num_tokens, num_kv_heads, head_size]
+  uint8_t* kv_cache;            // [num_blocks, num_kv_heads, layout bytes]
+  const int64_t* slot_mapping;  // [num_tokens], negative: skip
+  const int64_t* positions;     // [num_tokens]
+  int64_t key_stride[2];        // elements between tokens, heads
+  int64_t value_stride[2];
+  int64_t block_stride;  // bytes between blocks
+  int64_t num_blocks;
+  int64_t num_tokens;
+  int32_t block_size;
+  int32_t dtype;
+};
+
+struct WkvCudaAttention {
+  const void* query;               // dtype [T, num_heads, head_size]
+  const void* key;                 // dtype [T, num_kv_heads, head_size]
+  const void* value;               // dtype [T, num_kv_heads, head_size]
+  void* out;                       // dtype [T, num_heads, head_size]
+  float* lse;                      // [T, num_heads] or null
+  const uint8_t* kv_cache;         // [num_blocks, num_kv_heads, layout bytes], 16-byte aligned
+  const int32_t* block_table;      // [num_seqs, max_blocks]
+  const int32_t* seq_lens;         // [num_seqs]
+  const int32_t* query_start_loc;  // [num_seqs + 1]
+  void* workspace;                 // wkvquant_cuda_workspace() bytes, zeroed once; one for each stream
+  int64_t query_stride[2];         // elements between tokens, heads
+  int64_t key_stride[2];
+  int64_t value_stride[2];
+  int64_t out_stride[2];
+  int64_t lse_stride[2];
+  int64_t block_table_stride;  // elements between sequences
+  int64_t block_stride;        // bytes between blocks, a multiple of 16
+  int64_t num_blocks;
+  int64_t num_tokens;  // rows of query, key, value and out
+  int32_t max_blocks;
+  int32_t num_seqs;
+  int32_t num_heads;
+  int32_t block_size;
+  int32_t dtype;
+  int32_t sliding_window;  // 0: none
+  float scale;
+  int32_t num_ctas;  // at most kMaxCtas
+};
+
+// Each returns a cudaError_t.
+int wkvquant_cuda_cache_write(const WkvCudaCacheWrite*, const WkvCudaParams*, void* stream);
+int wkvquant_cuda_paged_attention(const WkvCudaAttention*, const WkvCudaParams*, void* stream);
+int64_t wkvquant_cuda_workspace();
+int64_t wkvquant_cuda_sizeof(int which);  // 0: WkvCudaParams, 1: WkvCudaCacheWrite, 2: WkvCudaAttention
+int32_t wkvquant_cuda_max_seqs();
+const char* wkvquant_cuda_error(int status);
+
+}  // extern "C"
+
+namespace wkvquant {
+
+constexpr int kMaxCtas = 320;
+constexpr int kMaxSeqs = 4096;
+constexpr int kMaxRows = 16;  // query rows of one pass over the past
+
+}  // namespace wkvquant
