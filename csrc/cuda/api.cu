@@ -1,0 +1,32 @@
+// The C interface but for the cache write.
+#include "paged_attention.cuh"
+
+extern "C" {
+
+int wkvquant_cuda_paged_attention(const WkvCudaAttention* a, const WkvCudaParams* p, void* stream) {
+  using namespace wkvquant;
+  if (a->num_seqs == 0 || a->num_tokens == 0) return cudaSuccess;
+  const cudaStream_t s = static_cast<cudaStream_t>(stream);
+  switch (p->head_size) {
+    case 64: return launch_64(*a, *p, s);
+    case 96: return launch_96(*a, *p, s);
+    case 128: return launch_128(*a, *p, s);
+    case 256: return launch_256(*a, *p, s);
+  }
+  return cudaErrorInvalidValue;
+}
+
+int64_t wkvquant_cuda_workspace() {
+  using namespace wkvquant;
+  return kCounterBytes + 2 * kMaxCtas * partial_floats(kMaxRows, 256) * static_cast<int64_t>(sizeof(float));
+}
+
+int64_t wkvquant_cuda_sizeof(int which) {
+  return which == 0 ? sizeof(WkvCudaParams) : which == 1 ? sizeof(WkvCudaCacheWrite) : sizeof(WkvCudaAttention);
+}
+
+int32_t wkvquant_cuda_max_seqs() { return wkvquant::kMaxSeqs; }
+
+const char* wkvquant_cuda_error(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
+
+}  // extern "C"

@@ -1,0 +1,957 @@
+// Past tokens from the page and the step's own tokens as they came -> output.
+//
+//     item      (sequence, KV head, row tile); row = query token x query head of the group, up to 8 * NT rows a tile
+//     unit      32, 64 or 128 past tokens of an item, inside one chunk of 128
+//     CTA       an equal run of the list of all units of all items; an item that straddles CTAs is combined, through the
+//               workspace, by whichever of them finishes last
+//     warp      every kWarps-th unit of an item, 32 tokens at a time, with a softmax state of its own
+//
+// The grid is fixed and the list is derived from seq_lens on the device: a captured graph may be replayed with other
+// lengths. Nothing is read from the page at or after the past's length that could reach the output.
+//
+// Products are mma.sync m16n8k16 with tokens (scores) or dimensions (output) as M and rows as N. Codes enter as fp16
+// subnormals, the bits of a nibble as they stand (code * 2^-24) or four higher (code * 2^-20); the factor 16 between the
+// two is folded into the query and the output. The loads of a page match the operands of the products, so they go to
+// registers, one group of 32 tokens ahead, and never through shared memory:
+//
+//     K   thread (g, t) = (lane / 4, lane % 4) has tokens 4g .. 4g + 3, words t, t + 4, ..; the first product of a group
+//         has tokens 4g and 4g + 1 as its rows g and g + 8, the second one 4g + 2 and 4g + 3
+//     V   thread (g, t) has token pairs 4t .. 4t + 3, D / 32 words by g; the first product takes pairs 4t and 4t + 2
+//
+// The shift's part of the score is a third product: basis of the position times coefficients of the query, each split
+// into two fp16 (three products), which is exact to about 2^-22 of the largest coefficient.
+//
+// Scores are in units of log 2. The subtracted maximum is lowered by kBoost, so that small weights stay above fp16's
+// smallest; it cancels.
+#pragma once
+
+#include "common.cuh"
+
+namespace wkvquant {
+
+constexpr int kChunk = 128;
+constexpr float kBoost = 4;
+constexpr float kLowest = -1e30f;
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kLn2 = 0.693147180559945309f;
+constexpr int kRedSlots = 4;
+
+template <int D, int NT>
+struct Shape {
+  static constexpr int kHeadSize = D, kTiles = NT, kRows = 8 * NT;
+  static constexpr int kWarps = NT == 1 && D <= 128 ? 12 : 8;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kKWords = D / 32;       // K words of a thread and token
+  static constexpr int kVWords = D / 32;       // V words of a thread and token pair
+  static constexpr int kMTiles = D / 16;
+  static constexpr bool kQueryInRegisters = NT * D <= 128;
+  static constexpr int kPitch = D + 4;
+
+  // First of the two dimensions (d, d + 1) that thread row g has in m-tile `m` of the output.
+  __device__ static __forceinline__ int dimension(int m, int g) { return 4 * word(m / 2, g) + 2 * (m % 2); }
+  // V word c of thread row g.
+  __device__ static __forceinline__ int word(int c, int g) {
+    if constexpr (D == 64) return 2 * g + c;
+    if constexpr (D == 96) return g + 8 * c;
+    return 4 * g + c % 4 + c / 4 * 32;
+  }
+};
+
+struct Shared {
+  uint4* basis;     // [4][steps][2][2][32]
+  uint4* query;     // [rows][D / 8], the 8 dimensions of a word in the order 0 2 4 6 1 3 5 7, 4 .. 7 over 16
+  uint4* coef;      // [warps][NT][steps][32]
+  float2* ab;       // [rows][slots] coefficients of cos and sin at position 0
+  float2* angle;    // [warps][slots] cos and sin at the chunk's centre
+  float* raw;       // [rows][D] the query, then the current tokens' part of the output
+  float* red;       // [kRedSlots][rows][pitch]
+  float* chebyshev; // [slow slots][16]
+  float *factor, *total, *shift_factor, *constant;  // [rows]
+  float *current_max, *current_sum;                 // [rows]
+  float *row_max, *row_sum, *row_past, *row_min;    // [rows]
+  float *warp_max, *warp_sum, *warp_min;            // [warps][rows]
+  int* prefix;                                      // [num_seqs + 1] units before a sequence
+  int* misc;                                        // [4]
+
+  template <class S>
+  __host__ __device__ static int64_t carve(Shared* s, char* base, int steps, int slots, int slow, int num_seqs) {
+    int64_t used = 0;
+    auto take = [&](auto*& p, int64_t n) {
+      if (base) p = reinterpret_cast<std::remove_reference_t<decltype(p)>>(base + used);
+      used += (n * static_cast<int64_t>(sizeof(*p)) + 15) / 16 * 16;
+    };
+    constexpr int R = S::kRows, W = S::kWarps, D = S::kHeadSize;
+    take(s->basis, 4 * steps * 4 * 32), take(s->query, R * D / 8), take(s->coef, W * S::kTiles * steps * 32);
+    take(s->ab, R * slots), take(s->angle, W * slots), take(s->raw, R * D), take(s->red, kRedSlots * R * S::kPitch);
+    take(s->chebyshev, slow * 16);
+    take(s->factor, R), take(s->total, R), take(s->shift_factor, R), take(s->constant, R);
+    take(s->current_max, R), take(s->current_sum, R);
+    take(s->row_max, R), take(s->row_sum, R), take(s->row_past, R), take(s->row_min, R);
+    take(s->warp_max, W * R), take(s->warp_sum, W * R), take(s->warp_min, W * R);
+    take(s->prefix, num_seqs + 1), take(s->misc, 4);
+    return used;
+  }
+};
+
+// Partial results in the workspace: counters [kMaxCtas], then two slots a CTA of [rows][D] numerators, [rows] maxima and
+// [rows] sums. Slot 1 is of an item whose first units are this CTA's, slot 0 of one that began before.
+constexpr int64_t kCounterBytes = kMaxCtas * sizeof(int);
+constexpr int64_t partial_floats(int rows, int d) { return static_cast<int64_t>(rows) * (d + 2); }
+
+__device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                    uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ uint32_t transpose(uint32_t x) {
+  uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Page data is read once.
+template <int N>
+__device__ __forceinline__ void load_words(const uint8_t* p, uint32_t* w) {
+  if constexpr (N == 4)
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                 : "l"(p));
+  else if constexpr (N == 2)
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0,%1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "l"(p));
+  else
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(w[0]) : "l"(p));
+}
+
+__device__ __forceinline__ uint32_t pack_half2(float low, float high) {
+  const __half2 h = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&h);
+}
+
+// x as high and low fp16 parts, two at a time.
+__device__ __forceinline__ void split_half2(float a, float b, uint32_t& high, uint32_t& low) {
+  const __half2 h = __floats2half2_rn(a, b);
+  const float2 f = __half22float2(h);
+  high = *reinterpret_cast<const uint32_t*>(&h);
+  low = pack_half2(a - f.x, b - f.y);
+}
+
+// Power of two that brings x to [2^13, 2^14), as its exponent; 0 for zero.
+__device__ __forceinline__ int scale_exponent(float x) { return x > 0 ? max(ilogbf(x) - 13, -100) : 0; }
+
+// Division by a small constant, exact for numerators below 2^17 and divisors below 2^15.
+struct FastDivide {
+  uint32_t divisor, reciprocal;
+  __device__ explicit FastDivide(uint32_t d) : divisor(d), reciprocal(d == 1 ? 0 : 0xffffffffu / d + 1) {}
+  __device__ __forceinline__ uint32_t operator()(uint32_t n) const { return reciprocal ? __umulhi(n, reciprocal) : n; }
+};
+
+struct Plan {
+  int num_items_units;  // units of all items
+  int unit;             // tokens of a unit
+  int ctas;             // that have any
+  __device__ int start(int cta) const {
+    return static_cast<int>(static_cast<int64_t>(num_items_units) * cta / ctas);
+  }
+  __device__ int cta_of(int u) const {
+    return static_cast<int>((static_cast<int64_t>(u + 1) * ctas - 1) / num_items_units);
+  }
+};
+
+struct Item {
+  int seq, head, tile;       // tile: of query rows
+  int past, query, queries;  // query: first token of the step in `query`
+  int first;                 // unit, counted from position 0, that its unit 0 is
+  int begin, end, units;     // this CTA's units, and how many the item has
+  int u;                     // the item's unit 0 in the list of all units
+};
+
+template <int D, int NT>
+struct Kernel {
+  using S = Shape<D, NT>;
+  static constexpr int kWarps = S::kWarps, kRows = S::kRows;
+
+  const WkvCudaAttention& a;
+  const WkvCudaParams& p;
+  Shared s;
+  Plan plan;
+  const int warp, lane, g, t;
+  const int group, steps, slots;
+  const FastDivide tiles_per_block;
+  const PageLayout layout;
+
+  // Of the row tile.
+  Item item;
+  int rows;
+  uint32_t q[S::kQueryInRegisters ? NT : 1][S::kQueryInRegisters ? S::kKWords : 1][4];
+  float factor[NT][2], total[NT][2], shift_factor[NT][2], constant[NT][2];
+  // Softmax state of this warp: columns are rows 2t, 2t + 1 of each n-tile.
+  float acc[S::kMTiles][NT][4];
+  float top[NT][2], sum[NT][2], min_sum[NT][2];
+
+  // 32 tokens and where they lie, for this lane. The lane's K tile and V tile may be in different pages.
+  struct Group {
+    int segment, first, head, last_tile;
+    int k_page, v_page, k_tile, v_tile;
+  };
+  // Walks this warp's groups over all of the CTA's items.
+  struct Cursor {
+    int next_unit, end_unit;  // list of all units
+    int segment;
+    Item item;
+    int unit;  // of the item
+    int first, end;
+  };
+
+  __device__ Kernel(const WkvCudaAttention& args, const WkvCudaParams& params, char* memory)
+      : a(args),
+        p(params),
+        warp(threadIdx.x / 32),
+        lane(threadIdx.x % 32),
+        g(lane / 4),
+        t(lane % 4),
+        group(args.num_heads / params.num_kv_heads),
+        steps(params.fast_steps + (params.slow_slots > 0)),
+        slots(8 * params.fast_steps + params.slow_slots),
+        tiles_per_block(args.block_size / kTile),
+        layout{D, args.block_size} {
+    Shared::carve<S>(&s, memory, steps, slots, params.slow_slots, args.num_seqs);
+  }
+
+  __device__ __forceinline__ void lengths(int seq, int& query, int& queries, int& past) const {
+    query = a.query_start_loc[seq];
+    queries = max(a.query_start_loc[seq + 1] - query, 0);
+    past = max(a.seq_lens[seq] - queries, 0);
+    past = static_cast<int>(min(static_cast<int64_t>(past), static_cast<int64_t>(a.max_blocks) * a.block_size));
+    if (static_cast<int64_t>(query) + queries > a.num_tokens) queries = 0;
+  }
+
+  __device__ __forceinline__ int first_visible(int past) const {
+    return a.sliding_window ? max(past - a.sliding_window + 1, 0) : 0;
+  }
+
+  __device__ __forceinline__ int units_of(int past, int unit) const {
+    return max((past + unit - 1) / unit - first_visible(past) / unit, 1);
+  }
+
+  __device__ void make_plan() {
+    // how much there is decides the size of a unit
+    if (threadIdx.x < 2) s.misc[threadIdx.x] = 0;
+    __syncthreads();
+    int groups = 0;
+    for (int i = threadIdx.x; i < a.num_seqs; i += S::kThreads) {
+      int query, queries, past;
+      lengths(i, query, queries, past);
+      if (queries) groups += units_of(past, 32) * ((queries * group + kRows - 1) / kRows) * p.num_kv_heads;
+    }
+    groups = __reduce_add_sync(kFull, groups);
+    if (lane == 0 && groups) atomicAdd(&s.misc[0], groups);
+    __syncthreads();
+    const int per_warp = s.misc[0] / (static_cast<int>(gridDim.x) * kWarps);
+    plan.unit = per_warp >= 6 ? 128 : per_warp >= 2 ? 64 : 32;
+    if (warp == 0) {
+      int before = 0;
+      for (int i = lane; i - lane < a.num_seqs; i += 32) {
+        int units = 0;
+        if (i < a.num_seqs) {
+          int query, queries, past;
+          lengths(i, query, queries, past);
+          if (queries) units = units_of(past, plan.unit) * ((queries * group + kRows - 1) / kRows) * p.num_kv_heads;
+        }
+        int scan = units;
+#pragma unroll
+        for (int m = 1; m < 32; m *= 2) {
+          const int other = __shfl_up_sync(kFull, scan, m);
+          if (lane >= m) scan += other;
+        }
+        if (i < a.num_seqs) s.prefix[i] = before + scan - units;
+        before += __shfl_sync(kFull, scan, 31);
+      }
+      if (lane == 0) s.prefix[a.num_seqs] = before;
+    }
+    __syncthreads();
+    plan.num_items_units = s.prefix[a.num_seqs];
+    plan.ctas = min(static_cast<int>(gridDim.x), plan.num_items_units);
+  }
+
+  // The item of unit `u`, and its units from there up to `end`.
+  __device__ Item decode(int u, int end) const {
+    Item x;
+    int low = 0, high = a.num_seqs - 1;  // the last sequence whose prefix is <= u and that has units
+    while (low < high) {
+      const int middle = (low + high + 1) / 2;
+      if (s.prefix[middle] <= u)
+        low = middle;
+      else
+        high = middle - 1;
+    }
+    x.seq = low;
+    lengths(low, x.query, x.queries, x.past);
+    x.units = units_of(x.past, plan.unit);
+    x.first = first_visible(x.past) / plan.unit;
+    const int inside = u - s.prefix[low], index = inside / x.units;
+    const int tiles = (x.queries * group + kRows - 1) / kRows;
+    x.head = index / tiles;
+    x.tile = index % tiles;
+    x.begin = inside % x.units;
+    x.end = min(x.units, x.begin + end - u);
+    x.u = u - x.begin;
+    return x;
+  }
+
+  __device__ __forceinline__ bool advance(Cursor& c, Group& out) const {
+    c.first += 32;
+    while (c.first >= c.end) {
+      c.unit += kWarps;
+      while (c.unit >= c.item.end) {
+        if (c.next_unit >= c.end_unit) {
+          out.segment = INT_MAX;
+          return false;
+        }
+        c.item = decode(c.next_unit, c.end_unit);
+        c.next_unit += c.item.end - c.item.begin;
+        ++c.segment;
+        c.unit = c.item.begin + warp;
+      }
+      c.first = (c.item.first + c.unit) * plan.unit;
+      c.end = min(c.first + plan.unit, c.item.past);
+    }
+    out.segment = c.segment;
+    out.first = c.first;
+    out.head = c.item.head;
+    const int last = (c.item.past - 1) / kTile;
+    const int k_tile = min(c.first / kTile + g / 4, last), v_tile = min(c.first / kTile + t / 2, last);
+    const int k_block = tiles_per_block(k_tile), v_block = tiles_per_block(v_tile);
+    const int32_t* table = a.block_table + c.item.seq * a.block_table_stride;
+    out.k_page = table[k_block];
+    out.v_page = table[v_block];
+    out.k_tile = k_tile - k_block * tiles_per_block.divisor;
+    out.v_tile = v_tile - v_block * tiles_per_block.divisor;
+    return true;
+  }
+
+  __device__ __forceinline__ const uint8_t* page(int index, int head) const {
+    const uint32_t last = static_cast<uint32_t>(a.num_blocks) - 1;
+    return a.kv_cache + min(static_cast<uint32_t>(index), last) * a.block_stride + head * layout.nbytes();
+  }
+
+  // Words t, t + 4, .. of tokens 4g .. 4g + 3.
+  __device__ __forceinline__ void load_k(const Group& x, uint32_t (&k)[S::kKWords][4]) const {
+    const uint8_t* base = page(x.k_page, x.head) + x.k_tile * (8 * D) + t * 64 + g % 4 * 16;
+#pragma unroll
+    for (int j = 0; j < S::kKWords; ++j) load_words<4>(base + j * 256, k[j]);
+  }
+
+  __device__ __forceinline__ void load_meta(const Group& x, uint32_t (&k)[4], uint32_t (&v)[4]) const {
+    const uint8_t* base = page(x.k_page, x.head) + layout.k_meta() + (x.k_tile * kTile + g % 4 * 4) * 4;
+    load_words<4>(base, k);
+    load_words<4>(base + 4 * layout.block_size, v);
+  }
+
+  // Words of token pairs 4t .. 4t + 3.
+  __device__ __forceinline__ void load_v(const Group& x, uint32_t (&v)[4][S::kVWords]) const {
+    const uint8_t* base = page(x.v_page, x.head) + layout.v_codes() + x.v_tile * (8 * D) + t % 2 * 4 * D;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (D == 64)
+        load_words<2>(base + i * D + 4 * S::word(0, g), v[i]);
+      else if constexpr (D == 96)
+#pragma unroll
+        for (int c = 0; c < 3; ++c) load_words<1>(base + i * D + 4 * S::word(c, g), v[i] + c);
+      else
+#pragma unroll
+        for (int c = 0; c < S::kVWords; c += 4) load_words<4>(base + i * D + 4 * S::word(c, g), v[i] + c);
+    }
+  }
+
+  // ---- rows of an item -------------------------------------------------------------------------------------------
+
+  // Query rows as operands, coefficients of the shift, and the step's own tokens.
+  __device__ void prepare_rows(bool with_current) {
+    constexpr int N = D / 32, kBlock = D & -D;
+    rows = min(item.queries * group - item.tile * kRows, kRows);
+    const float* shift = p.k_shift + item.head * D;
+    for (int r = warp; r < kRows; r += kWarps) {
+      __half* operand = reinterpret_cast<__half*>(s.query + r * (D / 8));
+      if (r >= rows) {
+        for (int i = lane; i < D; i += 32) operand[i] = __half();
+        for (int i = lane; i < slots; i += 32) s.ab[r * slots + i] = {0, 0};
+        if (lane == 0) {
+          s.factor[r] = s.total[r] = s.shift_factor[r] = s.constant[r] = s.current_sum[r] = 0;
+          s.current_max[r] = kLowest;
+        }
+        continue;
+      }
+      const int row = item.tile * kRows + r, own = row / group, head = item.head * group + row % group;
+      const int64_t at = (item.query + own) * a.query_stride[0] + head * a.query_stride[1];
+      float raw[N], x[N], largest = 0, fixed = 0;
+      float* saved = s.raw + r * D;
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const int d = lane + 32 * i;
+        raw[i] = load_element(a.query, a.dtype, at + d) * (a.scale * kLog2e);
+        x[i] = raw[i] * p.query_scale[item.head * D + d];
+        if (d >= 2 * p.rotary_pairs) fixed += raw[i] * shift[d];
+        saved[d] = raw[i];
+      }
+      if (p.hadamard) {
+        hadamard_lanes<32>(x, lane);
+        hadamard_registers<kBlock / 32>(x);
+      }
+#pragma unroll
+      for (int i = 0; i < N; ++i) largest = fmaxf(largest, fabsf(x[i]));
+      const int e = scale_exponent(warp_max(largest));
+      float together = 0;
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const int d = lane + 32 * i, b = d % 8;
+        const __half h = __float2half_rn(scalbnf(x[i], b >= 4 ? -e - 4 : -e));
+        operand[d - b + b / 2 + b % 2 * 4] = h;
+        together += __half2float(h) * (b >= 4 ? 16.0f : 1.0f);
+      }
+      together = warp_sum(together);
+      fixed = warp_sum(fixed);
+      __syncwarp();
+      float size = 0;
+      for (int i = lane; i < slots; i += 32) {
+        const int j = p.slots[i];
+        float2 c = {0, 0};
+        if (j >= 0) {
+          const float u = saved[j], v = saved[j + p.rotary_pairs], x0 = shift[j], x1 = shift[j + p.rotary_pairs];
+          c = {u * x0 + v * x1, v * x0 - u * x1};
+        }
+        size += fabsf(c.x) + fabsf(c.y);
+        s.ab[r * slots + i] = c;
+      }
+      const int f = scale_exponent(warp_sum(size));
+      for (int i = lane; i < slots; i += 32) {
+        const float2 c = s.ab[r * slots + i];
+        s.ab[r * slots + i] = {scalbnf(c.x, -f), scalbnf(c.y, -f)};
+      }
+      if (lane == 0) {
+        s.factor[r] = scalbnf(1, e + 24);
+        s.total[r] = scalbnf(together, e);
+        s.shift_factor[r] = scalbnf(1, f);
+        s.constant[r] = fixed;
+      }
+      float high = kLowest, weight = 0, out[N] = {};
+      if (with_current) {
+        const int first = a.sliding_window ? max(own - a.sliding_window + 1, 0) : 0;
+        for (int j = first; j <= own; ++j) {
+          const int64_t k_at = (item.query + j) * a.key_stride[0] + item.head * a.key_stride[1];
+          const int64_t v_at = (item.query + j) * a.value_stride[0] + item.head * a.value_stride[1];
+          float score = 0, value[N];
+#pragma unroll
+          for (int i = 0; i < N; ++i) {
+            score += raw[i] * load_element(a.key, a.dtype, k_at + lane + 32 * i);
+            value[i] = load_element(a.value, a.dtype, v_at + lane + 32 * i);
+          }
+          score = warp_sum(score);
+          const float next = fmaxf(high, score), keep = exp2f(high - next), take = exp2f(score - next);
+          high = next;
+          weight = weight * keep + take;
+#pragma unroll
+          for (int i = 0; i < N; ++i) out[i] = out[i] * keep + take * value[i];
+        }
+      }
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < N; ++i) saved[lane + 32 * i] = out[i];
+      if (lane == 0) s.current_max[r] = high, s.current_sum[r] = weight;
+    }
+  }
+
+  __device__ void start_rows() {
+    if constexpr (S::kQueryInRegisters) {
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int j = 0; j < S::kKWords; ++j) {
+          const uint4 w = s.query[(8 * n + g) * (D / 8) + t + 4 * j];
+          q[n][j][0] = w.x, q[n][j][1] = w.y, q[n][j][2] = w.z, q[n][j][3] = w.w;
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int r = 8 * n + 2 * t + c;
+        factor[n][c] = s.factor[r], total[n][c] = s.total[r];
+        shift_factor[n][c] = s.shift_factor[r], constant[n][c] = s.constant[r];
+        top[n][c] = kLowest, sum[n][c] = 0, min_sum[n][c] = 0;
+      }
+#pragma unroll
+    for (int m = 0; m < S::kMTiles; ++m)
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc[m][n][i] = 0;
+  }
+
+  // ---- past tokens -----------------------------------------------------------------------------------------------
+
+  // Coefficients of the basis for the chunk, as operand B.
+  __device__ __noinline__ static void make_coefficients(const WkvCudaParams& p, const float2* all, float2* angle,
+                                                        uint4* coef, const float* chebyshev, int centre, int lane) {
+    const int g = lane / 4, t = lane % 4, fast = p.fast_steps, steps = fast + (p.slow_slots > 0);
+    const int slots = 8 * fast + p.slow_slots;
+    __syncwarp();
+    for (int i = lane; i < slots; i += 32) angle[i] = cos_sin(centre, p.slot_turns[i]);
+    __syncwarp();
+    const auto rotated = [&](int row, int slot) -> float2 {
+      const float2 c = all[row * slots + slot], r = angle[slot];
+      return {c.x * r.x + c.y * r.y, c.y * r.x - c.x * r.y};
+    };
+#pragma unroll 1
+    for (int n = 0; n < NT; ++n) {
+      const int row = 8 * n + g;
+      uint4* out = coef + n * steps * 32 + lane;
+      for (int i = 0; i < fast; ++i) {
+        const float2 x = rotated(row, 8 * i + t), y = rotated(row, 8 * i + t + 4);
+        uint4 w;
+        split_half2(x.x, x.y, w.x, w.z);
+        split_half2(y.x, y.y, w.y, w.w);
+        out[i * 32] = w;
+      }
+      if (p.slow_slots == 0) continue;
+      float c[16] = {};
+      for (int i = t; i < p.slow_slots; i += 4) {
+        const float2 x = rotated(row, 8 * fast + i);
+        const float4* table = reinterpret_cast<const float4*>(chebyshev + i * 16);
+#pragma unroll
+        for (int d = 0; d < 4; ++d) {
+          const float4 v = table[d];
+          c[4 * d] += x.x * v.x, c[4 * d + 1] += x.y * v.y, c[4 * d + 2] += x.x * v.z, c[4 * d + 3] += x.y * v.w;
+        }
+      }
+      // lane t keeps degrees 2t, 2t + 1, 2t + 8 and 2t + 9 of the sums over the four lanes of a row
+      float h[8], w[4];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int d = i % 4 + i / 4 * 8;  // 0 .. 3, 8 .. 11
+        const float keep = t & 2 ? c[d + 4] : c[d], send = t & 2 ? c[d] : c[d + 4];
+        h[i] = keep + __shfl_xor_sync(kFull, send, 2);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int d = i % 2 + i / 2 * 4;  // 0, 1, 4, 5
+        const float keep = t & 1 ? h[d + 2] : h[d], send = t & 1 ? h[d] : h[d + 2];
+        w[i] = keep + __shfl_xor_sync(kFull, send, 1);
+      }
+      uint4 x;
+      split_half2(w[0], w[1], x.x, x.z);
+      split_half2(w[2], w[3], x.y, x.w);
+      out[fast * 32] = x;
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void scores(const uint32_t (&k)[S::kKWords][4], float (&c)[2][NT][4]) const {
+    constexpr uint32_t kLow = 0x000f000f, kHigh = 0x00f000f0;
+#pragma unroll
+    for (int x = 0; x < 2; ++x)
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) c[x][n][i] = 0;
+#pragma unroll
+    for (int j = 0; j < S::kKWords; ++j) {
+      uint32_t b[NT][4];
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        if constexpr (S::kQueryInRegisters) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) b[n][i] = q[n][j][i];
+        } else {
+          const uint4 w = s.query[(8 * n + g) * (D / 8) + t + 4 * j];
+          b[n][0] = w.x, b[n][1] = w.y, b[n][2] = w.z, b[n][3] = w.w;
+        }
+      }
+#pragma unroll
+      for (int x = 0; x < 2; ++x)
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
+          const uint32_t w0 = k[j][2 * x] >> (8 * u), w1 = k[j][2 * x + 1] >> (8 * u);
+#pragma unroll
+          for (int n = 0; n < NT; ++n)
+            mma(c[x][n], w0 & kLow, w1 & kLow, w0 & kHigh, w1 & kHigh, b[n][2 * u], b[n][2 * u + 1]);
+        }
+    }
+  }
+
+  __device__ __forceinline__ void shift_scores(int first, const uint4* coef, float (&c)[2][NT][4]) const {
+#pragma unroll
+    for (int x = 0; x < 2; ++x)
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) c[x][n][i] = 0;
+    const uint4* basis = s.basis + first / 32 % 4 * (steps * 128) + lane;
+#pragma unroll 2
+    for (int i = 0; i < steps; ++i) {
+      uint4 b[NT];
+#pragma unroll
+      for (int n = 0; n < NT; ++n) b[n] = coef[(n * steps + i) * 32 + lane];
+#pragma unroll
+      for (int x = 0; x < 2; ++x) {
+        const uint4 high = basis[i * 128 + x * 64], low = basis[i * 128 + x * 64 + 32];
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+          mma(c[x][n], high.x, high.y, high.z, high.w, b[n].x, b[n].y);
+          mma(c[x][n], high.x, high.y, high.z, high.w, b[n].z, b[n].w);
+          mma(c[x][n], low.x, low.y, low.z, low.w, b[n].x, b[n].y);
+        }
+      }
+    }
+  }
+
+  // Scores to weights p * scale_v as operand B of the output's products; keeps the softmax state.
+  __device__ __forceinline__ void softmax(int first, uint32_t (&k_meta)[4], uint32_t (&v_meta)[4],
+                                          float (&c)[2][NT][4], const float (&shift)[2][NT][4],
+                                          uint32_t (&weights)[2][NT][2]) {
+    float2 k[4], v[4];  // (scale, minimum)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      k[i] = __half22float2(*reinterpret_cast<const __half2*>(&k_meta[i]));
+      v[i] = __half22float2(*reinterpret_cast<const __half2*>(&v_meta[i]));
+    }
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float& x = c[i / 2][n][i % 2 * 2 + j];
+          x = fmaf(x * k[i].x, factor[n][j], fmaf(k[i].y, total[n][j], constant[n][j]));
+          x = fmaf(shift[i / 2][n][i % 2 * 2 + j], shift_factor[n][j], x);
+        }
+    const int past = item.past, window = a.sliding_window;
+    // the last row of the tile has the latest window
+    const int latest = window ? past + (item.tile * kRows + rows - 1) / group - window : -1;
+    if (first + 32 > past || first <= latest) {
+      const int token = first + 4 * g;
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (token + i >= past) v[i] = {0, 0};
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int own = (item.tile * kRows + 8 * n + 2 * t + j) / group;
+          const int hidden = window ? past + own - window : -1;
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (token + i >= past || token + i <= hidden) c[i / 2][n][i % 2 * 2 + j] = -INFINITY;
+        }
+    }
+    float next[NT][2];
+    bool changed = false;
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float x = fmaxf(fmaxf(c[0][n][j], c[0][n][2 + j]), fmaxf(c[1][n][j], c[1][n][2 + j]));
+#pragma unroll
+        for (int m = 4; m < 32; m *= 2) x = fmaxf(x, __shfl_xor_sync(kFull, x, m));
+        next[n][j] = fmaxf(top[n][j], x - kBoost);
+        changed |= next[n][j] != top[n][j];
+      }
+    if (__any_sync(kFull, changed)) {
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const float keep = exp2_fast(top[n][j] - next[n][j]);
+          top[n][j] = next[n][j];
+          sum[n][j] *= keep, min_sum[n][j] *= keep;
+#pragma unroll
+          for (int m = 0; m < S::kMTiles; ++m) acc[m][n][j] *= keep, acc[m][n][2 + j] *= keep;
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      uint32_t w[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float x[2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          x[j] = exp2_fast(c[i / 2][n][i % 2 * 2 + j] - top[n][j]);
+          sum[n][j] += x[j];
+          min_sum[n][j] = fmaf(x[j], v[i].y, min_sum[n][j]);
+          x[j] *= v[i].x;
+        }
+        w[i] = transpose(pack_half2(x[0], x[1]));
+      }
+#pragma unroll
+      for (int x = 0; x < 2; ++x) {
+        weights[x][n][0] = __byte_perm(w[2 * x], w[2 * x + 1], 0x5410);
+        weights[x][n][1] = __byte_perm(w[2 * x], w[2 * x + 1], 0x7632);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void output(const uint32_t (&v)[4][S::kVWords], const uint32_t (&weights)[2][NT][2]) {
+    constexpr uint32_t kLow = 0x000f000f, kHigh = 0x00f000f0;
+#pragma unroll
+    for (int c = 0; c < S::kVWords; ++c)
+#pragma unroll
+      for (int u = 0; u < 2; ++u)
+#pragma unroll
+        for (int x = 0; x < 2; ++x) {
+          const uint32_t w0 = v[x][c] >> (8 * u), w1 = v[x + 2][c] >> (8 * u);
+#pragma unroll
+          for (int n = 0; n < NT; ++n)
+            mma(acc[2 * c + u][n], w0 & kLow, w0 & kHigh, w1 & kLow, w1 & kHigh, weights[x][n][0], weights[x][n][1]);
+        }
+  }
+
+  // ---- end of an item --------------------------------------------------------------------------------------------
+
+  __device__ void write_row4(int r, int d, float4 x, float inverse) const {
+    const int row = item.tile * kRows + r;
+    const int64_t at = (item.query + row / group) * a.out_stride[0] +
+                       (item.head * group + row % group) * a.out_stride[1] + d;
+    store_element(a.out, a.dtype, at, x.x * inverse);
+    store_element(a.out, a.dtype, at + 1, x.y * inverse);
+    store_element(a.out, a.dtype, at + 2, x.z * inverse);
+    store_element(a.out, a.dtype, at + 3, x.w * inverse);
+  }
+
+  __device__ void write_lse(int r, float top_of_row, float sum_of_row) const {
+    if (!a.lse) return;
+    const int row = item.tile * kRows + r;
+    a.lse[(item.query + row / group) * a.lse_stride[0] + (item.head * group + row % group) * a.lse_stride[1]] =
+        (top_of_row + log2f(sum_of_row)) * kLn2;
+  }
+
+  __device__ float* partial(int cta, int slot) const {
+    return reinterpret_cast<float*>(static_cast<char*>(a.workspace) + kCounterBytes) +
+           (2 * cta + slot) * partial_floats(kRows, D);
+  }
+
+  __device__ void finish(bool with_current) {
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+#pragma unroll
+        for (int m = 4; m < 32; m *= 2) {
+          sum[n][j] += __shfl_xor_sync(kFull, sum[n][j], m);
+          min_sum[n][j] += __shfl_xor_sync(kFull, min_sum[n][j], m);
+        }
+        if (g == 0) {
+          const int at = warp * kRows + 8 * n + 2 * t + j;
+          s.warp_max[at] = top[n][j], s.warp_sum[at] = sum[n][j], s.warp_min[at] = min_sum[n][j];
+        }
+      }
+    __syncthreads();
+    if (threadIdx.x < kRows) {
+      const int r = threadIdx.x;
+      float high = s.current_max[r], past = 0, low = 0;
+      for (int w = 0; w < kWarps; ++w) high = fmaxf(high, s.warp_max[w * kRows + r]);
+      for (int w = 0; w < kWarps; ++w) {
+        const float f = exp2f(s.warp_max[w * kRows + r] - high);
+        past += f * s.warp_sum[w * kRows + r];
+        low += f * s.warp_min[w * kRows + r];
+      }
+      s.row_max[r] = high, s.row_past[r] = past, s.row_min[r] = low;
+      s.row_sum[r] = past + s.current_sum[r] * exp2f(s.current_max[r] - high);
+    }
+    __syncthreads();
+    for (int round = 0; round < kWarps / kRedSlots; ++round) {
+      if (warp / kRedSlots == round) {
+        float* mine = s.red + warp % kRedSlots * (kRows * S::kPitch);
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const int r = 8 * n + 2 * t + j;
+            const float f = exp2f(top[n][j] - s.row_max[r]);
+#pragma unroll
+            for (int m = 0; m < S::kMTiles; ++m) {
+              float2* at = reinterpret_cast<float2*>(mine + r * S::kPitch + S::dimension(m, g));
+              float2 x = {acc[m][n][j] * (f * 0x1p24f), acc[m][n][2 + j] * (f * 0x1p20f)};
+              if (round) x.x += at->x, x.y += at->y;
+              *at = x;
+            }
+          }
+      }
+      __syncthreads();
+    }
+    const bool whole = item.begin == 0 && item.end == item.units;
+    const int slot = item.begin == 0;
+    float* mine = partial(blockIdx.x, slot);
+    for (int i = threadIdx.x; i < rows * (D / 4); i += S::kThreads) {
+      const int r = i / (D / 4), d = i % (D / 4) * 4;
+      const float past = s.row_past[r], low = s.row_min[r];
+      const float4 shift = *reinterpret_cast<const float4*>(p.v_shift + item.head * D + d);
+      float4 x = {fmaf(shift.x, past, low), fmaf(shift.y, past, low), fmaf(shift.z, past, low),
+                  fmaf(shift.w, past, low)};
+#pragma unroll
+      for (int w = 0; w < kRedSlots; ++w) {
+        const float4 y = *reinterpret_cast<const float4*>(s.red + (w * kRows + r) * S::kPitch + d);
+        x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
+      }
+      if (with_current) {
+        const float f = exp2f(s.current_max[r] - s.row_max[r]);
+        const float4 y = *reinterpret_cast<const float4*>(s.raw + r * D + d);
+        x.x += f * y.x, x.y += f * y.y, x.z += f * y.z, x.w += f * y.w;
+      }
+      if (whole)
+        write_row4(r, d, x, 1 / s.row_sum[r]);
+      else
+        *reinterpret_cast<float4*>(mine + r * D + d) = x;
+    }
+    if (threadIdx.x < rows) {
+      const int r = threadIdx.x;
+      if (whole) {
+        write_lse(r, s.row_max[r], s.row_sum[r]);
+      } else {
+        mine[kRows * D + r] = s.row_max[r];
+        mine[kRows * (D + 1) + r] = s.row_sum[r];
+      }
+    }
+    if (!whole) combine();
+    __syncthreads();
+  }
+
+  // The last CTA of an item to arrive adds up the partial results of all.
+  __device__ void combine() {
+    const int first = plan.cta_of(item.u), last = plan.cta_of(item.u + item.units - 1), parts = last - first + 1;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      int* counter = static_cast<int*>(a.workspace) + first;
+      const int before = atomicAdd(counter, 1);
+      s.misc[2] = before == parts - 1;
+      if (before == parts - 1) *counter = 0;
+      __threadfence();
+    }
+    __syncthreads();
+    if (!s.misc[2]) return;
+    for (int i = threadIdx.x; i < rows * (D / 4); i += S::kThreads) {
+      const int r = i / (D / 4), d = i % (D / 4) * 4;
+      float high = kLowest;
+#pragma unroll 4
+      for (int c = 0; c < parts; ++c) high = fmaxf(high, __ldcg(partial(first + c, c == 0) + kRows * D + r));
+      float4 x = {0, 0, 0, 0};
+      float weight = 0;
+#pragma unroll 4
+      for (int c = 0; c < parts; ++c) {
+        const float* from = partial(first + c, c == 0);
+        const float f = exp2f(__ldcg(from + kRows * D + r) - high);
+        const float4 y = __ldcg(reinterpret_cast<const float4*>(from + r * D + d));
+        weight += f * __ldcg(from + kRows * (D + 1) + r);
+        x.x += f * y.x, x.y += f * y.y, x.z += f * y.z, x.w += f * y.w;
+      }
+      write_row4(r, d, x, 1 / weight);
+      if (d == 0) write_lse(r, high, weight);
+    }
+  }
+
+  __device__ void run() {
+    make_plan();
+    if (static_cast<int>(blockIdx.x) >= plan.ctas) return;
+    const int begin = plan.start(blockIdx.x), end = plan.start(blockIdx.x + 1);
+
+    Cursor cursor;
+    cursor.next_unit = begin, cursor.end_unit = end, cursor.segment = -1;
+    cursor.unit = cursor.first = cursor.end = 0;
+    cursor.item.end = 0;
+    Group now, next;
+    uint32_t k[S::kKWords][4], v[4][S::kVWords], k_meta[4], v_meta[4];
+    bool more = advance(cursor, now);
+    if (more) {
+      load_k(now, k);
+      load_meta(now, k_meta, v_meta);
+      load_v(now, v);
+      more = advance(cursor, next);
+    }
+    for (int i = threadIdx.x; i < 4 * steps * 4 * 32; i += S::kThreads)
+      s.basis[i] = __ldg(reinterpret_cast<const uint4*>(p.basis) + i);
+    for (int i = threadIdx.x; i < p.slow_slots * 16; i += S::kThreads) s.chebyshev[i] = p.chebyshev[i];
+
+    uint4* coef = s.coef + warp * (NT * steps * 32);
+    int segment = 0;
+    for (int u = begin; u < end; ++segment) {
+      item = decode(u, end);
+      u += item.end - item.begin;
+      const bool with_current = item.end == item.units;
+      prepare_rows(with_current);
+      __syncthreads();
+      start_rows();
+      int chunk = -1;
+      while (now.segment == segment) {
+        if (steps && now.first / kChunk != chunk) {
+          chunk = now.first / kChunk;
+          make_coefficients(p, s.ab, s.angle + warp * slots, coef, s.chebyshev, chunk * kChunk + kChunk / 2, lane);
+        }
+        float c[2][NT][4], shift[2][NT][4];
+        uint32_t weights[2][NT][2];
+        scores(k, c);
+        if (more) load_k(next, k);
+        shift_scores(now.first, coef, shift);
+        softmax(now.first, k_meta, v_meta, c, shift, weights);
+        if (more) load_meta(next, k_meta, v_meta);
+        output(v, weights);
+        if (more) load_v(next, v);
+        now.segment = INT_MAX;
+        if (more) {
+          now = next;
+          more = advance(cursor, next);
+        }
+      }
+      finish(with_current);
+    }
+  }
+};
+
+template <int D, int NT>
+__global__ void __launch_bounds__(Shape<D, NT>::kThreads, 1)
+    paged_attention(const __grid_constant__ WkvCudaAttention a, const __grid_constant__ WkvCudaParams p) {
+  extern __shared__ __align__(16) char memory[];
+  Kernel<D, NT>(a, p, memory).run();
+}
+
+template <int D, int NT>
+cudaError_t launch(const WkvCudaAttention& a, const WkvCudaParams& p, cudaStream_t stream) {
+  Shared unused;
+  const int steps = p.fast_steps + (p.slow_slots > 0);
+  const int64_t bytes =
+      Shared::carve<Shape<D, NT>>(&unused, nullptr, steps, 8 * p.fast_steps + p.slow_slots, p.slow_slots, a.num_seqs);
+  static int64_t allowed[64] = {};
+  int device = 0;
+  if (cudaError_t e = cudaGetDevice(&device)) return e;
+  if (bytes > allowed[device % 64]) {
+    if (cudaError_t e = cudaFuncSetAttribute(paged_attention<D, NT>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             static_cast<int>(bytes)))
+      return e;
+    allowed[device % 64] = bytes;
+  }
+  paged_attention<D, NT><<<a.num_ctas, Shape<D, NT>::kThreads, bytes, stream>>>(a, p);
+  return cudaGetLastError();
+}
+
+// One row tile of 8 where the batch's mean query length needs no more.
+template <int D>
+cudaError_t launch_any(const WkvCudaAttention& a, const WkvCudaParams& p, cudaStream_t stream) {
+  const int64_t group = a.num_heads / p.num_kv_heads;
+  const bool one = group * ((a.num_tokens + a.num_seqs - 1) / a.num_seqs) <= 8;
+  return one ? launch<D, 1>(a, p, stream) : launch<D, 2>(a, p, stream);
+}
+
+cudaError_t launch_64(const WkvCudaAttention&, const WkvCudaParams&, cudaStream_t);
+cudaError_t launch_96(const WkvCudaAttention&, const WkvCudaParams&, cudaStream_t);
+cudaError_t launch_128(const WkvCudaAttention&, const WkvCudaParams&, cudaStream_t);
+cudaError_t launch_256(const WkvCudaAttention&, const WkvCudaParams&, cudaStream_t);
+
+}  // namespace wkvquant
