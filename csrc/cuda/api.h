@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#define WKV_API __attribute__((visibility("default")))
+
 extern "C" {
 
 enum WkvDtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
@@ -78,12 +80,12 @@ struct WkvCudaAttention {
 };
 
 // Each returns a cudaError_t.
-int wkvquant_cuda_cache_write(const WkvCudaCacheWrite*, const WkvCudaParams*, void* stream);
-int wkvquant_cuda_paged_attention(const WkvCudaAttention*, const WkvCudaParams*, void* stream);
-int64_t wkvquant_cuda_workspace();
-int64_t wkvquant_cuda_sizeof(int which);  // 0: WkvCudaParams, 1: WkvCudaCacheWrite, 2: WkvCudaAttention
-int32_t wkvquant_cuda_max_seqs();
-const char* wkvquant_cuda_error(int status);
+WKV_API int wkvquant_cuda_cache_write(const WkvCudaCacheWrite*, const WkvCudaParams*, void* stream);
+WKV_API int wkvquant_cuda_paged_attention(const WkvCudaAttention*, const WkvCudaParams*, void* stream);
+WKV_API int64_t wkvquant_cuda_workspace();
+WKV_API int64_t wkvquant_cuda_sizeof(int which);  // 0: WkvCudaParams, 1: WkvCudaCacheWrite, 2: WkvCudaAttention
+WKV_API int32_t wkvquant_cuda_max_seqs();
+WKV_API const char* wkvquant_cuda_error(int status);
 
 }  // extern "C"
 

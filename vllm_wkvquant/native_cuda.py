@@ -1,0 +1,413 @@
+"""The `cuda` variants: the shared library of csrc/cuda through ctypes.
+
+Nothing reaches a pointer before its tensor's shape, dtype, strides and device are checked here; values on the device
+(slots, lengths, block tables) are not read, so that calls can be captured into a graph. Tables of a layer's parameters
+are made on first use or by `prepare`, which must come before a capture.
+"""
+
+import ctypes
+import functools
+import math
+import weakref
+from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_wkvquant.layout import TILE, token_bytes
+from vllm_wkvquant.reference import KVParams, hadamard_block
+
+LIBRARY = Path(__file__).with_name("_wkvquant_cuda.so")
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+HEAD_SIZES = (64, 96, 128, 256)
+CHUNK = 128  # csrc/cuda/paged_attention.cuh
+CHEBYSHEV = 16
+SLOW = 5.0  # largest angle over half a chunk that 16 Chebyshev polynomials stand for; csrc/cpu/prepare.cpp
+
+
+class Params(Structure):
+    """WkvCudaParams of csrc/cuda/api.h, which documents the fields."""
+
+    _fields_ = [
+        *[(name, c_void_p) for name in ("query_scale", "key_scale", "k_shift", "v_shift", "rope_turns")],
+        *[(name, c_void_p) for name in ("basis", "slots", "slot_turns", "chebyshev")],
+        *[(name, c_int32) for name in ("num_kv_heads", "head_size", "rotary_pairs", "hadamard")],
+        *[(name, c_int32) for name in ("fast_steps", "slow_slots")],
+    ]
+
+
+class CacheWrite(Structure):
+    """WkvCudaCacheWrite of csrc/cuda/api.h."""
+
+    _fields_ = [
+        *[(name, c_void_p) for name in ("key", "value", "kv_cache", "slot_mapping", "positions")],
+        *[(name, c_int64 * 2) for name in ("key_stride", "value_stride")],
+        *[(name, c_int64) for name in ("block_stride", "num_blocks", "num_tokens")],
+        *[(name, c_int32) for name in ("block_size", "dtype")],
+    ]
+
+
+class PagedAttention(Structure):
+    """WkvCudaAttention of csrc/cuda/api.h."""
+
+    _fields_ = [
+        *[(name, c_void_p) for name in ("query", "key", "value", "out", "lse", "kv_cache")],
+        *[(name, c_void_p) for name in ("block_table", "seq_lens", "query_start_loc", "workspace")],
+        *[(f"{name}_stride", c_int64 * 2) for name in ("query", "key", "value", "out", "lse")],
+        *[(name, c_int64) for name in ("block_table_stride", "block_stride", "num_blocks", "num_tokens")],
+        *[(name, c_int32) for name in ("max_blocks", "num_seqs", "num_heads", "block_size", "dtype")],
+        ("sliding_window", c_int32),
+        ("scale", c_float),
+        ("num_ctas", c_int32),
+    ]
+
+
+def available() -> bool:
+    """Whether this build has the library and torch sees a GPU that can run it (compute capability 8.0)."""
+    return LIBRARY.exists() and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+@functools.cache
+def library() -> Any:
+    """The loaded library. Raises FileNotFoundError where it was not built."""
+    if not LIBRARY.exists():
+        raise FileNotFoundError(f"{LIBRARY.name} is not built; run `make cuda` in a checkout of vllm-wkvquant")
+    lib = ctypes.CDLL(str(LIBRARY))
+    lib.wkvquant_cuda_cache_write.argtypes = [POINTER(CacheWrite), POINTER(Params), c_void_p]
+    lib.wkvquant_cuda_paged_attention.argtypes = [POINTER(PagedAttention), POINTER(Params), c_void_p]
+    lib.wkvquant_cuda_workspace.restype = c_int64
+    lib.wkvquant_cuda_sizeof.restype = c_int64
+    lib.wkvquant_cuda_error.restype = c_char_p
+    return lib
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The kernels' tables of one layer; `tensors` keeps alive what `fields` points to."""
+
+    fields: Params
+    tensors: dict[str, torch.Tensor]
+    device: torch.device
+    num_kv_heads: int
+    head_size: int
+
+
+def _chebyshev_coefficients(half_angles: torch.Tensor) -> torch.Tensor:
+    """[n, 16]: even degrees of cos(a x) and odd degrees of sin(a x) over x in [-1, 1], for angles a [n], float64."""
+    degree = torch.arange(CHEBYSHEV, dtype=torch.float64)
+    node = math.pi * (degree + 0.5) / CHEBYSHEV
+    angle = half_angles[:, None] * node.cos()
+    values = torch.stack([angle.cos(), angle.sin()], 1)  # [n, 2, nodes]
+    sums = values @ torch.cos(degree[:, None] * node).T * (2 / CHEBYSHEV)
+    sums[..., 0] /= 2
+    return torch.where(degree.long() % 2 == 0, sums[:, 0], sums[:, 1])
+
+
+def _operand_a(functions: torch.Tensor) -> torch.Tensor:
+    """functions float64 [CHUNK, 16 * steps] as high and low fp16 in the order in which mma threads hold operand A.
+
+    Returns int32 [4 groups, steps, 2 m-tiles, (high, low), 32 lanes, 4].
+    """
+    high = functions.half()
+    low = (functions - high.double()).half()
+    parts = torch.stack([high, low])  # [2, CHUNK, functions]
+    steps = functions.shape[1] // 16
+    lane = torch.arange(32)
+    g, t = lane // 4, lane % 4
+    register, half = torch.arange(4), torch.arange(2)
+    # register 0: (row g, k 2t + half), 1: row g + 8, 2: k + 8, 3: both; rows g, g + 8 of m-tile x are tokens
+    # 4g + 2x and the next
+    group, m_tile = torch.arange(4), torch.arange(2)
+    token = 32 * group[:, None, None, None] + 4 * g[:, None] + 2 * m_tile[:, None, None] + register % 2  # [4, 2, 32, 4]
+    k = 2 * t[:, None, None] + half + 8 * (register // 2)[:, None]  # [32, 4, 2]
+    column = 16 * torch.arange(steps)[:, None, None, None] + k  # [steps, 32, 4, 2]
+    out = parts[:, token[:, None, ..., None], column[None, :, None]]  # [2, 4, steps, 2, 32, 4, 2]
+    return out.permute(1, 2, 3, 0, 4, 5, 6).contiguous().view(torch.int32).squeeze(-1)
+
+
+def _make(params: KVParams) -> Prepared:
+    device = params.k_smooth.device
+    heads, head_size = params.k_smooth.shape
+    _check(
+        head_size in HEAD_SIZES,
+        f"head size {head_size} is not supported by the CUDA kernels; supported: {list(HEAD_SIZES)}",
+    )
+    host = params.to("cpu")
+    for name in ("k_smooth", "k_shift", "v_shift"):
+        _check(
+            getattr(host, name).shape == (heads, head_size) and getattr(params, name).device == device,
+            f"params.{name} must be [{heads}, {head_size}] on {device}, got {_describe(getattr(params, name))}",
+        )
+    norm = 1 / math.sqrt(hadamard_block(head_size)) if params.key_hadamard else 1.0
+    shift = host.k_shift.double()
+    turns = host.rope_turns if host.rope_turns is not None else torch.empty(0, dtype=torch.int64)
+    pairs = turns.shape[0]
+    _check(2 * pairs <= head_size, f"{pairs} rotary pairs do not fit the head size {head_size}")
+    shift[:, : 2 * pairs] *= params.rope_scaling
+    theta = turns.double() * (2 * math.pi / 2.0**64)
+    used = ((shift[:, :pairs] != 0) | (shift[:, pairs : 2 * pairs] != 0)).any(0)
+    half = CHUNK / 2
+    fast = torch.nonzero(used & (theta.abs() * half > SLOW)).flatten()
+    slow = torch.nonzero(used & (theta.abs() * half <= SLOW)).flatten()
+    if slow.numel() <= 8:  # as many functions as they are worth
+        fast, slow = torch.cat([fast, slow]), slow[:0]
+    elif room := -fast.numel() % 8:
+        fast, slow = torch.cat([fast, slow[:room]]), slow[room:]
+    fast_steps, slow_slots = -(-fast.numel() // 8), -(-slow.numel() // 4) * 4
+    slots = torch.full((8 * fast_steps + slow_slots,), -1, dtype=torch.int64)
+    slots[: fast.numel()] = fast
+    slots[8 * fast_steps : 8 * fast_steps + slow.numel()] = slow
+    slot_turns = torch.where(slots >= 0, turns[slots.clamp_min(0)], 0) if pairs else slots
+    x = torch.arange(CHUNK, dtype=torch.float64) - half
+    columns = torch.zeros(CHUNK, 16 * (fast_steps + (slow_slots > 0)), dtype=torch.float64)
+    columns[:, 0 : 2 * fast.numel() : 2] = (x[:, None] * theta[fast]).cos()
+    columns[:, 1 : 2 * fast.numel() : 2] = (x[:, None] * theta[fast]).sin()
+    chebyshev = torch.zeros(slow_slots, CHEBYSHEV, dtype=torch.float64)
+    if slow_slots:
+        columns[:, -CHEBYSHEV:] = torch.cos(torch.arange(CHEBYSHEV) * torch.acos(x / half)[:, None])
+        chebyshev[: slow.numel()] = _chebyshev_coefficients(theta[slow] * half)
+    tensors = {
+        "query_scale": (host.k_smooth.double() * norm).float(),
+        "key_scale": (norm / host.k_smooth.double()).float(),
+        "k_shift": shift.float(),
+        "v_shift": host.v_shift.float(),
+        "rope_turns": turns,
+        "basis": _operand_a(columns),
+        "slots": slots.int(),
+        "slot_turns": slot_turns,
+        "chebyshev": chebyshev.float(),
+    }
+    tensors = {name: tensor.contiguous().to(device) for name, tensor in tensors.items()}
+    fields = Params(
+        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        num_kv_heads=heads,
+        head_size=head_size,
+        rotary_pairs=pairs,
+        hadamard=params.key_hadamard,
+        fast_steps=fast_steps,
+        slow_slots=slow_slots,
+    )
+    return Prepared(fields, tensors, device, heads, head_size)
+
+
+# id(params) -> (reference that says whether it is still that object, tables)
+_prepared: dict[int, tuple[weakref.ref[KVParams], Prepared]] = {}
+
+
+def prepare(params: KVParams) -> Prepared:
+    """The kernels' tables of `params`, made once per object: its tensors must not change afterwards."""
+    entry = _prepared.get(id(params))
+    if entry is not None and entry[0]() is params:
+        return entry[1]
+    made = _make(params)
+    key = id(params)
+    _prepared[key] = (weakref.ref(params), made)
+    weakref.finalize(params, _prepared.pop, key, None).atexit = False
+    return made
+
+
+@functools.cache
+def _workspace(device: torch.device, stream: int) -> torch.Tensor:
+    return torch.zeros(library().wkvquant_cuda_workspace(), dtype=torch.uint8, device=device)
+
+
+@functools.cache
+def _num_ctas(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
+
+
+def _check_rows(name: str, tensor: torch.Tensor, rows: int, like: Prepared, heads: int, dtype: torch.dtype) -> None:
+    shape = tensor.shape
+    if not (
+        len(shape) == 3
+        and shape[0] >= rows
+        and shape[1] == heads
+        and shape[2] == like.head_size
+        and tensor.dtype == dtype
+        and tensor.stride(2) == 1
+        and tensor.device == like.device
+    ):
+        raise ValueError(
+            f"{name} must be {dtype} [>= {rows}, {heads}, {like.head_size}] on {like.device} with a contiguous last "
+            f"dimension, got {_describe(tensor)}"
+        )
+
+
+def _check_ints(name: str, tensor: torch.Tensor, dtype: torch.dtype, rows: int, device: torch.device) -> None:
+    if not (
+        tensor.ndim == 1
+        and tensor.shape[0] >= rows
+        and tensor.dtype == dtype
+        and tensor.is_contiguous()
+        and tensor.device == device
+    ):
+        raise ValueError(f"{name} must be contiguous {dtype} [>= {rows}] on {device}, got {_describe(tensor)}")
+
+
+def _check_cache(kv_cache: torch.Tensor, like: Prepared) -> None:
+    expected = token_bytes(like.head_size)
+    shape = kv_cache.shape
+    if not (
+        kv_cache.dtype == torch.uint8
+        and len(shape) == 4
+        and shape[1] == like.num_kv_heads
+        and shape[2] > 0
+        and shape[2] % TILE == 0
+        and shape[3] == expected
+        and kv_cache.stride()[1:] == (shape[2] * expected, expected, 1)
+        and kv_cache.stride(0) % 16 == 0
+        and kv_cache.data_ptr() % 16 == 0
+        and kv_cache.device == like.device
+    ):
+        raise ValueError(
+            f"kv_cache must be uint8 [num_blocks, {like.num_kv_heads}, block_size, {expected}] on {like.device} with "
+            f"contiguous blocks at multiples of 16 bytes and a block_size that is a multiple of {TILE}, got "
+            f"{_describe(kv_cache)}"
+        )
+
+
+def _dtype(name: str, tensor: torch.Tensor) -> int:
+    code = DTYPES.get(tensor.dtype)
+    if code is None:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; supported: {[str(d) for d in DTYPES]}")
+    return code
+
+
+def _raise(op: str, status: int) -> None:
+    raise RuntimeError(f"{op}: CUDA error {status}, {library().wkvquant_cuda_error(status).decode()}")
+
+
+def cache_write(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    positions: torch.Tensor,
+    params: KVParams,
+) -> None:
+    """`ops.cache_write` on a GPU. Slots beyond the last block are skipped."""
+    like = prepare(params)
+    tokens = slot_mapping.shape[0]
+    dtype = _dtype("key", key)
+    _check_rows("key", key, tokens, like, like.num_kv_heads, key.dtype)
+    _check_rows("value", value, tokens, like, like.num_kv_heads, key.dtype)
+    _check_ints("slot_mapping", slot_mapping, torch.int64, tokens, like.device)
+    _check_ints("positions", positions, torch.int64, tokens, like.device)
+    _check_cache(kv_cache, like)
+    args = CacheWrite(
+        key=key.data_ptr(),
+        value=value.data_ptr(),
+        kv_cache=kv_cache.data_ptr(),
+        slot_mapping=slot_mapping.data_ptr(),
+        positions=positions.data_ptr(),
+        key_stride=key.stride()[:2],
+        value_stride=value.stride()[:2],
+        block_stride=kv_cache.stride(0),
+        num_blocks=kv_cache.shape[0],
+        num_tokens=tokens,
+        block_size=kv_cache.shape[2],
+        dtype=dtype,
+    )
+    with torch.cuda.device(like.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        status = library().wkvquant_cuda_cache_write(byref(args), byref(like.fields), stream)
+    if status:
+        _raise("cache_write", status)
+
+
+def paged_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    params: KVParams,
+    scale: float,
+    out: torch.Tensor,
+    sliding_window: int = 0,
+    lse: torch.Tensor | None = None,
+) -> None:
+    """`ops.paged_attention` on a GPU. Sequences whose queries lie beyond the rows of query are skipped."""
+    like = prepare(params)
+    kv_heads = like.num_kv_heads
+    dtype = _dtype("query", query)
+    _check(query.ndim == 3, f"query must be [T, num_heads, head_size], got {_describe(query)}")
+    rows, heads = query.shape[:2]
+    _check(heads > 0 and heads % kv_heads == 0, f"{heads} query heads do not share {kv_heads} KV heads evenly")
+    _check_rows("query", query, rows, like, heads, query.dtype)
+    rows = min(rows, key.shape[0], value.shape[0], out.shape[0])
+    _check_rows("key", key, rows, like, kv_heads, query.dtype)
+    _check_rows("value", value, rows, like, kv_heads, query.dtype)
+    _check_rows("out", out, rows, like, heads, query.dtype)
+    _check_cache(kv_cache, like)
+    seqs = seq_lens.shape[0]
+    most = library().wkvquant_cuda_max_seqs()
+    _check(seqs <= most, f"{seqs} sequences are more than the {most} that the CUDA kernels take")
+    _check_ints("seq_lens", seq_lens, torch.int32, seqs, like.device)
+    _check_ints("query_start_loc", query_start_loc, torch.int32, seqs + 1, like.device)
+    if not (
+        block_table.ndim == 2
+        and block_table.shape[0] >= seqs
+        and block_table.dtype == torch.int32
+        and block_table.stride(1) == 1
+        and block_table.device == like.device
+    ):
+        raise ValueError(
+            f"block_table must be int32 [>= {seqs}, max_blocks] on {like.device}, got {_describe(block_table)}"
+        )
+    _check(sliding_window >= 0, f"sliding_window {sliding_window} is negative")
+    if lse is not None and not (
+        lse.ndim == 2
+        and lse.shape[0] >= rows
+        and lse.shape[1] == heads
+        and lse.dtype == torch.float32
+        and lse.device == like.device
+    ):
+        raise ValueError(f"lse must be fp32 [>= {rows}, {heads}] on {like.device}, got {_describe(lse)}")
+    with torch.cuda.device(like.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        args = PagedAttention(
+            query=query.data_ptr(),
+            key=key.data_ptr(),
+            value=value.data_ptr(),
+            out=out.data_ptr(),
+            lse=None if lse is None else lse.data_ptr(),
+            kv_cache=kv_cache.data_ptr(),
+            block_table=block_table.data_ptr(),
+            seq_lens=seq_lens.data_ptr(),
+            query_start_loc=query_start_loc.data_ptr(),
+            workspace=_workspace(like.device, stream).data_ptr(),
+            query_stride=query.stride()[:2],
+            key_stride=key.stride()[:2],
+            value_stride=value.stride()[:2],
+            out_stride=out.stride()[:2],
+            lse_stride=(0, 0) if lse is None else lse.stride(),
+            block_table_stride=block_table.stride(0),
+            block_stride=kv_cache.stride(0),
+            num_blocks=kv_cache.shape[0],
+            num_tokens=rows,
+            max_blocks=block_table.shape[1],
+            num_seqs=seqs,
+            num_heads=heads,
+            block_size=kv_cache.shape[2],
+            dtype=dtype,
+            sliding_window=sliding_window,
+            scale=scale,
+            num_ctas=_num_ctas(like.device),
+        )
+        status = library().wkvquant_cuda_paged_attention(byref(args), byref(like.fields), stream)
+    if status:
+        _raise("paged_attention", status)
