@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from vllm_wkvquant import native, reference
+from vllm_wkvquant import native, native_cuda, reference
 from vllm_wkvquant.reference import KVParams
 
 logger = logging.getLogger("vllm.wkvquant")
@@ -25,6 +25,9 @@ TABLE: dict[str, dict[str, Callable[..., None]]] = {
 if native.available():
     TABLE["cache_write"]["cpp"] = native.cache_write
     TABLE["paged_attention"]["cpp"] = native.paged_attention
+if native_cuda.available():
+    TABLE["cache_write"]["cuda"] = native_cuda.cache_write
+    TABLE["paged_attention"]["cuda"] = native_cuda.paged_attention
 
 
 @functools.cache
@@ -33,7 +36,15 @@ def default_variant(device_type: str) -> str:
     if device_type == "cpu" and "cpp" in TABLE["paged_attention"]:
         logger.info("4-bit KV cache on cpu: compiled kernels, %s", native.isa())
         return "cpp"
-    how = f"build {native.LIBRARY.name} with `pip install -e .` in a checkout" if device_type == "cpu" else "none yet"
+    how = f"build {native.LIBRARY.name} with `pip install -e .` in a checkout"
+    if device_type == "cuda":
+        how = f"build {native_cuda.LIBRARY.name} with `make cuda` in a checkout"
+        if "cuda" in TABLE["paged_attention"]:
+            capability = torch.cuda.get_device_capability()
+            if capability >= (8, 0):
+                logger.info("4-bit KV cache on cuda: compiled kernels, compute capability %d.%d", *capability)
+                return "cuda"
+            how = "they need compute capability 8.0"
     logger.warning("4-bit KV cache on %s: slow reference; compiled kernels: %s", device_type, how)
     return "reference"
 

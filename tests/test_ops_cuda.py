@@ -1,0 +1,245 @@
+"""The CUDA kernels against the specification: every head size, group, length and option that they take."""
+
+import math
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+import cases
+from vllm_wkvquant import layout, native_cuda, ops, reference
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
+    pytest.mark.skipif(not native_cuda.available(), reason=f"{native_cuda.LIBRARY.name} is not built"),
+]
+
+TOLERANCE = {torch.float32: 2e-3, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+
+
+def to_gpu(case: cases.Case) -> cases.Case:
+    moved = {f.name: getattr(case, f.name) for f in fields(case)}
+    return cases.Case(**{k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in moved.items()} | {
+        "params": case.params.to("cuda")
+    })
+
+
+def run(implementation, case: cases.Case, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) on the CPU."""
+    out = torch.full_like(case.query, math.nan)
+    lse = torch.full(case.query.shape[:2], 7.0, device=case.query.device)
+    implementation(
+        case.query, case.key, case.value, case.kv_cache, case.block_table, case.seq_lens, case.query_start_loc,
+        case.params, case.scale, out, lse=lse, **options,
+    )  # fmt: skip
+    return out.cpu(), lse.cpu()
+
+
+def check(case: cases.Case, **options) -> None:
+    """Ours equals the specification, and leaves padded rows alone."""
+    case = to_gpu(case)
+    tokens = int(case.query_start_loc[-1])
+    out, lse = run(native_cuda.paged_attention, case, **options)
+    expected, expected_lse = run(reference.paged_attention, replace(case, query=case.query.double()), **options)
+    assert out[tokens:].isnan().all()
+    assert (lse[tokens:] == 7).all()
+    error = (out[:tokens].double() - expected[:tokens]).norm() / expected[:tokens].norm()
+    assert error < TOLERANCE[case.query.dtype]
+    assert (out[:tokens].double() - expected[:tokens]).abs().max() < 8 * TOLERANCE[case.query.dtype]
+    assert (lse[:tokens] - expected_lse[:tokens]).abs().max() < 3e-3
+
+
+@pytest.mark.parametrize("head_size", native_cuda.HEAD_SIZES)
+@pytest.mark.parametrize("group", [1, 3, 4, 7, 8, 16])
+def test_heads(head_size, group):
+    params = cases.make_params(2, head_size)
+    check(cases.make_case([(200, 1), (0, 1), (517, 1)], params, group=group, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("block_size", [16, 32, 48, 64, 128])
+def test_page_boundaries(dtype, block_size):
+    lengths = [0, 1, 15, 16, 17, 31, 32, 33, 47, 48, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1000, 2047]
+    case = cases.make_case([(n, 1) for n in lengths], cases.make_params(2, 128), block_size=block_size, dtype=dtype)
+    check(case)
+
+
+@pytest.mark.parametrize("kind", ["rotating", "static", "none"])
+@pytest.mark.parametrize("hadamard", [True, False])
+@pytest.mark.parametrize("head_size", native_cuda.HEAD_SIZES)
+def test_parameters(kind, hadamard, head_size):
+    params = cases.make_params(2, head_size, kind=kind, hadamard=hadamard)
+    check(cases.make_case([(700, 1), (64, 2)], params, dtype=torch.float16))
+
+
+@pytest.mark.parametrize(("rotary_dim", "base", "scaling"), [(32, 1e4, 1.0), (64, 1e6, 1.0), (128, 5e5, 1.35), (8, 1e4, 1.0)])
+def test_rotary(rotary_dim, base, scaling):
+    params = cases.make_params(2, 128, rotary_dim=rotary_dim, base=base, scaling=scaling)
+    check(cases.make_case([(900, 1), (3, 1)], params, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("query_len", [1, 2, 3, 5, 8, 9, 33, 130])
+@pytest.mark.parametrize("group", [1, 4, 7])
+def test_query_len(query_len, group):
+    lengths = [(300, query_len), (0, query_len), (129, 1), (64, max(1, query_len - 1))]
+    check(cases.make_case(lengths, cases.make_params(2, 128), group=group, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("window", [1, 2, 30, 128, 129, 400])
+@pytest.mark.parametrize("query_len", [1, 4, 20])
+def test_sliding_window(window, query_len):
+    lengths = [(n, query_len) for n in (0, 5, 127, 128, 300, 1111)]
+    check(cases.make_case(lengths, cases.make_params(2, 64), dtype=torch.float16), sliding_window=window)
+
+
+@pytest.mark.parametrize("past", [8191, 131071])
+def test_long_with_large_shift(past):
+    """|shift| = 200 on every channel, positions up to 128k; scores reach hundreds."""
+    params = cases.make_params(1, 128, shift=200.0, base=1e6)
+    case = cases.make_case([(past, 1)], params, block_size=64, query_gain=0.3)
+    check(case)
+
+
+def test_score_of_the_shift():
+    """One key far above the rest of a page: its score is the log-sum-exp, exact to 1e-3 at a magnitude of 800."""
+    params = cases.make_params(1, 128, shift=200.0)
+    case = cases.make_case([(4000, 1)], params, group=8, query_gain=0.6)
+    lse = run(native_cuda.paged_attention, to_gpu(case))[1]
+    expected = run(reference.paged_attention, replace(case, query=case.query.double()))[1]
+    assert expected[:1].abs().max() > 300
+    assert (lse[:1] - expected[:1]).abs().max() < 4e-3
+
+
+def test_many_sequences():
+    g = torch.Generator().manual_seed(3)
+    lengths = [(int(n), 1) for n in torch.randint(0, 400, (150,), generator=g)]
+    check(cases.make_case(lengths, cases.make_params(1, 64), dtype=torch.bfloat16, block_size=16))
+
+
+def test_requests_without_tokens():
+    """Padding requests of a captured batch have no query and any length."""
+    case = cases.make_case([(100, 1), (40, 1)], cases.make_params(2, 64), dtype=torch.float16)
+    case.seq_lens = torch.cat([case.seq_lens, torch.tensor([0, 9], dtype=torch.int32)])
+    case.query_start_loc = torch.cat([case.query_start_loc, case.query_start_loc[-1:].repeat(2)])
+    case.block_table = torch.cat([case.block_table, torch.full_like(case.block_table, -1)])
+    check(case)
+
+
+def test_repeats_bit_for_bit():
+    case = to_gpu(cases.make_case([(3000, 1), (777, 1)], cases.make_params(4, 128), dtype=torch.float16))
+    first = run(native_cuda.paged_attention, case)
+    for _ in range(20):
+        again = run(native_cuda.paged_attention, case)
+        tokens = int(case.query_start_loc[-1])
+        assert torch.equal(first[0][:tokens], again[0][:tokens])
+
+
+def test_graph_replay():
+    """A captured step, replayed with other lengths, tables, positions and inputs, equals the eager call."""
+    params = cases.make_params(2, 128)
+    small = to_gpu(cases.make_case([(20, 1), (0, 1), (90, 1)], params, dtype=torch.float16, seed=1))
+    large = to_gpu(cases.make_case([(1500, 1), (700, 1), (31, 1)], params, dtype=torch.float16, seed=2))
+    width, blocks = large.block_table.shape[1], large.kv_cache.shape[0]
+    table = torch.zeros(3, width, dtype=torch.int32, device="cuda")
+    cache = torch.zeros(blocks, *large.kv_cache.shape[1:], dtype=torch.uint8, device="cuda")
+    names = ("query", "key", "value", "seq_lens", "query_start_loc")
+    static = replace(
+        small, **{n: getattr(small, n).clone() for n in names}, block_table=table, kv_cache=cache, params=large.params
+    )
+    out, lse = torch.empty_like(static.query), torch.empty(static.query.shape[:2], device="cuda")
+    positions = torch.zeros(3, dtype=torch.int64, device="cuda")
+    slots = torch.zeros(3, dtype=torch.int64, device="cuda")
+
+    def step() -> None:
+        ops.paged_attention(
+            static.query, static.key, static.value, cache, table, static.seq_lens, static.query_start_loc,
+            static.params, static.scale, out, lse=lse, variant="cuda",
+        )  # fmt: skip
+        ops.cache_write(static.key, static.value, cache, slots, positions, static.params, variant="cuda")
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            step()
+    for case in (small, large, small):
+        for name in names:
+            getattr(static, name).copy_(getattr(case, name))
+        table.zero_()
+        table[:, : case.block_table.shape[1]] = case.block_table
+        cache[: case.kv_cache.shape[0]] = case.kv_cache
+        past = case.seq_lens.long() - 1
+        positions.copy_(past)
+        block_size = cache.shape[2]
+        page = table.long().gather(1, (past // block_size)[:, None])[:, 0]
+        slots.copy_(page * block_size + past % block_size)
+        before = cache.clone()
+        out.fill_(math.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        eager = replace(case, kv_cache=before, params=static.params)
+        eager_out, eager_lse = run(native_cuda.paged_attention, eager)
+        assert torch.equal(out[:3].cpu(), eager_out[:3])
+        assert torch.equal(lse[:3].cpu(), eager_lse[:3])
+        native_cuda.cache_write(case.key[:3], case.value[:3], before, slots, positions, static.params)
+        assert torch.equal(before, cache)
+
+
+@pytest.mark.parametrize("head_size", native_cuda.HEAD_SIZES)
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("hadamard", [True, False])
+def test_cache_write(head_size, dtype, hadamard):
+    """Codes differ from the specification's by rounding of ties at most, scales by a unit in the last place."""
+    heads, tokens, block_size = 3, 333, 32
+    params = cases.make_params(heads, head_size, shift=20.0, hadamard=hadamard)
+    g = torch.Generator().manual_seed(5)
+    positions = torch.randint(0, 131072, (tokens,), generator=g)
+    fused = torch.randn(tokens + 2, 2 * heads * head_size + 8, generator=g)
+    key = fused[:, : heads * head_size].unflatten(-1, (heads, head_size))
+    key[:tokens] += reference.key_shift_at(positions, params)
+    fused = fused.to(dtype)
+    key = fused[:, : heads * head_size].unflatten(-1, (heads, head_size))
+    value = fused[:, heads * head_size : 2 * heads * head_size].unflatten(-1, (heads, head_size))
+    slots = torch.randperm(16 * block_size, generator=g)[:tokens]
+    slots[::7] = -1
+    shape = (16, heads, block_size, layout.token_bytes(head_size))
+    expected = torch.full(shape, 170, dtype=torch.uint8)
+    seen = expected.cuda()
+    reference.cache_write(key, value, expected, slots, positions, params)
+    fused_gpu = fused.cuda()
+    gpu_key = fused_gpu[:, : heads * head_size].unflatten(-1, (heads, head_size))
+    gpu_value = fused_gpu[:, heads * head_size : 2 * heads * head_size].unflatten(-1, (heads, head_size))
+    native_cuda.cache_write(gpu_key, gpu_value, seen, slots.cuda(), positions.cuda(), params.to("cuda"))
+    seen = seen.cpu()
+    kept = slots[slots >= 0]
+    untouched = torch.ones(16 * block_size, dtype=torch.bool)
+    untouched[kept] = False
+    for ours, theirs in zip(
+        layout.load(seen, untouched.nonzero()[:, 0], head_size), layout.load(expected, untouched.nonzero()[:, 0], head_size)
+    ):
+        assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(ours, theirs))
+    for ours, theirs in zip(layout.load(seen, kept, head_size), layout.load(expected, kept, head_size)):
+        different = (ours[0].int() - theirs[0].int()).abs()
+        assert different.max() <= 1
+        assert different.float().mean() < 5e-3
+        for a, b in zip(ours[1:], theirs[1:]):
+            assert (a.double() - b.double()).abs().max() <= 2e-3 * b.double().abs().max()
+
+
+def test_refusals():
+    params = cases.make_params(2, 80)
+    case = to_gpu(cases.make_case([(20, 1)], params))
+    with pytest.raises(ValueError, match="head size 80"):
+        run(native_cuda.paged_attention, case)
+    case = to_gpu(cases.make_case([(20, 1)], cases.make_params(2, 64)))
+    with pytest.raises(ValueError, match="kv_cache must be"):
+        run(native_cuda.paged_attention, replace(case, kv_cache=case.kv_cache.cpu()))
+
+
+def test_structs_and_default():
+    lib = native_cuda.library()
+    for i, struct in enumerate((native_cuda.Params, native_cuda.CacheWrite, native_cuda.PagedAttention)):
+        assert lib.wkvquant_cuda_sizeof(i) == native_cuda.ctypes.sizeof(struct)
+    assert ops.default_variant("cuda") == "cuda"
