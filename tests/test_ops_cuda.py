@@ -19,9 +19,10 @@ TOLERANCE = {torch.float32: 2e-3, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 def to_gpu(case: cases.Case) -> cases.Case:
     moved = {f.name: getattr(case, f.name) for f in fields(case)}
-    return cases.Case(**{k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in moved.items()} | {
-        "params": case.params.to("cuda")
-    })
+    return cases.Case(
+        **{k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in moved.items()}
+        | {"params": case.params.to("cuda")}
+    )
 
 
 def run(implementation, case: cases.Case, **options) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,7 +73,9 @@ def test_parameters(kind, hadamard, head_size):
     check(cases.make_case([(700, 1), (64, 2)], params, dtype=torch.float16))
 
 
-@pytest.mark.parametrize(("rotary_dim", "base", "scaling"), [(32, 1e4, 1.0), (64, 1e6, 1.0), (128, 5e5, 1.35), (8, 1e4, 1.0)])
+@pytest.mark.parametrize(
+    ("rotary_dim", "base", "scaling"), [(32, 1e4, 1.0), (64, 1e6, 1.0), (128, 5e5, 1.35), (8, 1e4, 1.0)]
+)
 def test_rotary(rotary_dim, base, scaling):
     params = cases.make_params(2, 128, rotary_dim=rotary_dim, base=base, scaling=scaling)
     check(cases.make_case([(900, 1), (3, 1)], params, dtype=torch.float16))
@@ -217,7 +220,8 @@ def test_cache_write(head_size, dtype, hadamard):
     untouched = torch.ones(16 * block_size, dtype=torch.bool)
     untouched[kept] = False
     for ours, theirs in zip(
-        layout.load(seen, untouched.nonzero()[:, 0], head_size), layout.load(expected, untouched.nonzero()[:, 0], head_size)
+        layout.load(seen, untouched.nonzero()[:, 0], head_size),
+        layout.load(expected, untouched.nonzero()[:, 0], head_size),
     ):
         assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(ours, theirs))
     for ours, theirs in zip(layout.load(seen, kept, head_size), layout.load(expected, kept, head_size)):

@@ -1,5 +1,6 @@
-// The C interface of the CUDA kernels (called through ctypes, vllm_wkvquant/native_cuda.py mirrors the structs). No Torch
-// or Python header: one build serves every version of both. Every pointer is a device pointer; nothing is read on the host.
+// The C interface of the CUDA kernels (called through ctypes, vllm_wkvquant/native_cuda.py mirrors the structs). No
+// Torch or Python header: one build serves every version of both. Every pointer is a device pointer; nothing is read on
+// the host.
 #pragma once
 
 #include <cstdint>
@@ -17,15 +18,15 @@ enum WkvDtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 // pairs, -1 where a slot is padding: first 8 * fast_steps pairs whose cos and sin are tabulated, then slow_slots pairs
 // (a multiple of 4) that share one step of 16 Chebyshev polynomials.
 struct WkvCudaParams {
-  const float* query_scale;    // [num_kv_heads, head_size] k_smooth over the norm of the Hadamard rotation
-  const float* key_scale;      // [num_kv_heads, head_size] 1 / k_smooth over that norm
-  const float* k_shift;        // [num_kv_heads, head_size], rotary channels times rope_scaling
-  const float* v_shift;        // [num_kv_heads, head_size]
-  const int64_t* rope_turns;   // [rotary_pairs], 2^64 a turn
-  const uint32_t* basis;       // [4 groups of 32 positions][steps][2 m-tiles][high, low][32 lanes][4] half2, mma operand A
-  const int32_t* slots;        // [8 * fast_steps + slow_slots]
-  const int64_t* slot_turns;   // the same
-  const float* chebyshev;      // [slow_slots][16]
+  const float* query_scale;   // [num_kv_heads, head_size] k_smooth over the norm of the Hadamard rotation
+  const float* key_scale;     // [num_kv_heads, head_size] 1 / k_smooth over that norm
+  const float* k_shift;       // [num_kv_heads, head_size], rotary channels times rope_scaling
+  const float* v_shift;       // [num_kv_heads, head_size]
+  const int64_t* rope_turns;  // [rotary_pairs], 2^64 a turn
+  const uint32_t* basis;  // [4 groups of 32 positions][steps][2 m-tiles][high, low][32 lanes][4] half2, mma operand A
+  const int32_t* slots;   // [8 * fast_steps + slow_slots]
+  const int64_t* slot_turns;  // the same
+  const float* chebyshev;     // [slow_slots][16]
   int32_t num_kv_heads;
   int32_t head_size;
   int32_t rotary_pairs;  // 0: the shift does not rotate

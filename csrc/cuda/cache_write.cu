@@ -54,8 +54,9 @@ __device__ __forceinline__ uint32_t quantize(const float (&x)[4 * N], bool activ
 }
 
 template <int D>
-__global__ void __launch_bounds__(kWarps * 32) cache_write(const __grid_constant__ WkvCudaCacheWrite a,
-                                                           const __grid_constant__ WkvCudaParams p, int heads_per_warp) {
+__global__ void __launch_bounds__(kWarps * 32)
+    cache_write(const __grid_constant__ WkvCudaCacheWrite a, const __grid_constant__ WkvCudaParams p,
+                int heads_per_warp) {
   constexpr int kGroups = D / 4, N = (kGroups + 31) / 32, kLanes = kGroups < 32 ? kGroups : 32;
   constexpr int kBlock = (D & -D) / 4;  // of the Hadamard rotation, in groups of four
   const int lane = threadIdx.x % 32;
@@ -110,7 +111,7 @@ __global__ void __launch_bounds__(kWarps * 32) cache_write(const __grid_constant
     if (p.hadamard) {
       // bits of the dimension: two inside a group of four, then the lane, then (head size 256) i
 #pragma unroll
-      for (int i = 0; i < N; ++i) hadamard_registers<4>(*reinterpret_cast<float(*)[4]>(k + 4 * i));
+      for (int i = 0; i < N; ++i) hadamard_registers<4>(*reinterpret_cast<float (*)[4]>(k + 4 * i));
       hadamard_lanes<(kBlock < 32 ? kBlock : 32)>(k, lane);
       if constexpr (N == 2) {
 #pragma unroll

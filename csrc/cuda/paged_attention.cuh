@@ -2,7 +2,8 @@
 //
 //     item      (sequence, KV head, row tile); row = query token x query head of the group, up to 8 * NT rows a tile
 //     unit      32, 64 or 128 past tokens of an item, inside one chunk of 128
-//     CTA       an equal run of the list of all units of all items; an item that straddles CTAs is combined, through the
+//     CTA       an equal run of the list of all units of all items; an item that straddles CTAs is combined, through
+//     the
 //               workspace, by whichever of them finishes last
 //     warp      every kWarps-th unit of an item, 32 tokens at a time, with a softmax state of its own
 //
@@ -10,11 +11,12 @@
 // lengths. Nothing is read from the page at or after the past's length that could reach the output.
 //
 // Products are mma.sync m16n8k16 with tokens (scores) or dimensions (output) as M and rows as N. Codes enter as fp16
-// subnormals, the bits of a nibble as they stand (code * 2^-24) or four higher (code * 2^-20); the factor 16 between the
-// two is folded into the query and the output. The loads of a page match the operands of the products, so they go to
-// registers, one group of 32 tokens ahead, and never through shared memory:
+// subnormals, the bits of a nibble as they stand (code * 2^-24) or four higher (code * 2^-20); the factor 16 between
+// the two is folded into the query and the output. The loads of a page match the operands of the products, so they go
+// to registers, one group of 32 tokens ahead, and never through shared memory:
 //
-//     K   thread (g, t) = (lane / 4, lane % 4) has tokens 4g .. 4g + 3, words t, t + 4, ..; the first product of a group
+//     K   thread (g, t) = (lane / 4, lane % 4) has tokens 4g .. 4g + 3, words t, t + 4, ..; the first product of a
+//     group
 //         has tokens 4g and 4g + 1 as its rows g and g + 8, the second one 4g + 2 and 4g + 3
 //     V   thread (g, t) has token pairs 4t .. 4t + 3, D / 32 words by g; the first product takes pairs 4t and 4t + 2
 //
@@ -41,8 +43,8 @@ struct Shape {
   static constexpr int kHeadSize = D, kTiles = NT, kRows = 8 * NT;
   static constexpr int kWarps = NT == 1 && D <= 128 ? 12 : 8;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kKWords = D / 32;       // K words of a thread and token
-  static constexpr int kVWords = D / 32;       // V words of a thread and token pair
+  static constexpr int kKWords = D / 32;  // K words of a thread and token
+  static constexpr int kVWords = D / 32;  // V words of a thread and token pair
   static constexpr int kMTiles = D / 16;
   static constexpr bool kQueryInRegisters = NT * D <= 128;
   static constexpr int kPitch = D + 4;
@@ -58,14 +60,14 @@ struct Shape {
 };
 
 struct Shared {
-  uint4* basis;     // [4][steps][2][2][32]
-  uint4* query;     // [rows][D / 8], the 8 dimensions of a word in the order 0 2 4 6 1 3 5 7, 4 .. 7 over 16
-  uint4* coef;      // [warps][NT][steps][32]
-  float2* ab;       // [rows][slots] coefficients of cos and sin at position 0
-  float2* angle;    // [warps][slots] cos and sin at the chunk's centre
-  float* raw;       // [rows][D] the query, then the current tokens' part of the output
-  float* red;       // [kRedSlots][rows][pitch]
-  float* chebyshev; // [slow slots][16]
+  uint4* basis;      // [4][steps][2][2][32]
+  uint4* query;      // [rows][D / 8], the 8 dimensions of a word in the order 0 2 4 6 1 3 5 7, 4 .. 7 over 16
+  uint4* coef;       // [warps][NT][steps][32]
+  float2* ab;        // [rows][slots] coefficients of cos and sin at position 0
+  float2* angle;     // [warps][slots] cos and sin at the chunk's centre
+  float* raw;        // [rows][D] the query, then the current tokens' part of the output
+  float* red;        // [kRedSlots][rows][pitch]
+  float* chebyshev;  // [slow slots][16]
   float *factor, *total, *shift_factor, *constant;  // [rows]
   float *current_max, *current_sum;                 // [rows]
   float *row_max, *row_sum, *row_past, *row_min;    // [rows]
@@ -93,17 +95,16 @@ struct Shared {
   }
 };
 
-// Partial results in the workspace: counters [kMaxCtas], then two slots a CTA of [rows][D] numerators, [rows] maxima and
-// [rows] sums. Slot 1 is of an item whose first units are this CTA's, slot 0 of one that began before.
+// Partial results in the workspace: counters [kMaxCtas], then two slots a CTA of [rows][D] numerators, [rows] maxima
+// and [rows] sums. Slot 1 is of an item whose first units are this CTA's, slot 0 of one that began before.
 constexpr int64_t kCounterBytes = kMaxCtas * sizeof(int);
 constexpr int64_t partial_floats(int rows, int d) { return static_cast<int64_t>(rows) * (d + 2); }
 
 __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                     uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 __device__ __forceinline__ uint32_t transpose(uint32_t x) {
@@ -158,9 +159,7 @@ struct Plan {
   int num_items_units;  // units of all items
   int unit;             // tokens of a unit
   int ctas;             // that have any
-  __device__ int start(int cta) const {
-    return static_cast<int>(static_cast<int64_t>(num_items_units) * cta / ctas);
-  }
+  __device__ int start(int cta) const { return static_cast<int>(static_cast<int64_t>(num_items_units) * cta / ctas); }
   __device__ int cta_of(int u) const {
     return static_cast<int>((static_cast<int64_t>(u + 1) * ctas - 1) / num_items_units);
   }
@@ -614,9 +613,8 @@ struct Kernel {
   }
 
   // Scores to weights p * scale_v as operand B of the output's products; keeps the softmax state.
-  __device__ __forceinline__ void softmax(int first, uint32_t (&k_meta)[4], uint32_t (&v_meta)[4],
-                                          float (&c)[2][NT][4], const float (&shift)[2][NT][4],
-                                          uint32_t (&weights)[2][NT][2]) {
+  __device__ __forceinline__ void softmax(int first, uint32_t (&k_meta)[4], uint32_t (&v_meta)[4], float (&c)[2][NT][4],
+                                          const float (&shift)[2][NT][4], uint32_t (&weights)[2][NT][2]) {
     float2 k[4], v[4];  // (scale, minimum)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -718,8 +716,8 @@ struct Kernel {
 
   __device__ void write_row4(int r, int d, float4 x, float inverse) const {
     const int row = item.tile * kRows + r;
-    const int64_t at = (item.query + row / group) * a.out_stride[0] +
-                       (item.head * group + row % group) * a.out_stride[1] + d;
+    const int64_t at =
+        (item.query + row / group) * a.out_stride[0] + (item.head * group + row % group) * a.out_stride[1] + d;
     store_element(a.out, a.dtype, at, x.x * inverse);
     store_element(a.out, a.dtype, at + 1, x.y * inverse);
     store_element(a.out, a.dtype, at + 2, x.z * inverse);
