@@ -10,6 +10,7 @@ outside of its time. Parameters are like calibrated ones: a rotating shift on ev
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -51,7 +52,7 @@ def timed(calls: list[Callable[[], object]], seconds: float = 0.1) -> float:
         graph.replay()
         event.record()
     torch.cuda.synchronize()
-    times = [a.elapsed_time(b) * 1e3 / count for a, b in zip(events, events[1:], strict=False)]
+    times = [a.elapsed_time(b) * 1e3 / count for a, b in itertools.pairwise(events)]
     return statistics.median(times)
 
 
@@ -154,6 +155,8 @@ def decode_rows(kv_heads: int, batch: int, context: int, args: argparse.Namespac
                 more["max_error"] = float(f"{(out[:1, :group].double() - expected).abs().max().item():.3g}")
             add("cuda", us, read_fraction=round(needed / us / 1e3 / peak, 4), gbps=round(needed / us / 1e3), **more)
 
+    if args.no_peers:
+        return rows
     from vllm.vllm_flash_attn.flash_attn_interface import flash_attn_varlen_func, get_scheduler_metadata
 
     descale = torch.ones(batch, kv_heads, device="cuda")
@@ -194,9 +197,7 @@ def decode_rows(kv_heads: int, batch: int, context: int, args: argparse.Namespac
     return rows
 
 
-def write_rows(tokens: int) -> list[dict]:
-    from vllm import _custom_ops
-
+def write_rows(tokens: int, peers: bool) -> list[dict]:
     kv_heads, block_size = 8, 64
     params = make_params(kv_heads, "rotating")
     count = max(1 << 15, tokens)
@@ -212,10 +213,13 @@ def write_rows(tokens: int) -> list[dict]:
     cases = {
         "cuda": lambda i: native_cuda.cache_write(*data[i], cache, slots[i], positions, params),
         "cuda, slots in order": lambda i: native_cuda.cache_write(*data[i], cache, run, positions, params),
-        "reshape_and_cache_flash": lambda i: _custom_ops.reshape_and_cache_flash(
-            *data[i], k16, v16, slots[i], "auto", one, one
-        ),
     }
+    if peers:
+        from vllm import _custom_ops
+
+        cases["reshape_and_cache_flash"] = lambda i: _custom_ops.reshape_and_cache_flash(
+            *data[i], k16, v16, slots[i], "auto", one, one
+        )
     rows = []
     for name, call in cases.items():
         us = timed([lambda i=i, call=call: call(i) for i in range(4)])
@@ -235,6 +239,7 @@ def main() -> None:
     parser.add_argument("--splits", type=ints, default=[0], help="num_splits of FlashAttention, 0: its own choice")
     parser.add_argument("--kinds", type=lambda s: s.split(","), default=["rotating"], help="rotating, none")
     parser.add_argument("--writes", type=ints, default=[1, 64, 8192])
+    parser.add_argument("--no-peers", action="store_true", help="ours alone, where vLLM is not installed")
     parser.add_argument("--json", help="file for the rows, one JSON object a line")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -252,7 +257,7 @@ def main() -> None:
     peak = max(found.values())
     emit([{"op": "bandwidth", "device": torch.cuda.get_device_name(), **{k: round(v) for k, v in found.items()}}])
     for tokens in args.writes:
-        emit(write_rows(tokens))
+        emit(write_rows(tokens, not args.no_peers))
     for shape in filter(None, args.shapes.split(",")):
         kv_heads, batch, context = (int(x) for x in shape.split("x"))
         emit(decode_rows(kv_heads, batch, context, args, peak))

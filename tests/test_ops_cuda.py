@@ -3,10 +3,10 @@
 import math
 from dataclasses import fields, replace
 
+import cases
 import pytest
 import torch
 
-import cases
 from vllm_wkvquant import layout, native_cuda, ops, reference
 
 pytestmark = [
@@ -228,7 +228,7 @@ def test_cache_write(head_size, dtype, hadamard):
         different = (ours[0].int() - theirs[0].int()).abs()
         assert different.max() <= 1
         assert different.float().mean() < 5e-3
-        for a, b in zip(ours[1:], theirs[1:]):
+        for a, b in zip(ours[1:], theirs[1:], strict=True):
             assert (a.double() - b.double()).abs().max() <= 2e-3 * b.double().abs().max()
 
 
