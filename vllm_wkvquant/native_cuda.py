@@ -34,7 +34,7 @@ class Params(Structure):
         *[(name, c_void_p) for name in ("query_scale", "key_scale", "k_shift", "v_shift", "rope_turns")],
         *[(name, c_void_p) for name in ("basis", "slots", "slot_turns", "chebyshev")],
         *[(name, c_int32) for name in ("num_kv_heads", "head_size", "rotary_pairs", "hadamard")],
-        *[(name, c_int32) for name in ("fast_steps", "slow_slots")],
+        *[(name, c_int32) for name in ("fast_steps", "slow_steps")],
     ]
 
 
@@ -60,7 +60,7 @@ class PagedAttention(Structure):
         *[(name, c_int32) for name in ("max_blocks", "num_seqs", "num_heads", "block_size", "dtype")],
         ("sliding_window", c_int32),
         ("scale", c_float),
-        ("num_ctas", c_int32),
+        ("num_sms", c_int32),
     ]
 
 
@@ -105,26 +105,22 @@ def _chebyshev_coefficients(half_angles: torch.Tensor) -> torch.Tensor:
     return torch.where(degree.long() % 2 == 0, sums[:, 0], sums[:, 1])
 
 
-def _operand_a(functions: torch.Tensor) -> torch.Tensor:
-    """functions float64 [CHUNK, 16 * steps] as high and low fp16 in the order in which mma threads hold operand A.
+def _operand_a(rows: torch.Tensor, other: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """matrix float64 [n, 16 * steps] as high and low fp16 in the order in which mma threads hold operand A.
 
-    Returns int32 [4 groups, steps, 2 m-tiles, (high, low), 32 lanes, 4].
+    rows, other: int64 [*tiles, 8], rows of the matrix that are rows g and g + 8 of a tile. Returns int32
+    [*tiles, steps, (high, low), 32 lanes, 4].
     """
-    high = functions.half()
-    low = (functions - high.double()).half()
-    parts = torch.stack([high, low])  # [2, CHUNK, functions]
-    steps = functions.shape[1] // 16
+    high = matrix.half()
+    parts = torch.stack([high, (matrix - high.double()).half()])  # [2, n, columns]
     lane = torch.arange(32)
-    g, t = lane // 4, lane % 4
     register, half = torch.arange(4), torch.arange(2)
-    # register 0: (row g, k 2t + half), 1: row g + 8, 2: k + 8, 3: both; rows g, g + 8 of m-tile x are tokens
-    # 4g + 2x and the next
-    group, m_tile = torch.arange(4), torch.arange(2)
-    token = 32 * group[:, None, None, None] + 4 * g[:, None] + 2 * m_tile[:, None, None] + register % 2  # [4, 2, 32, 4]
-    k = 2 * t[:, None, None] + half + 8 * (register // 2)[:, None]  # [32, 4, 2]
-    column = 16 * torch.arange(steps)[:, None, None, None] + k  # [steps, 32, 4, 2]
-    out = parts[:, token[:, None, ..., None], column[None, :, None]]  # [2, 4, steps, 2, 32, 4, 2]
-    return out.permute(1, 2, 3, 0, 4, 5, 6).contiguous().view(torch.int32).squeeze(-1)
+    # register 0: (row g, k 2t + half), 1: row g + 8, 2: k + 8, 3: both
+    row = torch.where(register % 2 == 0, rows[..., lane // 4, None], other[..., lane // 4, None])  # [*tiles, 32, 4]
+    k = 2 * (lane % 4)[:, None, None] + half + 8 * (register // 2)[:, None]  # [32, 4, 2]
+    column = 16 * torch.arange(matrix.shape[1] // 16)[:, None, None, None] + k  # [steps, 32, 4, 2]
+    out = parts[:, row[..., None, :, :, None], column]  # [2, *tiles, steps, 32, 4, 2]
+    return out.movedim(0, -4).contiguous().view(torch.int32).squeeze(-1)
 
 
 def _make(params: KVParams) -> Prepared:
@@ -155,29 +151,34 @@ def _make(params: KVParams) -> Prepared:
         fast, slow = torch.cat([fast, slow]), slow[:0]
     elif room := -fast.numel() % 8:
         fast, slow = torch.cat([fast, slow[:room]]), slow[room:]
-    fast_steps, slow_slots = -(-fast.numel() // 8), -(-slow.numel() // 4) * 4
-    slots = torch.full((8 * fast_steps + slow_slots,), -1, dtype=torch.int64)
+    fast_steps, slow_steps = -(-fast.numel() // 8), -(-slow.numel() // 8)
+    slots = torch.full((8 * (fast_steps + slow_steps),), -1, dtype=torch.int64)
     slots[: fast.numel()] = fast
     slots[8 * fast_steps : 8 * fast_steps + slow.numel()] = slow
     slot_turns = torch.where(slots >= 0, turns[slots.clamp_min(0)], 0) if pairs else slots
     x = torch.arange(CHUNK, dtype=torch.float64) - half
-    columns = torch.zeros(CHUNK, 16 * (fast_steps + (slow_slots > 0)), dtype=torch.float64)
-    columns[:, 0 : 2 * fast.numel() : 2] = (x[:, None] * theta[fast]).cos()
-    columns[:, 1 : 2 * fast.numel() : 2] = (x[:, None] * theta[fast]).sin()
-    chebyshev = torch.zeros(slow_slots, CHEBYSHEV, dtype=torch.float64)
-    if slow_slots:
-        columns[:, -CHEBYSHEV:] = torch.cos(torch.arange(CHEBYSHEV) * torch.acos(x / half)[:, None])
-        chebyshev[: slow.numel()] = _chebyshev_coefficients(theta[slow] * half)
+    functions = torch.zeros(CHUNK, 16 * (fast_steps + (slow_steps > 0)), dtype=torch.float64)
+    functions[:, 0 : 2 * fast.numel() : 2] = (x[:, None] * theta[fast]).cos()
+    functions[:, 1 : 2 * fast.numel() : 2] = (x[:, None] * theta[fast]).sin()
+    chebyshev = torch.zeros(CHEBYSHEV, 16 * slow_steps, dtype=torch.float64)
+    if slow_steps:
+        functions[:, -CHEBYSHEV:] = torch.cos(torch.arange(CHEBYSHEV) * torch.acos(x / half)[:, None])
+        coefficients = _chebyshev_coefficients(theta[slow] * half).T  # [degrees, pairs]
+        chebyshev[0::2, 0 : 2 * slow.numel() : 2] = coefficients[0::2]
+        chebyshev[1::2, 1 : 2 * slow.numel() : 2] = coefficients[1::2]
+    # rows g and g + 8 of m-tile x of a group of 32 are tokens 4g + 2x and the next
+    token = 32 * torch.arange(4)[:, None, None] + 2 * torch.arange(2)[:, None] + 4 * torch.arange(8)
+    degree = torch.arange(8)
     tensors = {
         "query_scale": (host.k_smooth.double() * norm).float(),
         "key_scale": (norm / host.k_smooth.double()).float(),
         "k_shift": shift.float(),
         "v_shift": host.v_shift.float(),
         "rope_turns": turns,
-        "basis": _operand_a(columns),
+        "basis": _operand_a(token, token + 1, functions).transpose(1, 2),
         "slots": slots.int(),
         "slot_turns": slot_turns,
-        "chebyshev": chebyshev.float(),
+        "chebyshev": _operand_a(degree, degree + 8, chebyshev),
     }
     tensors = {name: tensor.contiguous().to(device) for name, tensor in tensors.items()}
     fields = Params(
@@ -187,7 +188,7 @@ def _make(params: KVParams) -> Prepared:
         rotary_pairs=pairs,
         hadamard=params.key_hadamard,
         fast_steps=fast_steps,
-        slow_slots=slow_slots,
+        slow_steps=slow_steps,
     )
     return Prepared(fields, tensors, device, heads, head_size)
 
@@ -214,7 +215,7 @@ def _workspace(device: torch.device, stream: int) -> torch.Tensor:
 
 
 @functools.cache
-def _num_ctas(device: torch.device) -> int:
+def _num_sms(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
@@ -406,7 +407,7 @@ def paged_attention(
             dtype=dtype,
             sliding_window=sliding_window,
             scale=scale,
-            num_ctas=_num_ctas(like.device),
+            num_sms=_num_sms(like.device),
         )
         status = library().wkvquant_cuda_paged_attention(byref(args), byref(like.fields), stream)
     if status:

@@ -15,8 +15,8 @@ enum WkvDtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 //
 // The shift's part of a score is a sum over a basis of functions of the position inside a chunk of 128 tokens, times
 // coefficients of the query at the centre of the chunk (csrc/cpu/prepare.cpp has the derivation). `slots` lists rotary
-// pairs, -1 where a slot is padding: first 8 * fast_steps pairs whose cos and sin are tabulated, then slow_slots pairs
-// (a multiple of 4) that share one step of 16 Chebyshev polynomials.
+// pairs, -1 where a slot is padding: first 8 * fast_steps pairs whose cos and sin are tabulated, then 8 * slow_steps
+// pairs that share one step of 16 Chebyshev polynomials, whose coefficients are one more product.
 struct WkvCudaParams {
   const float* query_scale;   // [num_kv_heads, head_size] k_smooth over the norm of the Hadamard rotation
   const float* key_scale;     // [num_kv_heads, head_size] 1 / k_smooth over that norm
@@ -24,15 +24,15 @@ struct WkvCudaParams {
   const float* v_shift;       // [num_kv_heads, head_size]
   const int64_t* rope_turns;  // [rotary_pairs], 2^64 a turn
   const uint32_t* basis;  // [4 groups of 32 positions][steps][2 m-tiles][high, low][32 lanes][4] half2, mma operand A
-  const int32_t* slots;   // [8 * fast_steps + slow_slots]
+  const int32_t* slots;   // [8 * (fast_steps + slow_steps)]
   const int64_t* slot_turns;  // the same
-  const float* chebyshev;     // [slow_slots][16]
+  const uint32_t* chebyshev;  // [slow_steps][high, low][32 lanes][4] half2, mma operand A: degree x (pair, cos or sin)
   int32_t num_kv_heads;
   int32_t head_size;
   int32_t rotary_pairs;  // 0: the shift does not rotate
   int32_t hadamard;      // keys are rotated
   int32_t fast_steps;
-  int32_t slow_slots;
+  int32_t slow_steps;
 };
 
 struct WkvCudaCacheWrite {
@@ -77,7 +77,7 @@ struct WkvCudaAttention {
   int32_t dtype;
   int32_t sliding_window;  // 0: none
   float scale;
-  int32_t num_ctas;  // at most kMaxCtas
+  int32_t num_sms;
 };
 
 // Each returns a cudaError_t.
@@ -92,7 +92,7 @@ WKV_API const char* wkvquant_cuda_error(int status);
 
 namespace wkvquant {
 
-constexpr int kMaxCtas = 320;
+constexpr int kMaxCtas = 512;
 constexpr int kMaxSeqs = 4096;
 constexpr int kMaxRows = 16;  // query rows of one pass over the past
 

@@ -11,11 +11,9 @@ namespace wkvquant {
 
 constexpr unsigned kFull = 0xffffffff;
 
-__device__ __forceinline__ float load_element(const void* base, int dtype, int64_t index) {
-  if (dtype == kBFloat16) return __bfloat162float(static_cast<const __nv_bfloat16*>(base)[index]);
-  if (dtype == kFloat16) return __half2float(static_cast<const __half*>(base)[index]);
-  return static_cast<const float*>(base)[index];
-}
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 __device__ __forceinline__ void store_element(void* base, int dtype, int64_t index, float x) {
   if (dtype == kBFloat16)

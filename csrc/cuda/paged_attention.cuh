@@ -1,11 +1,13 @@
 // Past tokens from the page and the step's own tokens as they came -> output.
 //
 //     item      (sequence, KV head, row tile); row = query token x query head of the group, up to 8 * NT rows a tile
-//     unit      32, 64 or 128 past tokens of an item, inside one chunk of 128
+//     unit      32 past tokens of an item; four in a row, a chunk, share the coefficients of the shift
 //     CTA       an equal run of the list of all units of all items; an item that straddles CTAs is combined, through
 //     the
 //               workspace, by whichever of them finishes last
-//     warp      every kWarps-th unit of an item, 32 tokens at a time, with a softmax state of its own
+//     warp      an equal run of the CTA's units of an item, with a softmax state of its own
+//
+// Several CTAs share an SM, so that the start and the end of one's items overlap with the others' products.
 //
 // The grid is fixed and the list is derived from seq_lens on the device: a captured graph may be replayed with other
 // lengths. Nothing is read from the page at or after the past's length that could reach the output.
@@ -27,21 +29,30 @@
 // smallest; it cancels.
 #pragma once
 
+#include <algorithm>
+#include <climits>
+
 #include "common.cuh"
 
 namespace wkvquant {
 
+#ifndef WKV_WARPS
+#define WKV_WARPS 6
+#endif
+
 constexpr int kChunk = 128;
+constexpr int kUnit = 32;
 constexpr float kBoost = 4;
 constexpr float kLowest = -1e30f;
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
-constexpr int kRedSlots = 4;
 
 template <int D, int NT>
 struct Shape {
   static constexpr int kHeadSize = D, kTiles = NT, kRows = 8 * NT;
-  static constexpr int kWarps = NT == 1 && D <= 128 ? 12 : 8;
+  static constexpr int kWarps = D > 128 ? 8 : NT == 1 ? WKV_WARPS : 4;
+  static constexpr int kCtasPerSm = D > 128 ? 1 : NT == 1 ? 12 / WKV_WARPS : 2;
+  static constexpr int kRedSlots = kWarps / 2;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kKWords = D / 32;  // K words of a thread and token
   static constexpr int kVWords = D / 32;  // V words of a thread and token pair
@@ -67,16 +78,17 @@ struct Shared {
   float2* angle;     // [warps][slots] cos and sin at the chunk's centre
   float* raw;        // [rows][D] the query, then the current tokens' part of the output
   float* red;        // [kRedSlots][rows][pitch]
-  float* chebyshev;  // [slow slots][16]
+  uint4* chebyshev;  // [slow steps][2][32]
   float *factor, *total, *shift_factor, *constant;  // [rows]
   float *current_max, *current_sum;                 // [rows]
   float *row_max, *row_sum, *row_past, *row_min;    // [rows]
   float *warp_max, *warp_sum, *warp_min;            // [warps][rows]
   int* prefix;                                      // [num_seqs + 1] units before a sequence
+  int4* sequence;                                   // [num_seqs] past, first query, queries
   int* misc;                                        // [4]
 
   template <class S>
-  __host__ __device__ static int64_t carve(Shared* s, char* base, int steps, int slots, int slow, int num_seqs) {
+  __host__ __device__ static int64_t carve(Shared* s, char* base, int steps, int slots, int slow_steps, int num_seqs) {
     int64_t used = 0;
     auto take = [&](auto*& p, int64_t n) {
       if (base) p = reinterpret_cast<std::remove_reference_t<decltype(p)>>(base + used);
@@ -84,13 +96,13 @@ struct Shared {
     };
     constexpr int R = S::kRows, W = S::kWarps, D = S::kHeadSize;
     take(s->basis, 4 * steps * 4 * 32), take(s->query, R * D / 8), take(s->coef, W * S::kTiles * steps * 32);
-    take(s->ab, R * slots), take(s->angle, W * slots), take(s->raw, R * D), take(s->red, kRedSlots * R * S::kPitch);
-    take(s->chebyshev, slow * 16);
+    take(s->ab, R * slots), take(s->angle, W * slots), take(s->raw, R * D), take(s->red, S::kRedSlots * R * S::kPitch);
+    take(s->chebyshev, slow_steps * 64);
     take(s->factor, R), take(s->total, R), take(s->shift_factor, R), take(s->constant, R);
     take(s->current_max, R), take(s->current_sum, R);
     take(s->row_max, R), take(s->row_sum, R), take(s->row_past, R), take(s->row_min, R);
     take(s->warp_max, W * R), take(s->warp_sum, W * R), take(s->warp_min, W * R);
-    take(s->prefix, num_seqs + 1), take(s->misc, 4);
+    take(s->prefix, num_seqs + 1), take(s->sequence, num_seqs), take(s->misc, 4);
     return used;
   }
 };
@@ -102,9 +114,9 @@ constexpr int64_t partial_floats(int rows, int d) { return static_cast<int64_t>(
 
 __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                                     uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 __device__ __forceinline__ uint32_t transpose(uint32_t x) {
@@ -156,13 +168,10 @@ struct FastDivide {
 };
 
 struct Plan {
-  int num_items_units;  // units of all items
-  int unit;             // tokens of a unit
-  int ctas;             // that have any
-  __device__ int start(int cta) const { return static_cast<int>(static_cast<int64_t>(num_items_units) * cta / ctas); }
-  __device__ int cta_of(int u) const {
-    return static_cast<int>((static_cast<int64_t>(u + 1) * ctas - 1) / num_items_units);
-  }
+  int units;  // of all items
+  int ctas;   // that have any
+  __device__ int start(int cta) const { return static_cast<int>(static_cast<int64_t>(units) * cta / ctas); }
+  __device__ int cta_of(int u) const { return static_cast<int>((static_cast<int64_t>(u + 1) * ctas - 1) / units); }
 };
 
 struct Item {
@@ -206,8 +215,7 @@ struct Kernel {
     int next_unit, end_unit;  // list of all units
     int segment;
     Item item;
-    int unit;  // of the item
-    int first, end;
+    int unit, end;  // of the item, this warp's
   };
 
   __device__ Kernel(const WkvCudaAttention& args, const WkvCudaParams& params, char* memory)
@@ -218,52 +226,36 @@ struct Kernel {
         g(lane / 4),
         t(lane % 4),
         group(args.num_heads / params.num_kv_heads),
-        steps(params.fast_steps + (params.slow_slots > 0)),
-        slots(8 * params.fast_steps + params.slow_slots),
+        steps(params.fast_steps + (params.slow_steps > 0)),
+        slots(8 * (params.fast_steps + params.slow_steps)),
         tiles_per_block(args.block_size / kTile),
         layout{D, args.block_size} {
-    Shared::carve<S>(&s, memory, steps, slots, params.slow_slots, args.num_seqs);
-  }
-
-  __device__ __forceinline__ void lengths(int seq, int& query, int& queries, int& past) const {
-    query = a.query_start_loc[seq];
-    queries = max(a.query_start_loc[seq + 1] - query, 0);
-    past = max(a.seq_lens[seq] - queries, 0);
-    past = static_cast<int>(min(static_cast<int64_t>(past), static_cast<int64_t>(a.max_blocks) * a.block_size));
-    if (static_cast<int64_t>(query) + queries > a.num_tokens) queries = 0;
+    Shared::carve<S>(&s, memory, steps, slots, params.slow_steps, args.num_seqs);
   }
 
   __device__ __forceinline__ int first_visible(int past) const {
     return a.sliding_window ? max(past - a.sliding_window + 1, 0) : 0;
   }
 
-  __device__ __forceinline__ int units_of(int past, int unit) const {
-    return max((past + unit - 1) / unit - first_visible(past) / unit, 1);
+  __device__ __forceinline__ int units_of(int past) const {
+    return max((past + kUnit - 1) / kUnit - first_visible(past) / kUnit, 1);
   }
 
+  __device__ __forceinline__ int tiles_of(int queries) const { return (queries * group + kRows - 1) / kRows; }
+
+  // Lengths of the sequences and the units before each. The first 32 sequences of a warp's share are scanned at a time.
   __device__ void make_plan() {
-    // how much there is decides the size of a unit
-    if (threadIdx.x < 2) s.misc[threadIdx.x] = 0;
-    __syncthreads();
-    int groups = 0;
-    for (int i = threadIdx.x; i < a.num_seqs; i += S::kThreads) {
-      int query, queries, past;
-      lengths(i, query, queries, past);
-      if (queries) groups += units_of(past, 32) * ((queries * group + kRows - 1) / kRows) * p.num_kv_heads;
-    }
-    groups = __reduce_add_sync(kFull, groups);
-    if (lane == 0 && groups) atomicAdd(&s.misc[0], groups);
-    __syncthreads();
-    const int per_warp = s.misc[0] / (static_cast<int>(gridDim.x) * kWarps);
-    plan.unit = per_warp >= 6 ? 128 : per_warp >= 2 ? 64 : 32;
     if (warp == 0) {
+      const int64_t most = static_cast<int64_t>(a.max_blocks) * a.block_size;
       int before = 0;
       for (int i = lane; i - lane < a.num_seqs; i += 32) {
         int units = 0;
         if (i < a.num_seqs) {
-          int query, queries, past;
-          lengths(i, query, queries, past);
-          if (queries) units = units_of(past, plan.unit) * ((queries * group + kRows - 1) / kRows) * p.num_kv_heads;
+          const int query = a.query_start_loc[i], next = a.query_start_loc[i + 1], length = a.seq_lens[i];
+          const int queries = next > query && next <= a.num_tokens ? next - query : 0;
+          const int past = static_cast<int>(min(static_cast<int64_t>(max(length - queries, 0)), most));
+          if (queries) units = units_of(past) * tiles_of(queries) * p.num_kv_heads;
+          s.sequence[i] = {past, query, queries, 0};
         }
         int scan = units;
 #pragma unroll
@@ -277,14 +269,14 @@ struct Kernel {
       if (lane == 0) s.prefix[a.num_seqs] = before;
     }
     __syncthreads();
-    plan.num_items_units = s.prefix[a.num_seqs];
-    plan.ctas = min(static_cast<int>(gridDim.x), plan.num_items_units);
+    plan.units = s.prefix[a.num_seqs];
+    plan.ctas = min(static_cast<int>(gridDim.x), plan.units);
   }
 
   // The item of unit `u`, and its units from there up to `end`.
   __device__ Item decode(int u, int end) const {
     Item x;
-    int low = 0, high = a.num_seqs - 1;  // the last sequence whose prefix is <= u and that has units
+    int low = 0, high = a.num_seqs - 1;  // the last sequence whose prefix is <= u: it has units
     while (low < high) {
       const int middle = (low + high + 1) / 2;
       if (s.prefix[middle] <= u)
@@ -293,41 +285,38 @@ struct Kernel {
         high = middle - 1;
     }
     x.seq = low;
-    lengths(low, x.query, x.queries, x.past);
-    x.units = units_of(x.past, plan.unit);
-    x.first = first_visible(x.past) / plan.unit;
-    const int inside = u - s.prefix[low], index = inside / x.units;
-    const int tiles = (x.queries * group + kRows - 1) / kRows;
+    const int4 lengths = s.sequence[low];
+    x.past = lengths.x, x.query = lengths.y, x.queries = lengths.z;
+    x.units = units_of(x.past);
+    x.first = first_visible(x.past) / kUnit;
+    const int inside = u - s.prefix[low], index = inside / x.units, tiles = tiles_of(x.queries);
     x.head = index / tiles;
-    x.tile = index % tiles;
-    x.begin = inside % x.units;
+    x.tile = index - x.head * tiles;
+    x.begin = inside - index * x.units;
     x.end = min(x.units, x.begin + end - u);
     x.u = u - x.begin;
     return x;
   }
 
   __device__ __forceinline__ bool advance(Cursor& c, Group& out) const {
-    c.first += 32;
-    while (c.first >= c.end) {
-      c.unit += kWarps;
-      while (c.unit >= c.item.end) {
-        if (c.next_unit >= c.end_unit) {
-          out.segment = INT_MAX;
-          return false;
-        }
-        c.item = decode(c.next_unit, c.end_unit);
-        c.next_unit += c.item.end - c.item.begin;
-        ++c.segment;
-        c.unit = c.item.begin + warp;
+    ++c.unit;
+    while (c.unit >= c.end || (c.item.first + c.unit) * kUnit >= c.item.past) {
+      if (c.next_unit >= c.end_unit) {
+        out.segment = INT_MAX;
+        return false;
       }
-      c.first = (c.item.first + c.unit) * plan.unit;
-      c.end = min(c.first + plan.unit, c.item.past);
+      c.item = decode(c.next_unit, c.end_unit);
+      ++c.segment;
+      const int count = c.item.end - c.item.begin;
+      c.next_unit += count;
+      c.unit = c.item.begin + count * warp / kWarps;
+      c.end = c.item.begin + count * (warp + 1) / kWarps;
     }
     out.segment = c.segment;
-    out.first = c.first;
+    out.first = (c.item.first + c.unit) * kUnit;
     out.head = c.item.head;
     const int last = (c.item.past - 1) / kTile;
-    const int k_tile = min(c.first / kTile + g / 4, last), v_tile = min(c.first / kTile + t / 2, last);
+    const int k_tile = min(out.first / kTile + g / 4, last), v_tile = min(out.first / kTile + t / 2, last);
     const int k_block = tiles_per_block(k_tile), v_block = tiles_per_block(v_tile);
     const int32_t* table = a.block_table + c.item.seq * a.block_table_stride;
     out.k_page = table[k_block];
@@ -374,10 +363,14 @@ struct Kernel {
   // ---- rows of an item -------------------------------------------------------------------------------------------
 
   // Query rows as operands, coefficients of the shift, and the step's own tokens.
+  template <class T>
   __device__ void prepare_rows(bool with_current) {
     constexpr int N = D / 32, kBlock = D & -D;
     rows = min(item.queries * group - item.tile * kRows, kRows);
     const float* shift = p.k_shift + item.head * D;
+    const T* keys = static_cast<const T*>(a.key) + item.query * a.key_stride[0] + item.head * a.key_stride[1] + lane;
+    const T* values =
+        static_cast<const T*>(a.value) + item.query * a.value_stride[0] + item.head * a.value_stride[1] + lane;
     for (int r = warp; r < kRows; r += kWarps) {
       __half* operand = reinterpret_cast<__half*>(s.query + r * (D / 8));
       if (r >= rows) {
@@ -390,16 +383,40 @@ struct Kernel {
         continue;
       }
       const int row = item.tile * kRows + r, own = row / group, head = item.head * group + row % group;
-      const int64_t at = (item.query + own) * a.query_stride[0] + head * a.query_stride[1];
-      float raw[N], x[N], largest = 0, fixed = 0;
+      const T* query =
+          static_cast<const T*>(a.query) + (item.query + own) * a.query_stride[0] + head * a.query_stride[1] + lane;
+      float raw[N], x[N], key[N], out[N], largest = 0, fixed = 0;
       float* saved = s.raw + r * D;
 #pragma unroll
       for (int i = 0; i < N; ++i) {
+        raw[i] = to_float(query[32 * i]) * (a.scale * kLog2e);
+        x[i] = p.query_scale[item.head * D + lane + 32 * i];
+        key[i] = to_float(keys[own * a.key_stride[0] + 32 * i]);
+        out[i] = to_float(values[own * a.value_stride[0] + 32 * i]);
+      }
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
         const int d = lane + 32 * i;
-        raw[i] = load_element(a.query, a.dtype, at + d) * (a.scale * kLog2e);
-        x[i] = raw[i] * p.query_scale[item.head * D + d];
+        x[i] *= raw[i];
         if (d >= 2 * p.rotary_pairs) fixed += raw[i] * shift[d];
         saved[d] = raw[i];
+      }
+      __syncwarp();
+      float size = 0;
+      for (int i = lane; i < slots; i += 32) {
+        const int j = p.slots[i];
+        float2 c = {0, 0};
+        if (j >= 0) {
+          const float u = saved[j], v = saved[j + p.rotary_pairs], x0 = shift[j], x1 = shift[j + p.rotary_pairs];
+          c = {u * x0 + v * x1, v * x0 - u * x1};
+        }
+        size += fabsf(c.x) + fabsf(c.y);
+        s.ab[r * slots + i] = c;
+      }
+      const int f = scale_exponent(warp_sum(size));
+      for (int i = lane; i < slots; i += 32) {
+        const float2 c = s.ab[r * slots + i];
+        s.ab[r * slots + i] = {scalbnf(c.x, -f), scalbnf(c.y, -f)};
       }
       if (p.hadamard) {
         hadamard_lanes<32>(x, lane);
@@ -418,40 +435,25 @@ struct Kernel {
       }
       together = warp_sum(together);
       fixed = warp_sum(fixed);
-      __syncwarp();
-      float size = 0;
-      for (int i = lane; i < slots; i += 32) {
-        const int j = p.slots[i];
-        float2 c = {0, 0};
-        if (j >= 0) {
-          const float u = saved[j], v = saved[j + p.rotary_pairs], x0 = shift[j], x1 = shift[j + p.rotary_pairs];
-          c = {u * x0 + v * x1, v * x0 - u * x1};
-        }
-        size += fabsf(c.x) + fabsf(c.y);
-        s.ab[r * slots + i] = c;
-      }
-      const int f = scale_exponent(warp_sum(size));
-      for (int i = lane; i < slots; i += 32) {
-        const float2 c = s.ab[r * slots + i];
-        s.ab[r * slots + i] = {scalbnf(c.x, -f), scalbnf(c.y, -f)};
-      }
       if (lane == 0) {
         s.factor[r] = scalbnf(1, e + 24);
         s.total[r] = scalbnf(together, e);
         s.shift_factor[r] = scalbnf(1, f);
         s.constant[r] = fixed;
       }
-      float high = kLowest, weight = 0, out[N] = {};
+      float high = kLowest, weight = 0;
       if (with_current) {
-        const int first = a.sliding_window ? max(own - a.sliding_window + 1, 0) : 0;
-        for (int j = first; j <= own; ++j) {
-          const int64_t k_at = (item.query + j) * a.key_stride[0] + item.head * a.key_stride[1];
-          const int64_t v_at = (item.query + j) * a.value_stride[0] + item.head * a.value_stride[1];
+        high = 0;
+#pragma unroll
+        for (int i = 0; i < N; ++i) high += raw[i] * key[i];
+        high = warp_sum(high);
+        weight = 1;
+        for (int j = a.sliding_window ? max(own - a.sliding_window + 1, 0) : 0; j < own; ++j) {
           float score = 0, value[N];
 #pragma unroll
           for (int i = 0; i < N; ++i) {
-            score += raw[i] * load_element(a.key, a.dtype, k_at + lane + 32 * i);
-            value[i] = load_element(a.value, a.dtype, v_at + lane + 32 * i);
+            score += raw[i] * to_float(keys[j * a.key_stride[0] + 32 * i]);
+            value[i] = to_float(values[j * a.value_stride[0] + 32 * i]);
           }
           score = warp_sum(score);
           const float next = fmaxf(high, score), keep = exp2f(high - next), take = exp2f(score - next);
@@ -498,57 +500,39 @@ struct Kernel {
   // ---- past tokens -----------------------------------------------------------------------------------------------
 
   // Coefficients of the basis for the chunk, as operand B.
-  __device__ __noinline__ static void make_coefficients(const WkvCudaParams& p, const float2* all, float2* angle,
-                                                        uint4* coef, const float* chebyshev, int centre, int lane) {
-    const int g = lane / 4, t = lane % 4, fast = p.fast_steps, steps = fast + (p.slow_slots > 0);
-    const int slots = 8 * fast + p.slow_slots;
+  __device__ __forceinline__ void make_coefficients(int centre, uint4* coef) {
+    float2* angle = s.angle + warp * slots;
     __syncwarp();
     for (int i = lane; i < slots; i += 32) angle[i] = cos_sin(centre, p.slot_turns[i]);
     __syncwarp();
-    const auto rotated = [&](int row, int slot) -> float2 {
-      const float2 c = all[row * slots + slot], r = angle[slot];
-      return {c.x * r.x + c.y * r.y, c.y * r.x - c.x * r.y};
-    };
 #pragma unroll 1
     for (int n = 0; n < NT; ++n) {
-      const int row = 8 * n + g;
-      uint4* out = coef + n * steps * 32 + lane;
-      for (int i = 0; i < fast; ++i) {
-        const float2 x = rotated(row, 8 * i + t), y = rotated(row, 8 * i + t + 4);
+      const float2* ab = s.ab + (8 * n + g) * slots;
+      const auto rotated = [&](int step) -> uint4 {
         uint4 w;
-        split_half2(x.x, x.y, w.x, w.z);
-        split_half2(y.x, y.y, w.y, w.w);
-        out[i * 32] = w;
+        const float2 c = ab[8 * step + t], r = angle[8 * step + t], d = ab[8 * step + t + 4],
+                     q = angle[8 * step + t + 4];
+        split_half2(c.x * r.x + c.y * r.y, c.y * r.x - c.x * r.y, w.x, w.z);
+        split_half2(d.x * q.x + d.y * q.y, d.y * q.x - d.x * q.y, w.y, w.w);
+        return w;
+      };
+      uint4* out = coef + n * steps * 32 + lane;
+#pragma unroll 1
+      for (int i = 0; i < p.fast_steps; ++i) out[i * 32] = rotated(i);
+      if (p.slow_steps == 0) continue;
+      float c[4] = {}, correction[4] = {};
+#pragma unroll 1
+      for (int i = 0; i < p.slow_steps; ++i) {
+        const uint4 w = rotated(p.fast_steps + i);
+        const uint4 high = s.chebyshev[i * 64 + lane], low = s.chebyshev[i * 64 + 32 + lane];
+        mma(c, high.x, high.y, high.z, high.w, w.x, w.y);
+        mma(correction, high.x, high.y, high.z, high.w, w.z, w.w);
+        mma(correction, low.x, low.y, low.z, low.w, w.x, w.y);
       }
-      if (p.slow_slots == 0) continue;
-      float c[16] = {};
-      for (int i = t; i < p.slow_slots; i += 4) {
-        const float2 x = rotated(row, 8 * fast + i);
-        const float4* table = reinterpret_cast<const float4*>(chebyshev + i * 16);
-#pragma unroll
-        for (int d = 0; d < 4; ++d) {
-          const float4 v = table[d];
-          c[4 * d] += x.x * v.x, c[4 * d + 1] += x.y * v.y, c[4 * d + 2] += x.x * v.z, c[4 * d + 3] += x.y * v.w;
-        }
-      }
-      // lane t keeps degrees 2t, 2t + 1, 2t + 8 and 2t + 9 of the sums over the four lanes of a row
-      float h[8], w[4];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int d = i % 4 + i / 4 * 8;  // 0 .. 3, 8 .. 11
-        const float keep = t & 2 ? c[d + 4] : c[d], send = t & 2 ? c[d] : c[d + 4];
-        h[i] = keep + __shfl_xor_sync(kFull, send, 2);
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int d = i % 2 + i / 2 * 4;  // 0, 1, 4, 5
-        const float keep = t & 1 ? h[d + 2] : h[d], send = t & 1 ? h[d] : h[d + 2];
-        w[i] = keep + __shfl_xor_sync(kFull, send, 1);
-      }
-      uint4 x;
-      split_half2(w[0], w[1], x.x, x.z);
-      split_half2(w[2], w[3], x.y, x.w);
-      out[fast * 32] = x;
+      uint4 x;  // degrees are rows here and must become the rows of operand B
+      split_half2(c[0] + correction[0], c[1] + correction[1], x.x, x.z);
+      split_half2(c[2] + correction[2], c[3] + correction[3], x.y, x.w);
+      out[p.fast_steps * 32] = {transpose(x.x), transpose(x.y), transpose(x.z), transpose(x.w)};
     }
     __syncwarp();
   }
@@ -575,9 +559,9 @@ struct Kernel {
         }
       }
 #pragma unroll
-      for (int x = 0; x < 2; ++x)
+      for (int u = 0; u < 2; ++u)
 #pragma unroll
-        for (int u = 0; u < 2; ++u) {
+        for (int x = 0; x < 2; ++x) {
           const uint32_t w0 = k[j][2 * x] >> (8 * u), w1 = k[j][2 * x + 1] >> (8 * u);
 #pragma unroll
           for (int n = 0; n < NT; ++n)
@@ -587,29 +571,38 @@ struct Kernel {
   }
 
   __device__ __forceinline__ void shift_scores(int first, const uint4* coef, float (&c)[2][NT][4]) const {
+    float correction[2][NT][4];  // a chain of products of its own
 #pragma unroll
     for (int x = 0; x < 2; ++x)
 #pragma unroll
       for (int n = 0; n < NT; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) c[x][n][i] = 0;
+        for (int i = 0; i < 4; ++i) c[x][n][i] = correction[x][n][i] = 0;
     const uint4* basis = s.basis + first / 32 % 4 * (steps * 128) + lane;
 #pragma unroll 2
     for (int i = 0; i < steps; ++i) {
       uint4 b[NT];
 #pragma unroll
       for (int n = 0; n < NT; ++n) b[n] = coef[(n * steps + i) * 32 + lane];
+      uint4 high[2], low[2];
 #pragma unroll
-      for (int x = 0; x < 2; ++x) {
-        const uint4 high = basis[i * 128 + x * 64], low = basis[i * 128 + x * 64 + 32];
+      for (int x = 0; x < 2; ++x) high[x] = basis[i * 128 + x * 64], low[x] = basis[i * 128 + x * 64 + 32];
 #pragma unroll
-        for (int n = 0; n < NT; ++n) {
-          mma(c[x][n], high.x, high.y, high.z, high.w, b[n].x, b[n].y);
-          mma(c[x][n], high.x, high.y, high.z, high.w, b[n].z, b[n].w);
-          mma(c[x][n], low.x, low.y, low.z, low.w, b[n].x, b[n].y);
-        }
+      for (int n = 0; n < NT; ++n) {
+#pragma unroll
+        for (int x = 0; x < 2; ++x) mma(c[x][n], high[x].x, high[x].y, high[x].z, high[x].w, b[n].x, b[n].y);
+#pragma unroll
+        for (int x = 0; x < 2; ++x) mma(correction[x][n], high[x].x, high[x].y, high[x].z, high[x].w, b[n].z, b[n].w);
+#pragma unroll
+        for (int x = 0; x < 2; ++x) mma(correction[x][n], low[x].x, low[x].y, low[x].z, low[x].w, b[n].x, b[n].y);
       }
     }
+#pragma unroll
+    for (int x = 0; x < 2; ++x)
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) c[x][n][i] += correction[x][n][i];
   }
 
   // Scores to weights p * scale_v as operand B of the output's products; keeps the softmax state.
@@ -634,7 +627,7 @@ struct Kernel {
     const int past = item.past, window = a.sliding_window;
     // the last row of the tile has the latest window
     const int latest = window ? past + (item.tile * kRows + rows - 1) / group - window : -1;
-    if (first + 32 > past || first <= latest) {
+    if (first + kUnit > past || first <= latest) {
       const int token = first + 4 * g;
 #pragma unroll
       for (int i = 0; i < 4; ++i)
@@ -700,11 +693,11 @@ struct Kernel {
   __device__ __forceinline__ void output(const uint32_t (&v)[4][S::kVWords], const uint32_t (&weights)[2][NT][2]) {
     constexpr uint32_t kLow = 0x000f000f, kHigh = 0x00f000f0;
 #pragma unroll
-    for (int c = 0; c < S::kVWords; ++c)
+    for (int x = 0; x < 2; ++x)
 #pragma unroll
-      for (int u = 0; u < 2; ++u)
+      for (int c = 0; c < S::kVWords; ++c)
 #pragma unroll
-        for (int x = 0; x < 2; ++x) {
+        for (int u = 0; u < 2; ++u) {
           const uint32_t w0 = v[x][c] >> (8 * u), w1 = v[x + 2][c] >> (8 * u);
 #pragma unroll
           for (int n = 0; n < NT; ++n)
@@ -765,9 +758,9 @@ struct Kernel {
       s.row_sum[r] = past + s.current_sum[r] * exp2f(s.current_max[r] - high);
     }
     __syncthreads();
-    for (int round = 0; round < kWarps / kRedSlots; ++round) {
-      if (warp / kRedSlots == round) {
-        float* mine = s.red + warp % kRedSlots * (kRows * S::kPitch);
+    for (int round = 0; round < kWarps / S::kRedSlots; ++round) {
+      if (warp / S::kRedSlots == round) {
+        float* mine = s.red + warp % S::kRedSlots * (kRows * S::kPitch);
 #pragma unroll
         for (int n = 0; n < NT; ++n)
 #pragma unroll
@@ -795,7 +788,7 @@ struct Kernel {
       float4 x = {fmaf(shift.x, past, low), fmaf(shift.y, past, low), fmaf(shift.z, past, low),
                   fmaf(shift.w, past, low)};
 #pragma unroll
-      for (int w = 0; w < kRedSlots; ++w) {
+      for (int w = 0; w < S::kRedSlots; ++w) {
         const float4 y = *reinterpret_cast<const float4*>(s.red + (w * kRows + r) * S::kPitch + d);
         x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
       }
@@ -836,35 +829,81 @@ struct Kernel {
     }
     __syncthreads();
     if (!s.misc[2]) return;
-    for (int i = threadIdx.x; i < rows * (D / 4); i += S::kThreads) {
-      const int r = i / (D / 4), d = i % (D / 4) * 4;
-      float high = kLowest;
-#pragma unroll 4
-      for (int c = 0; c < parts; ++c) high = fmaxf(high, __ldcg(partial(first + c, c == 0) + kRows * D + r));
+    // Weights of the parts, then their sum, split over as many threads as there are: the latency of the loads is all
+    // there is to it.
+    float* weight = s.red;                          // [parts][rows]
+    float* share = s.red + kRows * (kMaxCtas / 8);  // of a row's parts: [kRows * D / 4][4] floats for every split
+    constexpr int kMost = kMaxCtas / 8;
+    constexpr int kColumns = D / 4;
+    const int splits = max(S::kThreads / (rows * kColumns), 1);
+    const bool few = parts <= kMost;
+    for (int r = warp; r < rows; r += kWarps) {
+      float high = kLowest, total_weight = 0;
+      for (int c = lane; c < parts; c += 32) high = fmaxf(high, __ldcg(partial(first + c, c == 0) + kRows * D + r));
+      high = warp_max(high);
+      for (int c = lane; c < parts; c += 32) {
+        const float* from = partial(first + c, c == 0) + kRows * D + r;
+        const float f = exp2f(__ldcg(from) - high);
+        total_weight += f * __ldcg(from + kRows);
+        if (few) weight[c * kRows + r] = f;
+      }
+      total_weight = warp_sum(total_weight);
+      if (lane == 0) {
+        s.row_max[r] = high, s.row_sum[r] = total_weight;
+        write_lse(r, high, total_weight);
+      }
+    }
+    __syncthreads();
+    const auto add = [&](int r, int d, int from, int to) -> float4 {
       float4 x = {0, 0, 0, 0};
-      float weight = 0;
-#pragma unroll 4
-      for (int c = 0; c < parts; ++c) {
-        const float* from = partial(first + c, c == 0);
-        const float f = exp2f(__ldcg(from + kRows * D + r) - high);
-        const float4 y = __ldcg(reinterpret_cast<const float4*>(from + r * D + d));
-        weight += f * __ldcg(from + kRows * (D + 1) + r);
+#pragma unroll 8
+      for (int c = from; c < to; ++c) {
+        const float* part = partial(first + c, c == 0);
+        const float f = few ? weight[c * kRows + r] : exp2f(__ldcg(part + kRows * D + r) - s.row_max[r]);
+        const float4 y = __ldcg(reinterpret_cast<const float4*>(part + r * D + d));
         x.x += f * y.x, x.y += f * y.y, x.z += f * y.z, x.w += f * y.w;
       }
-      write_row4(r, d, x, 1 / weight);
-      if (d == 0) write_lse(r, high, weight);
+      return x;
+    };
+    if (!few || splits == 1) {
+      for (int i = threadIdx.x; i < rows * kColumns; i += S::kThreads) {
+        const int r = i / kColumns, d = i % kColumns * 4;
+        write_row4(r, d, add(r, d, 0, parts), 1 / s.row_sum[r]);
+      }
+      return;
     }
+    const int i = threadIdx.x % (rows * kColumns), split = threadIdx.x / (rows * kColumns);
+    const int r = i / kColumns, d = i % kColumns * 4;
+    float4 x = {0, 0, 0, 0};
+    if (split < splits) x = add(r, d, parts * split / splits, parts * (split + 1) / splits);
+    if (split > 0 && split < splits) *reinterpret_cast<float4*>(share + ((split - 1) * rows * kColumns + i) * 4) = x;
+    __syncthreads();
+    if (split > 0) return;
+    for (int k = 1; k < splits; ++k) {
+      const float4 y = *reinterpret_cast<const float4*>(share + ((k - 1) * rows * kColumns + i) * 4);
+      x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
+    }
+    write_row4(r, d, x, 1 / s.row_sum[r]);
+  }
+
+  __device__ void copy_async(uint4* to, const uint32_t* from, int count) const {
+    for (int i = threadIdx.x; i < count; i += S::kThreads)
+      asm volatile(
+          "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to + i))),
+          "l"(reinterpret_cast<const uint4*>(from) + i));
   }
 
   __device__ void run() {
+    copy_async(s.basis, p.basis, steps * 512);
+    copy_async(s.chebyshev, p.chebyshev, p.slow_steps * 64);
     make_plan();
     if (static_cast<int>(blockIdx.x) >= plan.ctas) return;
     const int begin = plan.start(blockIdx.x), end = plan.start(blockIdx.x + 1);
 
     Cursor cursor;
     cursor.next_unit = begin, cursor.end_unit = end, cursor.segment = -1;
-    cursor.unit = cursor.first = cursor.end = 0;
-    cursor.item.end = 0;
+    cursor.unit = cursor.end = 0;
+    cursor.item.first = cursor.item.past = 0;
     Group now, next;
     uint32_t k[S::kKWords][4], v[4][S::kVWords], k_meta[4], v_meta[4];
     bool more = advance(cursor, now);
@@ -874,24 +913,26 @@ struct Kernel {
       load_v(now, v);
       more = advance(cursor, next);
     }
-    for (int i = threadIdx.x; i < 4 * steps * 4 * 32; i += S::kThreads)
-      s.basis[i] = __ldg(reinterpret_cast<const uint4*>(p.basis) + i);
-    for (int i = threadIdx.x; i < p.slow_slots * 16; i += S::kThreads) s.chebyshev[i] = p.chebyshev[i];
-
     uint4* coef = s.coef + warp * (NT * steps * 32);
     int segment = 0;
     for (int u = begin; u < end; ++segment) {
       item = decode(u, end);
       u += item.end - item.begin;
       const bool with_current = item.end == item.units;
-      prepare_rows(with_current);
+      if (a.dtype == kBFloat16)
+        prepare_rows<__nv_bfloat16>(with_current);
+      else if (a.dtype == kFloat16)
+        prepare_rows<__half>(with_current);
+      else
+        prepare_rows<float>(with_current);
+      if (segment == 0) asm volatile("cp.async.wait_all;" ::: "memory");
       __syncthreads();
       start_rows();
       int chunk = -1;
       while (now.segment == segment) {
         if (steps && now.first / kChunk != chunk) {
           chunk = now.first / kChunk;
-          make_coefficients(p, s.ab, s.angle + warp * slots, coef, s.chebyshev, chunk * kChunk + kChunk / 2, lane);
+          make_coefficients(chunk * kChunk + kChunk / 2, coef);
         }
         float c[2][NT][4], shift[2][NT][4];
         uint32_t weights[2][NT][2];
@@ -914,7 +955,7 @@ struct Kernel {
 };
 
 template <int D, int NT>
-__global__ void __launch_bounds__(Shape<D, NT>::kThreads, 1)
+__global__ void __launch_bounds__(Shape<D, NT>::kThreads, Shape<D, NT>::kCtasPerSm)
     paged_attention(const __grid_constant__ WkvCudaAttention a, const __grid_constant__ WkvCudaParams p) {
   extern __shared__ __align__(16) char memory[];
   Kernel<D, NT>(a, p, memory).run();
@@ -923,9 +964,9 @@ __global__ void __launch_bounds__(Shape<D, NT>::kThreads, 1)
 template <int D, int NT>
 cudaError_t launch(const WkvCudaAttention& a, const WkvCudaParams& p, cudaStream_t stream) {
   Shared unused;
-  const int steps = p.fast_steps + (p.slow_slots > 0);
+  const int steps = p.fast_steps + (p.slow_steps > 0);
   const int64_t bytes =
-      Shared::carve<Shape<D, NT>>(&unused, nullptr, steps, 8 * p.fast_steps + p.slow_slots, p.slow_slots, a.num_seqs);
+      Shared::carve<Shape<D, NT>>(&unused, nullptr, steps, 8 * (p.fast_steps + p.slow_steps), p.slow_steps, a.num_seqs);
   static int64_t allowed[64] = {};
   int device = 0;
   if (cudaError_t e = cudaGetDevice(&device)) return e;
@@ -935,7 +976,8 @@ cudaError_t launch(const WkvCudaAttention& a, const WkvCudaParams& p, cudaStream
       return e;
     allowed[device % 64] = bytes;
   }
-  paged_attention<D, NT><<<a.num_ctas, Shape<D, NT>::kThreads, bytes, stream>>>(a, p);
+  paged_attention<D, NT>
+      <<<std::min(a.num_sms * Shape<D, NT>::kCtasPerSm, kMaxCtas), Shape<D, NT>::kThreads, bytes, stream>>>(a, p);
   return cudaGetLastError();
 }
 
