@@ -22,7 +22,7 @@ from vllm_wkvquant.reference import KVParams, hadamard_block
 LIBRARY = Path(__file__).with_name("_wkvquant_cuda.so")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 HEAD_SIZES = (64, 96, 128, 256)
-CHUNK = 128  # csrc/cuda/paged_attention.cuh
+CHUNK = 256  # csrc/cuda/paged_attention.cuh
 CHEBYSHEV = 16
 SLOW = 5.0  # largest angle over half a chunk that 16 Chebyshev polynomials stand for; csrc/cpu/prepare.cpp
 
@@ -32,7 +32,7 @@ class Params(Structure):
 
     _fields_ = [
         *[(name, c_void_p) for name in ("query_scale", "key_scale", "k_shift", "v_shift", "rope_turns")],
-        *[(name, c_void_p) for name in ("basis", "slots", "slot_turns", "chebyshev")],
+        *[(name, c_void_p) for name in ("basis", "slots", "slot_shift", "slot_turns", "chebyshev")],
         *[(name, c_int32) for name in ("num_kv_heads", "head_size", "rotary_pairs", "hadamard")],
         *[(name, c_int32) for name in ("fast_steps", "slow_steps")],
     ]
@@ -155,9 +155,12 @@ def _make(params: KVParams) -> Prepared:
     slots = torch.full((8 * (fast_steps + slow_steps),), -1, dtype=torch.int64)
     slots[: fast.numel()] = fast
     slots[8 * fast_steps : 8 * fast_steps + slow.numel()] = slow
-    slot_turns = torch.where(slots >= 0, turns[slots.clamp_min(0)], 0) if pairs else slots
-    x = torch.arange(CHUNK, dtype=torch.float64) - half
-    functions = torch.zeros(CHUNK, 16 * (fast_steps + (slow_steps > 0)), dtype=torch.float64)
+    padding, slots = slots < 0, slots.clamp_min(0)
+    slot_turns = turns[slots] if pairs else slots
+    slot_shift = torch.stack([shift[:, slots], shift[:, (slots + pairs) % head_size]], -1)
+    slot_shift[:, padding] = 0
+    x = torch.arange(CHUNK // 2, dtype=torch.float64) + 0.5  # the other half of the chunk mirrors this one
+    functions = torch.zeros(CHUNK // 2, 16 * (fast_steps + (slow_steps > 0)), dtype=torch.float64)
     functions[:, 0 : 2 * fast.numel() : 2] = (x[:, None] * theta[fast]).cos()
     functions[:, 1 : 2 * fast.numel() : 2] = (x[:, None] * theta[fast]).sin()
     chebyshev = torch.zeros(CHEBYSHEV, 16 * slow_steps, dtype=torch.float64)
@@ -177,6 +180,7 @@ def _make(params: KVParams) -> Prepared:
         "rope_turns": turns,
         "basis": _operand_a(token, token + 1, functions).transpose(1, 2),
         "slots": slots.int(),
+        "slot_shift": slot_shift.float(),
         "slot_turns": slot_turns,
         "chebyshev": _operand_a(degree, degree + 8, chebyshev),
     }
@@ -268,6 +272,7 @@ def _check_cache(kv_cache: torch.Tensor, like: Prepared) -> None:
         and shape[3] == expected
         and kv_cache.stride()[1:] == (shape[2] * expected, expected, 1)
         and kv_cache.stride(0) % 16 == 0
+        and kv_cache.stride(0) < 1 << 32
         and kv_cache.data_ptr() % 16 == 0
         and kv_cache.device == like.device
     ):

@@ -3,6 +3,8 @@
 // the host.
 #pragma once
 
+#include <vector_types.h>
+
 #include <cstdint>
 
 #define WKV_API __attribute__((visibility("default")))
@@ -13,18 +15,20 @@ enum WkvDtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 // KV parameters of a layer in the form the kernels use (native_cuda.prepare makes them).
 //
-// The shift's part of a score is a sum over a basis of functions of the position inside a chunk of 128 tokens, times
+// The shift's part of a score is a sum over a basis of functions of the position inside a chunk of 256 tokens, times
 // coefficients of the query at the centre of the chunk (csrc/cpu/prepare.cpp has the derivation). `slots` lists rotary
-// pairs, -1 where a slot is padding: first 8 * fast_steps pairs whose cos and sin are tabulated, then 8 * slow_steps
-// pairs that share one step of 16 Chebyshev polynomials, whose coefficients are one more product.
+// pairs, 0 and no shift where a slot is padding: first 8 * fast_steps pairs whose cos and sin are tabulated, then 8 *
+// slow_steps pairs that share one step of 16 Chebyshev polynomials, whose coefficients are one more product.
 struct WkvCudaParams {
   const float* query_scale;   // [num_kv_heads, head_size] k_smooth over the norm of the Hadamard rotation
   const float* key_scale;     // [num_kv_heads, head_size] 1 / k_smooth over that norm
   const float* k_shift;       // [num_kv_heads, head_size], rotary channels times rope_scaling
   const float* v_shift;       // [num_kv_heads, head_size]
   const int64_t* rope_turns;  // [rotary_pairs], 2^64 a turn
-  const uint32_t* basis;  // [4 groups of 32 positions][steps][2 m-tiles][high, low][32 lanes][4] half2, mma operand A
-  const int32_t* slots;   // [8 * (fast_steps + slow_steps)]
+  const uint32_t* basis;      // [4 groups of 32 positions from the chunk's centre][steps][2 m-tiles][high, low][32
+                              // lanes][4] half2, mma operand A
+  const int32_t* slots;       // [8 * (fast_steps + slow_steps)]
+  const float2* slot_shift;   // [num_kv_heads, slots] k_shift of the two channels of a pair
   const int64_t* slot_turns;  // the same
   const uint32_t* chebyshev;  // [slow_steps][high, low][32 lanes][4] half2, mma operand A: degree x (pair, cos or sin)
   int32_t num_kv_heads;

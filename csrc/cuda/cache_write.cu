@@ -2,6 +2,8 @@
 //
 // A warp takes one token over some of its heads, so that the angles are made once. Lane l holds dimensions
 // 4 (l + 32 i) .. + 3: half a K word (its pair lane has the other half) and one V halfword.
+#include <type_traits>
+
 #include "common.cuh"
 
 namespace wkvquant {
@@ -9,25 +11,26 @@ namespace {
 
 constexpr int kWarps = 4;
 
-__device__ __forceinline__ void load4(const void* base, int dtype, int64_t index, float* x) {
-  if (dtype == kFloat32) {
-    const float* p = static_cast<const float*>(base) + index;
-#pragma unroll
-    for (int b = 0; b < 4; ++b) x[b] = p[b];
-    return;
-  }
-  const uint16_t* p = static_cast<const uint16_t*>(base) + index;
-  uint16_t raw[4];
-  if (reinterpret_cast<uintptr_t>(p) % 8 == 0) {
-    *reinterpret_cast<uint2*>(raw) = *reinterpret_cast<const uint2*>(p);
+template <class T>
+__device__ __forceinline__ void load4(const T* p, float* x) {
+  T raw[4];
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(raw) == 0) {
+    using Vector = typename std::conditional<sizeof(T) == 4, uint4, uint2>::type;
+    *reinterpret_cast<Vector*>(raw) = *reinterpret_cast<const Vector*>(p);
   } else {
 #pragma unroll
     for (int b = 0; b < 4; ++b) raw[b] = p[b];
   }
 #pragma unroll
-  for (int b = 0; b < 4; ++b)
-    x[b] = dtype == kBFloat16 ? __bfloat162float(__ushort_as_bfloat16(raw[b])) : __half2float(__ushort_as_half(raw[b]));
+  for (int b = 0; b < 4; ++b) x[b] = to_float(raw[b]);
 }
+
+// Order of floats as integers, and back: one instruction then finds the least or the largest of a warp.
+__device__ __forceinline__ int ordered(float x) {
+  const int i = __float_as_int(x);
+  return i ^ (i >> 31 & 0x7fffffff);
+}
+__device__ __forceinline__ float unordered(int i) { return __int_as_float(i ^ (i >> 31 & 0x7fffffff)); }
 
 // Codes of a row and its (scale, minimum) as two fp16.
 template <int N>
@@ -36,7 +39,8 @@ __device__ __forceinline__ uint32_t quantize(const float (&x)[4 * N], bool activ
   if (active)
 #pragma unroll
     for (int i = 0; i < 4 * N; ++i) low = fminf(low, x[i]), high = fmaxf(high, x[i]);
-  low = warp_min(low), high = warp_max(high);
+  low = unordered(__reduce_min_sync(kFull, ordered(low)));
+  high = unordered(__reduce_max_sync(kFull, ordered(high)));
   const __half minimum = __float2half_rn(fminf(fmaxf(low, -65504.0f), 65504.0f));
   const __half scale = __float2half_rn(fminf(__fdiv_rn(high - low, 15.0f), 65504.0f));
   const float step = __half2float(scale), offset = __half2float(minimum);
@@ -53,7 +57,7 @@ __device__ __forceinline__ uint32_t quantize(const float (&x)[4 * N], bool activ
   return __half_as_ushort(scale) | static_cast<uint32_t>(__half_as_ushort(minimum)) << 16;
 }
 
-template <int D>
+template <int D, class T>
 __global__ void __launch_bounds__(kWarps * 32)
     cache_write(const __grid_constant__ WkvCudaCacheWrite a, const __grid_constant__ WkvCudaParams p,
                 int heads_per_warp) {
@@ -78,7 +82,7 @@ __global__ void __launch_bounds__(kWarps * 32)
       const int d = 4 * (lane + 32 * (i / 4)) + i % 4;
       const int j = d < pairs ? d : d - pairs;
       float2 r = {1, 0};
-      if (active && j < pairs) r = cos_sin(position, p.rope_turns[j]);
+      if (active && j < pairs) r = cos_sin(static_cast<uint64_t>(position) * static_cast<uint64_t>(p.rope_turns[j]));
       cosine[i] = r.x;
       sine[i] = d < pairs ? -r.y : r.y;
     }
@@ -90,8 +94,8 @@ __global__ void __launch_bounds__(kWarps * 32)
     for (int i = 0; i < N; ++i) {
       const int d = 4 * (lane + 32 * i);
       if (active) {
-        load4(a.key, a.dtype, token * a.key_stride[0] + head * a.key_stride[1] + d, k + 4 * i);
-        load4(a.value, a.dtype, token * a.value_stride[0] + head * a.value_stride[1] + d, v + 4 * i);
+        load4(static_cast<const T*>(a.key) + token * a.key_stride[0] + head * a.key_stride[1] + d, k + 4 * i);
+        load4(static_cast<const T*>(a.value) + token * a.value_stride[0] + head * a.value_stride[1] + d, v + 4 * i);
       } else {
 #pragma unroll
         for (int b = 0; b < 4; ++b) k[4 * i + b] = v[4 * i + b] = 0;
@@ -145,7 +149,12 @@ cudaError_t launch(const WkvCudaCacheWrite& a, const WkvCudaParams& p, cudaStrea
   // few tokens: a warp for every head; many: enough warps without
   const int heads_per_warp = a.num_tokens * p.num_kv_heads <= 8192 ? 1 : a.num_tokens <= 4096 ? 2 : 4;
   const dim3 grid((a.num_tokens + kWarps - 1) / kWarps, (p.num_kv_heads + heads_per_warp - 1) / heads_per_warp);
-  cache_write<D><<<grid, kWarps * 32, 0, stream>>>(a, p, heads_per_warp);
+  if (a.dtype == kBFloat16)
+    cache_write<D, __nv_bfloat16><<<grid, kWarps * 32, 0, stream>>>(a, p, heads_per_warp);
+  else if (a.dtype == kFloat16)
+    cache_write<D, __half><<<grid, kWarps * 32, 0, stream>>>(a, p, heads_per_warp);
+  else
+    cache_write<D, float><<<grid, kWarps * 32, 0, stream>>>(a, p, heads_per_warp);
   return cudaGetLastError();
 }
 

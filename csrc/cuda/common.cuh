@@ -24,12 +24,10 @@ __device__ __forceinline__ void store_element(void* base, int dtype, int64_t ind
     static_cast<float*>(base)[index] = x;
 }
 
-// sin and cos of position * turns, the angle as an exact fraction of a turn.
-__device__ __forceinline__ float2 cos_sin(int64_t position, int64_t turns) {
-  const uint64_t angle = static_cast<uint64_t>(position) * static_cast<uint64_t>(turns);
-  const float half_turns = static_cast<float>(static_cast<int32_t>(angle >> 32)) * 0x1p-31f;
+// cos and sin of an angle in units of 2^-64 turns.
+__device__ __forceinline__ float2 cos_sin(uint64_t angle) {
   float s, c;
-  sincospif(half_turns, &s, &c);
+  sincospif(static_cast<float>(static_cast<int32_t>(angle >> 32)) * 0x1p-31f, &s, &c);
   return {c, s};
 }
 
@@ -42,12 +40,6 @@ __device__ __forceinline__ float warp_sum(float x) {
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
   for (int i = 16; i; i /= 2) x = fmaxf(x, __shfl_xor_sync(kFull, x, i));
-  return x;
-}
-
-__device__ __forceinline__ float warp_min(float x) {
-#pragma unroll
-  for (int i = 16; i; i /= 2) x = fminf(x, __shfl_xor_sync(kFull, x, i));
   return x;
 }
 

@@ -1,7 +1,7 @@
 // Past tokens from the page and the step's own tokens as they came -> output.
 //
 //     item      (sequence, KV head, row tile); row = query token x query head of the group, up to 8 * NT rows a tile
-//     unit      32 past tokens of an item; four in a row, a chunk, share the coefficients of the shift
+//     unit      32 past tokens of an item; eight in a row, a chunk, share the coefficients of the shift
 //     CTA       an equal run of the list of all units of all items; an item that straddles CTAs is combined, through
 //     the
 //               workspace, by whichever of them finishes last
@@ -36,11 +36,20 @@
 
 namespace wkvquant {
 
+#ifdef WKV_PROFILE
+#define STAMP(i)                                                                 \
+  if (threadIdx.x == 0)                                                          \
+  reinterpret_cast<long long*>(static_cast<char*>(a.workspace) + kCounterBytes + \
+                               2 * kMaxCtas * partial_floats(kMaxRows, 256) * 4)[blockIdx.x * 16 + i] = clock64()
+#else
+#define STAMP(i)
+#endif
+
 #ifndef WKV_WARPS
 #define WKV_WARPS 6
 #endif
 
-constexpr int kChunk = 128;
+constexpr int kChunk = 256;
 constexpr int kUnit = 32;
 constexpr float kBoost = 4;
 constexpr float kLowest = -1e30f;
@@ -76,6 +85,7 @@ struct Shared {
   uint4* coef;       // [warps][NT][steps][32]
   float2* ab;        // [rows][slots] coefficients of cos and sin at position 0
   float2* angle;     // [warps][slots] cos and sin at the chunk's centre
+  float* v_shift;    // [D]
   float* raw;        // [rows][D] the query, then the current tokens' part of the output
   float* red;        // [kRedSlots][rows][pitch]
   uint4* chebyshev;  // [slow steps][2][32]
@@ -96,7 +106,8 @@ struct Shared {
     };
     constexpr int R = S::kRows, W = S::kWarps, D = S::kHeadSize;
     take(s->basis, 4 * steps * 4 * 32), take(s->query, R * D / 8), take(s->coef, W * S::kTiles * steps * 32);
-    take(s->ab, R * slots), take(s->angle, W * slots), take(s->raw, R * D), take(s->red, S::kRedSlots * R * S::kPitch);
+    take(s->ab, R * slots), take(s->angle, W * slots), take(s->v_shift, D), take(s->raw, R * D),
+        take(s->red, S::kRedSlots * R * S::kPitch);
     take(s->chebyshev, slow_steps * 64);
     take(s->factor, R), take(s->total, R), take(s->shift_factor, R), take(s->constant, R);
     take(s->current_max, R), take(s->current_sum, R);
@@ -157,8 +168,12 @@ __device__ __forceinline__ void split_half2(float a, float b, uint32_t& high, ui
   low = pack_half2(a - f.x, b - f.y);
 }
 
-// Power of two that brings x to [2^13, 2^14), as its exponent; 0 for zero.
-__device__ __forceinline__ int scale_exponent(float x) { return x > 0 ? max(ilogbf(x) - 13, -100) : 0; }
+__device__ __forceinline__ float power_of_two(int e) { return __int_as_float((e + 127) << 23); }
+
+// Power of two that brings x to [2^13, 2^14), as its exponent.
+__device__ __forceinline__ int scale_exponent(float x) {
+  return min(max((__float_as_int(x) >> 23) - (127 + 13), -80), 80);
+}
 
 // Division by a small constant, exact for numerators below 2^17 and divisors below 2^15.
 struct FastDivide {
@@ -182,6 +197,46 @@ struct Item {
   int u;                     // the item's unit 0 in the list of all units
 };
 
+__device__ __forceinline__ int first_visible(int past, int window) { return window ? max(past - window + 1, 0) : 0; }
+
+__device__ __forceinline__ int units_of(int past, int window) {
+  return max((past + kUnit - 1) / kUnit - first_visible(past, window) / kUnit, 1);
+}
+
+// The item of unit `u`, and its units from there up to `end`. Not inlined: it runs seldom, and code costs time, too.
+static __device__ __noinline__ Item decode(const int* prefix, const int4* sequence, int num_seqs, int window, int group,
+                                           int rows_of_tile, int u, int end) {
+  Item x;
+  int low = 0, high = num_seqs - 1;  // the last sequence whose prefix is <= u: it has units
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (prefix[middle] <= u)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  x.seq = low;
+  const int4 lengths = sequence[low];
+  x.past = lengths.x, x.query = lengths.y, x.queries = lengths.z;
+  x.units = units_of(x.past, window);
+  x.first = first_visible(x.past, window) / kUnit;
+  const int inside = u - prefix[low], index = inside / x.units;
+  const int tiles = (x.queries * group + rows_of_tile - 1) / rows_of_tile;
+  x.head = index / tiles;
+  x.tile = index - x.head * tiles;
+  x.begin = inside - index * x.units;
+  x.end = min(x.units, x.begin + end - u);
+  x.u = u - x.begin;
+  return x;
+}
+
+static __device__ __noinline__ void store_row4(void* out, int dtype, int64_t at, float4 x, float factor) {
+  store_element(out, dtype, at, x.x * factor);
+  store_element(out, dtype, at + 1, x.y * factor);
+  store_element(out, dtype, at + 2, x.z * factor);
+  store_element(out, dtype, at + 3, x.w * factor);
+}
+
 template <int D, int NT>
 struct Kernel {
   using S = Shape<D, NT>;
@@ -194,7 +249,7 @@ struct Kernel {
   const int warp, lane, g, t;
   const int group, steps, slots;
   const FastDivide tiles_per_block;
-  const PageLayout layout;
+  const uint32_t page_bytes, block_stride;  // of a (block, head), of a block
 
   // Of the row tile.
   Item item;
@@ -207,8 +262,9 @@ struct Kernel {
 
   // 32 tokens and where they lie, for this lane. The lane's K tile and V tile may be in different pages.
   struct Group {
-    int segment, first, head, last_tile;
-    int k_page, v_page, k_tile, v_tile;
+    int segment, first;
+    int k_page, v_page;
+    uint32_t k_offset, meta_offset, v_offset;  // in a block
   };
   // Walks this warp's groups over all of the CTA's items.
   struct Cursor {
@@ -229,32 +285,27 @@ struct Kernel {
         steps(params.fast_steps + (params.slow_steps > 0)),
         slots(8 * (params.fast_steps + params.slow_steps)),
         tiles_per_block(args.block_size / kTile),
-        layout{D, args.block_size} {
+        page_bytes(args.block_size * (D + 8)),
+        block_stride(static_cast<uint32_t>(args.block_stride)) {
     Shared::carve<S>(&s, memory, steps, slots, params.slow_steps, args.num_seqs);
-  }
-
-  __device__ __forceinline__ int first_visible(int past) const {
-    return a.sliding_window ? max(past - a.sliding_window + 1, 0) : 0;
-  }
-
-  __device__ __forceinline__ int units_of(int past) const {
-    return max((past + kUnit - 1) / kUnit - first_visible(past) / kUnit, 1);
   }
 
   __device__ __forceinline__ int tiles_of(int queries) const { return (queries * group + kRows - 1) / kRows; }
 
-  // Lengths of the sequences and the units before each. The first 32 sequences of a warp's share are scanned at a time.
+  // Lengths of the sequences and the units before each. An item costs about as much as four units.
   __device__ void make_plan() {
     if (warp == 0) {
       const int64_t most = static_cast<int64_t>(a.max_blocks) * a.block_size;
-      int before = 0;
+      int before = 0, items = 0;
       for (int i = lane; i - lane < a.num_seqs; i += 32) {
         int units = 0;
         if (i < a.num_seqs) {
           const int query = a.query_start_loc[i], next = a.query_start_loc[i + 1], length = a.seq_lens[i];
           const int queries = next > query && next <= a.num_tokens ? next - query : 0;
           const int past = static_cast<int>(min(static_cast<int64_t>(max(length - queries, 0)), most));
-          if (queries) units = units_of(past) * tiles_of(queries) * p.num_kv_heads;
+          const int own = tiles_of(queries) * p.num_kv_heads;
+          items += own;
+          units = own ? units_of(past, a.sliding_window) * own : 0;
           s.sequence[i] = {past, query, queries, 0};
         }
         int scan = units;
@@ -266,36 +317,16 @@ struct Kernel {
         if (i < a.num_seqs) s.prefix[i] = before + scan - units;
         before += __shfl_sync(kFull, scan, 31);
       }
-      if (lane == 0) s.prefix[a.num_seqs] = before;
+      items = __reduce_add_sync(kFull, items);
+      if (lane == 0) s.prefix[a.num_seqs] = before, s.misc[0] = items;
     }
     __syncthreads();
     plan.units = s.prefix[a.num_seqs];
-    plan.ctas = min(static_cast<int>(gridDim.x), plan.units);
+    plan.ctas = min(static_cast<int>(gridDim.x), max(s.misc[0], (plan.units + 3) / 4));
   }
 
-  // The item of unit `u`, and its units from there up to `end`.
-  __device__ Item decode(int u, int end) const {
-    Item x;
-    int low = 0, high = a.num_seqs - 1;  // the last sequence whose prefix is <= u: it has units
-    while (low < high) {
-      const int middle = (low + high + 1) / 2;
-      if (s.prefix[middle] <= u)
-        low = middle;
-      else
-        high = middle - 1;
-    }
-    x.seq = low;
-    const int4 lengths = s.sequence[low];
-    x.past = lengths.x, x.query = lengths.y, x.queries = lengths.z;
-    x.units = units_of(x.past);
-    x.first = first_visible(x.past) / kUnit;
-    const int inside = u - s.prefix[low], index = inside / x.units, tiles = tiles_of(x.queries);
-    x.head = index / tiles;
-    x.tile = index - x.head * tiles;
-    x.begin = inside - index * x.units;
-    x.end = min(x.units, x.begin + end - u);
-    x.u = u - x.begin;
-    return x;
+  __device__ __forceinline__ Item decode_at(int u, int end) const {
+    return decode(s.prefix, s.sequence, a.num_seqs, a.sliding_window, group, kRows, u, end);
   }
 
   __device__ __forceinline__ bool advance(Cursor& c, Group& out) const {
@@ -305,7 +336,7 @@ struct Kernel {
         out.segment = INT_MAX;
         return false;
       }
-      c.item = decode(c.next_unit, c.end_unit);
+      c.item = decode_at(c.next_unit, c.end_unit);
       ++c.segment;
       const int count = c.item.end - c.item.begin;
       c.next_unit += count;
@@ -314,50 +345,48 @@ struct Kernel {
     }
     out.segment = c.segment;
     out.first = (c.item.first + c.unit) * kUnit;
-    out.head = c.item.head;
     const int last = (c.item.past - 1) / kTile;
     const int k_tile = min(out.first / kTile + g / 4, last), v_tile = min(out.first / kTile + t / 2, last);
     const int k_block = tiles_per_block(k_tile), v_block = tiles_per_block(v_tile);
     const int32_t* table = a.block_table + c.item.seq * a.block_table_stride;
     out.k_page = table[k_block];
     out.v_page = table[v_block];
-    out.k_tile = k_tile - k_block * tiles_per_block.divisor;
-    out.v_tile = v_tile - v_block * tiles_per_block.divisor;
+    const uint32_t k_inside = k_tile - k_block * tiles_per_block.divisor;
+    const uint32_t v_inside = v_tile - v_block * tiles_per_block.divisor;
+    const uint32_t slice = c.item.head * page_bytes;
+    out.k_offset = slice + k_inside * (8 * D) + t * 64 + g % 4 * 16;
+    out.meta_offset = slice + D * a.block_size + k_inside * (4 * kTile) + g % 4 * 16;
+    out.v_offset = slice + D / 2 * a.block_size + v_inside * (8 * D) + t % 2 * (4 * D) + 4 * S::word(0, g);
     return true;
   }
 
-  __device__ __forceinline__ const uint8_t* page(int index, int head) const {
+  __device__ __forceinline__ const uint8_t* block(int index) const {
     const uint32_t last = static_cast<uint32_t>(a.num_blocks) - 1;
-    return a.kv_cache + min(static_cast<uint32_t>(index), last) * a.block_stride + head * layout.nbytes();
+    return a.kv_cache + static_cast<uint64_t>(min(static_cast<uint32_t>(index), last)) * block_stride;
   }
 
   // Words t, t + 4, .. of tokens 4g .. 4g + 3.
   __device__ __forceinline__ void load_k(const Group& x, uint32_t (&k)[S::kKWords][4]) const {
-    const uint8_t* base = page(x.k_page, x.head) + x.k_tile * (8 * D) + t * 64 + g % 4 * 16;
+    const uint8_t* base = block(x.k_page) + x.k_offset;
 #pragma unroll
     for (int j = 0; j < S::kKWords; ++j) load_words<4>(base + j * 256, k[j]);
   }
 
   __device__ __forceinline__ void load_meta(const Group& x, uint32_t (&k)[4], uint32_t (&v)[4]) const {
-    const uint8_t* base = page(x.k_page, x.head) + layout.k_meta() + (x.k_tile * kTile + g % 4 * 4) * 4;
+    const uint8_t* base = block(x.k_page) + x.meta_offset;
     load_words<4>(base, k);
-    load_words<4>(base + 4 * layout.block_size, v);
+    load_words<4>(base + 4 * a.block_size, v);
   }
 
   // Words of token pairs 4t .. 4t + 3.
   __device__ __forceinline__ void load_v(const Group& x, uint32_t (&v)[4][S::kVWords]) const {
-    const uint8_t* base = page(x.v_page, x.head) + layout.v_codes() + x.v_tile * (8 * D) + t % 2 * 4 * D;
+    const uint8_t* base = block(x.v_page) + x.v_offset;
+    constexpr int kRun = D == 64 ? 2 : D == 96 ? 1 : 4;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (D == 64)
-        load_words<2>(base + i * D + 4 * S::word(0, g), v[i]);
-      else if constexpr (D == 96)
+    for (int i = 0; i < 4; ++i)
 #pragma unroll
-        for (int c = 0; c < 3; ++c) load_words<1>(base + i * D + 4 * S::word(c, g), v[i] + c);
-      else
-#pragma unroll
-        for (int c = 0; c < S::kVWords; c += 4) load_words<4>(base + i * D + 4 * S::word(c, g), v[i] + c);
-    }
+      for (int c = 0; c < S::kVWords; c += kRun)
+        load_words<kRun>(base + i * D + 4 * (S::word(c, 0) - S::word(0, 0)), v[i] + c);
   }
 
   // ---- rows of an item -------------------------------------------------------------------------------------------
@@ -371,6 +400,8 @@ struct Kernel {
     const T* keys = static_cast<const T*>(a.key) + item.query * a.key_stride[0] + item.head * a.key_stride[1] + lane;
     const T* values =
         static_cast<const T*>(a.value) + item.query * a.value_stride[0] + item.head * a.value_stride[1] + lane;
+    for (int i = threadIdx.x; i < D; i += S::kThreads) s.v_shift[i] = p.v_shift[item.head * D + i];
+#pragma unroll 1
     for (int r = warp; r < kRows; r += kWarps) {
       __half* operand = reinterpret_cast<__half*>(s.query + r * (D / 8));
       if (r >= rows) {
@@ -385,7 +416,10 @@ struct Kernel {
       const int row = item.tile * kRows + r, own = row / group, head = item.head * group + row % group;
       const T* query =
           static_cast<const T*>(a.query) + (item.query + own) * a.query_stride[0] + head * a.query_stride[1] + lane;
-      float raw[N], x[N], key[N], out[N], largest = 0, fixed = 0;
+      constexpr int kSlots = (D / 2 + 8 + 31) / 32;  // of a lane
+      float raw[N], x[N], key[N], out[N], fixed_shift[N], largest = 0, fixed = 0;
+      int slot[kSlots];
+      float2 slot_shift[kSlots], ab[kSlots];
       float* saved = s.raw + r * D;
 #pragma unroll
       for (int i = 0; i < N; ++i) {
@@ -393,31 +427,34 @@ struct Kernel {
         x[i] = p.query_scale[item.head * D + lane + 32 * i];
         key[i] = to_float(keys[own * a.key_stride[0] + 32 * i]);
         out[i] = to_float(values[own * a.value_stride[0] + 32 * i]);
+        fixed_shift[i] = lane + 32 * i >= 2 * p.rotary_pairs ? shift[lane + 32 * i] : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < kSlots; ++i) {
+        const bool used = lane + 32 * i < slots;
+        slot[i] = used ? p.slots[lane + 32 * i] : 0;
+        slot_shift[i] = used ? p.slot_shift[item.head * slots + lane + 32 * i] : float2{0, 0};
       }
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         const int d = lane + 32 * i;
         x[i] *= raw[i];
-        if (d >= 2 * p.rotary_pairs) fixed += raw[i] * shift[d];
+        fixed += raw[i] * fixed_shift[i];
         saved[d] = raw[i];
       }
       __syncwarp();
       float size = 0;
-      for (int i = lane; i < slots; i += 32) {
-        const int j = p.slots[i];
-        float2 c = {0, 0};
-        if (j >= 0) {
-          const float u = saved[j], v = saved[j + p.rotary_pairs], x0 = shift[j], x1 = shift[j + p.rotary_pairs];
-          c = {u * x0 + v * x1, v * x0 - u * x1};
-        }
-        size += fabsf(c.x) + fabsf(c.y);
-        s.ab[r * slots + i] = c;
+#pragma unroll
+      for (int i = 0; i < kSlots; ++i) {
+        const float u = saved[slot[i]], v = saved[slot[i] + p.rotary_pairs];
+        ab[i] = {u * slot_shift[i].x + v * slot_shift[i].y, v * slot_shift[i].x - u * slot_shift[i].y};
+        size += fabsf(ab[i].x) + fabsf(ab[i].y);
       }
       const int f = scale_exponent(warp_sum(size));
-      for (int i = lane; i < slots; i += 32) {
-        const float2 c = s.ab[r * slots + i];
-        s.ab[r * slots + i] = {scalbnf(c.x, -f), scalbnf(c.y, -f)};
-      }
+      const float shrink = power_of_two(-f);
+#pragma unroll
+      for (int i = 0; i < kSlots; ++i)
+        if (lane + 32 * i < slots) s.ab[r * slots + lane + 32 * i] = {ab[i].x * shrink, ab[i].y * shrink};
       if (p.hadamard) {
         hadamard_lanes<32>(x, lane);
         hadamard_registers<kBlock / 32>(x);
@@ -426,19 +463,20 @@ struct Kernel {
       for (int i = 0; i < N; ++i) largest = fmaxf(largest, fabsf(x[i]));
       const int e = scale_exponent(warp_max(largest));
       float together = 0;
+      const float unit = power_of_two(-e);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         const int d = lane + 32 * i, b = d % 8;
-        const __half h = __float2half_rn(scalbnf(x[i], b >= 4 ? -e - 4 : -e));
+        const __half h = __float2half_rn(x[i] * (b >= 4 ? unit * 0.0625f : unit));
         operand[d - b + b / 2 + b % 2 * 4] = h;
         together += __half2float(h) * (b >= 4 ? 16.0f : 1.0f);
       }
       together = warp_sum(together);
       fixed = warp_sum(fixed);
       if (lane == 0) {
-        s.factor[r] = scalbnf(1, e + 24);
-        s.total[r] = scalbnf(together, e);
-        s.shift_factor[r] = scalbnf(1, f);
+        s.factor[r] = power_of_two(e + 24);
+        s.total[r] = together * power_of_two(e);
+        s.shift_factor[r] = power_of_two(f);
         s.constant[r] = fixed;
       }
       float high = kLowest, weight = 0;
@@ -456,7 +494,7 @@ struct Kernel {
             value[i] = to_float(values[j * a.value_stride[0] + 32 * i]);
           }
           score = warp_sum(score);
-          const float next = fmaxf(high, score), keep = exp2f(high - next), take = exp2f(score - next);
+          const float next = fmaxf(high, score), keep = exp2_fast(high - next), take = exp2_fast(score - next);
           high = next;
           weight = weight * keep + take;
 #pragma unroll
@@ -499,11 +537,17 @@ struct Kernel {
 
   // ---- past tokens -----------------------------------------------------------------------------------------------
 
+  // The angle at the chunk's centre, which is half a position before its position kChunk / 2.
+  __device__ static __forceinline__ uint64_t angle_at(int chunk, int64_t turns) {
+    return static_cast<uint64_t>(chunk * kChunk + kChunk / 2 - 1) * static_cast<uint64_t>(turns) +
+           static_cast<uint64_t>(turns >> 1);
+  }
+
   // Coefficients of the basis for the chunk, as operand B.
-  __device__ __forceinline__ void make_coefficients(int centre, uint4* coef) {
+  __device__ __forceinline__ void make_coefficients(int chunk, uint4* coef) {
     float2* angle = s.angle + warp * slots;
     __syncwarp();
-    for (int i = lane; i < slots; i += 32) angle[i] = cos_sin(centre, p.slot_turns[i]);
+    for (int i = lane; i < slots; i += 32) angle[i] = cos_sin(angle_at(chunk, p.slot_turns[i]));
     __syncwarp();
 #pragma unroll 1
     for (int n = 0; n < NT; ++n) {
@@ -578,12 +622,20 @@ struct Kernel {
       for (int n = 0; n < NT; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) c[x][n][i] = correction[x][n][i] = 0;
-    const uint4* basis = s.basis + first / 32 % 4 * (steps * 128) + lane;
+    // The basis is tabulated for the second half of the chunk. Cosines and even polynomials are the same in the first,
+    // sines and odd polynomials, the high halves of the coefficients, change sign, and tokens come in reverse order.
+    const int unit = first / kUnit % (kChunk / kUnit);
+    const bool mirror = unit < kChunk / kUnit / 2;
+    const uint32_t sign = mirror ? 0x80000000 : 0;
+    const uint4* basis = s.basis + (mirror ? 3 - unit : unit - 4) * (steps * 128) + (mirror ? lane ^ 28 : lane);
 #pragma unroll 2
     for (int i = 0; i < steps; ++i) {
       uint4 b[NT];
 #pragma unroll
-      for (int n = 0; n < NT; ++n) b[n] = coef[(n * steps + i) * 32 + lane];
+      for (int n = 0; n < NT; ++n) {
+        b[n] = coef[(n * steps + i) * 32 + lane];
+        b[n].x ^= sign, b[n].y ^= sign, b[n].z ^= sign, b[n].w ^= sign;
+      }
       uint4 high[2], low[2];
 #pragma unroll
       for (int x = 0; x < 2; ++x) high[x] = basis[i * 128 + x * 64], low[x] = basis[i * 128 + x * 64 + 32];
@@ -598,11 +650,13 @@ struct Kernel {
       }
     }
 #pragma unroll
-    for (int x = 0; x < 2; ++x)
+    for (int n = 0; n < NT; ++n)
 #pragma unroll
-      for (int n = 0; n < NT; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) c[x][n][i] += correction[x][n][i];
+      for (int i = 0; i < 4; ++i) {
+        const float one = c[0][n][i] + correction[0][n][i], other = c[1][n][i ^ 2] + correction[1][n][i ^ 2];
+        c[0][n][i] = mirror ? other : one;
+        c[1][n][i ^ 2] = mirror ? one : other;
+      }
   }
 
   // Scores to weights p * scale_v as operand B of the output's products; keeps the softmax state.
@@ -711,17 +765,14 @@ struct Kernel {
     const int row = item.tile * kRows + r;
     const int64_t at =
         (item.query + row / group) * a.out_stride[0] + (item.head * group + row % group) * a.out_stride[1] + d;
-    store_element(a.out, a.dtype, at, x.x * inverse);
-    store_element(a.out, a.dtype, at + 1, x.y * inverse);
-    store_element(a.out, a.dtype, at + 2, x.z * inverse);
-    store_element(a.out, a.dtype, at + 3, x.w * inverse);
+    store_row4(a.out, a.dtype, at, x, inverse);
   }
 
   __device__ void write_lse(int r, float top_of_row, float sum_of_row) const {
     if (!a.lse) return;
     const int row = item.tile * kRows + r;
     a.lse[(item.query + row / group) * a.lse_stride[0] + (item.head * group + row % group) * a.lse_stride[1]] =
-        (top_of_row + log2f(sum_of_row)) * kLn2;
+        (top_of_row + __log2f(sum_of_row)) * kLn2;
   }
 
   __device__ float* partial(int cta, int slot) const {
@@ -750,14 +801,15 @@ struct Kernel {
       float high = s.current_max[r], past = 0, low = 0;
       for (int w = 0; w < kWarps; ++w) high = fmaxf(high, s.warp_max[w * kRows + r]);
       for (int w = 0; w < kWarps; ++w) {
-        const float f = exp2f(s.warp_max[w * kRows + r] - high);
+        const float f = exp2_fast(s.warp_max[w * kRows + r] - high);
         past += f * s.warp_sum[w * kRows + r];
         low += f * s.warp_min[w * kRows + r];
       }
       s.row_max[r] = high, s.row_past[r] = past, s.row_min[r] = low;
-      s.row_sum[r] = past + s.current_sum[r] * exp2f(s.current_max[r] - high);
+      s.row_sum[r] = past + s.current_sum[r] * exp2_fast(s.current_max[r] - high);
     }
     __syncthreads();
+#pragma unroll 1
     for (int round = 0; round < kWarps / S::kRedSlots; ++round) {
       if (warp / S::kRedSlots == round) {
         float* mine = s.red + warp % S::kRedSlots * (kRows * S::kPitch);
@@ -766,7 +818,7 @@ struct Kernel {
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             const int r = 8 * n + 2 * t + j;
-            const float f = exp2f(top[n][j] - s.row_max[r]);
+            const float f = exp2_fast(top[n][j] - s.row_max[r]);
 #pragma unroll
             for (int m = 0; m < S::kMTiles; ++m) {
               float2* at = reinterpret_cast<float2*>(mine + r * S::kPitch + S::dimension(m, g));
@@ -781,10 +833,11 @@ struct Kernel {
     const bool whole = item.begin == 0 && item.end == item.units;
     const int slot = item.begin == 0;
     float* mine = partial(blockIdx.x, slot);
+#pragma unroll 1
     for (int i = threadIdx.x; i < rows * (D / 4); i += S::kThreads) {
       const int r = i / (D / 4), d = i % (D / 4) * 4;
       const float past = s.row_past[r], low = s.row_min[r];
-      const float4 shift = *reinterpret_cast<const float4*>(p.v_shift + item.head * D + d);
+      const float4 shift = *reinterpret_cast<const float4*>(s.v_shift + d);
       float4 x = {fmaf(shift.x, past, low), fmaf(shift.y, past, low), fmaf(shift.z, past, low),
                   fmaf(shift.w, past, low)};
 #pragma unroll
@@ -793,12 +846,12 @@ struct Kernel {
         x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
       }
       if (with_current) {
-        const float f = exp2f(s.current_max[r] - s.row_max[r]);
+        const float f = exp2_fast(s.current_max[r] - s.row_max[r]);
         const float4 y = *reinterpret_cast<const float4*>(s.raw + r * D + d);
         x.x += f * y.x, x.y += f * y.y, x.z += f * y.z, x.w += f * y.w;
       }
       if (whole)
-        write_row4(r, d, x, 1 / s.row_sum[r]);
+        write_row4(r, d, x, __fdividef(1, s.row_sum[r]));
       else
         *reinterpret_cast<float4*>(mine + r * D + d) = x;
     }
@@ -811,6 +864,7 @@ struct Kernel {
         mine[kRows * (D + 1) + r] = s.row_sum[r];
       }
     }
+    STAMP(6);
     if (!whole) combine();
     __syncthreads();
   }
@@ -828,62 +882,60 @@ struct Kernel {
       __threadfence();
     }
     __syncthreads();
+    STAMP(7);
     if (!s.misc[2]) return;
-    // Weights of the parts, then their sum, split over as many threads as there are: the latency of the loads is all
-    // there is to it.
-    float* weight = s.red;                          // [parts][rows]
-    float* share = s.red + kRows * (kMaxCtas / 8);  // of a row's parts: [kRows * D / 4][4] floats for every split
-    constexpr int kMost = kMaxCtas / 8;
+    // As many threads as there are share the parts of a row: there is nothing to it but the latency of the loads.
     constexpr int kColumns = D / 4;
-    const int splits = max(S::kThreads / (rows * kColumns), 1);
-    const bool few = parts <= kMost;
+    const int columns = rows * kColumns, splits = max(S::kThreads / columns, 1);
+    float4* share = reinterpret_cast<float4*>(s.red);  // [splits][columns]
+#pragma unroll 1
     for (int r = warp; r < rows; r += kWarps) {
-      float high = kLowest, total_weight = 0;
-      for (int c = lane; c < parts; c += 32) high = fmaxf(high, __ldcg(partial(first + c, c == 0) + kRows * D + r));
-      high = warp_max(high);
+      float high = kLowest, weight = 0;
+#pragma unroll 1
       for (int c = lane; c < parts; c += 32) {
         const float* from = partial(first + c, c == 0) + kRows * D + r;
-        const float f = exp2f(__ldcg(from) - high);
-        total_weight += f * __ldcg(from + kRows);
-        if (few) weight[c * kRows + r] = f;
+        const float x = __ldcg(from), y = __ldcg(from + kRows), next = fmaxf(high, x);
+        weight = weight * exp2_fast(high - next) + y * exp2_fast(x - next);
+        high = next;
       }
-      total_weight = warp_sum(total_weight);
+      const float all = warp_max(high);
+      weight = warp_sum(weight * exp2_fast(high - all));
       if (lane == 0) {
-        s.row_max[r] = high, s.row_sum[r] = total_weight;
-        write_lse(r, high, total_weight);
+        s.row_max[r] = all, s.row_sum[r] = weight;
+        write_lse(r, all, weight);
       }
     }
     __syncthreads();
-    const auto add = [&](int r, int d, int from, int to) -> float4 {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < columns * splits; i += S::kThreads) {
+      const int split = i / columns, column = i - split * columns, r = column / kColumns, d = column % kColumns * 4;
+      const int end = parts * (split + 1) / splits;
+      const float high = s.row_max[r];
       float4 x = {0, 0, 0, 0};
-#pragma unroll 8
-      for (int c = from; c < to; ++c) {
+#pragma unroll 4
+      for (int c = parts * split / splits; c < end; ++c) {
         const float* part = partial(first + c, c == 0);
-        const float f = few ? weight[c * kRows + r] : exp2f(__ldcg(part + kRows * D + r) - s.row_max[r]);
+        const float f = exp2_fast(__ldcg(part + kRows * D + r) - high);
         const float4 y = __ldcg(reinterpret_cast<const float4*>(part + r * D + d));
         x.x += f * y.x, x.y += f * y.y, x.z += f * y.z, x.w += f * y.w;
       }
-      return x;
-    };
-    if (!few || splits == 1) {
-      for (int i = threadIdx.x; i < rows * kColumns; i += S::kThreads) {
-        const int r = i / kColumns, d = i % kColumns * 4;
-        write_row4(r, d, add(r, d, 0, parts), 1 / s.row_sum[r]);
-      }
-      return;
+      if (splits == 1)
+        write_row4(r, d, x, __fdividef(1, s.row_sum[r]));
+      else
+        share[i] = x;
     }
-    const int i = threadIdx.x % (rows * kColumns), split = threadIdx.x / (rows * kColumns);
-    const int r = i / kColumns, d = i % kColumns * 4;
-    float4 x = {0, 0, 0, 0};
-    if (split < splits) x = add(r, d, parts * split / splits, parts * (split + 1) / splits);
-    if (split > 0 && split < splits) *reinterpret_cast<float4*>(share + ((split - 1) * rows * kColumns + i) * 4) = x;
+    if (splits == 1) return;
     __syncthreads();
-    if (split > 0) return;
-    for (int k = 1; k < splits; ++k) {
-      const float4 y = *reinterpret_cast<const float4*>(share + ((k - 1) * rows * kColumns + i) * 4);
-      x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
+    for (int i = threadIdx.x; i < columns; i += S::kThreads) {
+      float4 x = share[i];
+#pragma unroll 1
+      for (int k = 1; k < splits; ++k) {
+        const float4 y = share[k * columns + i];
+        x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
+      }
+      const int r = i / kColumns;
+      write_row4(r, i % kColumns * 4, x, __fdividef(1, s.row_sum[r]));
     }
-    write_row4(r, d, x, 1 / s.row_sum[r]);
   }
 
   __device__ void copy_async(uint4* to, const uint32_t* from, int count) const {
@@ -894,9 +946,11 @@ struct Kernel {
   }
 
   __device__ void run() {
+    STAMP(0);
     copy_async(s.basis, p.basis, steps * 512);
     copy_async(s.chebyshev, p.chebyshev, p.slow_steps * 64);
     make_plan();
+    STAMP(1);
     if (static_cast<int>(blockIdx.x) >= plan.ctas) return;
     const int begin = plan.start(blockIdx.x), end = plan.start(blockIdx.x + 1);
 
@@ -913,10 +967,11 @@ struct Kernel {
       load_v(now, v);
       more = advance(cursor, next);
     }
+    STAMP(2);
     uint4* coef = s.coef + warp * (NT * steps * 32);
     int segment = 0;
     for (int u = begin; u < end; ++segment) {
-      item = decode(u, end);
+      item = decode_at(u, end);
       u += item.end - item.begin;
       const bool with_current = item.end == item.units;
       if (a.dtype == kBFloat16)
@@ -925,14 +980,16 @@ struct Kernel {
         prepare_rows<__half>(with_current);
       else
         prepare_rows<float>(with_current);
+      if (segment == 0) STAMP(3);
       if (segment == 0) asm volatile("cp.async.wait_all;" ::: "memory");
       __syncthreads();
       start_rows();
+      if (segment == 0) STAMP(4);
       int chunk = -1;
       while (now.segment == segment) {
         if (steps && now.first / kChunk != chunk) {
           chunk = now.first / kChunk;
-          make_coefficients(chunk * kChunk + kChunk / 2, coef);
+          make_coefficients(chunk, coef);
         }
         float c[2][NT][4], shift[2][NT][4];
         uint32_t weights[2][NT][2];
@@ -949,7 +1006,9 @@ struct Kernel {
           more = advance(cursor, next);
         }
       }
+      if (u >= end) STAMP(5);
       finish(with_current);
+      if (u >= end) STAMP(8);
     }
   }
 };
