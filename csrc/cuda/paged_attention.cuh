@@ -61,7 +61,7 @@ struct Shape {
   static constexpr int kHeadSize = D, kTiles = NT, kRows = 8 * NT;
   static constexpr int kWarps = D > 128 ? 8 : NT == 1 ? WKV_WARPS : 4;
   static constexpr int kCtasPerSm = D > 128 ? 1 : NT == 1 ? 12 / WKV_WARPS : 2;
-  static constexpr int kRedSlots = kWarps / 2;
+  static constexpr int kRedSlots = kWarps / (NT * D > 256 ? 4 : 2);
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kKWords = D / 32;  // K words of a thread and token
   static constexpr int kVWords = D / 32;  // V words of a thread and token pair
@@ -94,6 +94,7 @@ struct Shared {
   float *row_max, *row_sum, *row_past, *row_min;    // [rows]
   float *warp_max, *warp_sum, *warp_min;            // [warps][rows]
   int* prefix;                                      // [num_seqs + 1] units before a sequence
+  int64_t* turns;                                   // [slots]
   int4* sequence;                                   // [num_seqs] past, first query, queries
   int* misc;                                        // [4]
 
@@ -113,7 +114,7 @@ struct Shared {
     take(s->current_max, R), take(s->current_sum, R);
     take(s->row_max, R), take(s->row_sum, R), take(s->row_past, R), take(s->row_min, R);
     take(s->warp_max, W * R), take(s->warp_sum, W * R), take(s->warp_min, W * R);
-    take(s->prefix, num_seqs + 1), take(s->sequence, num_seqs), take(s->misc, 4);
+    take(s->prefix, num_seqs + 1), take(s->sequence, num_seqs), take(s->turns, slots), take(s->misc, 4);
     return used;
   }
 };
@@ -349,8 +350,8 @@ struct Kernel {
     const int k_tile = min(out.first / kTile + g / 4, last), v_tile = min(out.first / kTile + t / 2, last);
     const int k_block = tiles_per_block(k_tile), v_block = tiles_per_block(v_tile);
     const int32_t* table = a.block_table + c.item.seq * a.block_table_stride;
-    out.k_page = table[k_block];
-    out.v_page = table[v_block];
+    out.k_page = __ldg(table + k_block);
+    out.v_page = __ldg(table + v_block);
     const uint32_t k_inside = k_tile - k_block * tiles_per_block.divisor;
     const uint32_t v_inside = v_tile - v_block * tiles_per_block.divisor;
     const uint32_t slice = c.item.head * page_bytes;
@@ -547,7 +548,7 @@ struct Kernel {
   __device__ __forceinline__ void make_coefficients(int chunk, uint4* coef) {
     float2* angle = s.angle + warp * slots;
     __syncwarp();
-    for (int i = lane; i < slots; i += 32) angle[i] = cos_sin(angle_at(chunk, p.slot_turns[i]));
+    for (int i = lane; i < slots; i += 32) angle[i] = cos_sin(angle_at(chunk, s.turns[i]));
     __syncwarp();
 #pragma unroll 1
     for (int n = 0; n < NT; ++n) {
@@ -949,6 +950,7 @@ struct Kernel {
     STAMP(0);
     copy_async(s.basis, p.basis, steps * 512);
     copy_async(s.chebyshev, p.chebyshev, p.slow_steps * 64);
+    for (int i = threadIdx.x; i < slots; i += S::kThreads) s.turns[i] = p.slot_turns[i];
     make_plan();
     STAMP(1);
     if (static_cast<int>(blockIdx.x) >= plan.ctas) return;
@@ -1032,7 +1034,7 @@ cudaError_t launch(const WkvCudaAttention& a, const WkvCudaParams& p, cudaStream
   if (bytes > allowed[device % 64]) {
     if (cudaError_t e = cudaFuncSetAttribute(paged_attention<D, NT>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              static_cast<int>(bytes)))
-      return e;
+      return cudaGetLastError();
     allowed[device % 64] = bytes;
   }
   paged_attention<D, NT>
