@@ -14,13 +14,17 @@ export VLLM_CPU_INT4_W4A8 := 0
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint format clean
+.PHONY: demo test cuda lint format clean
 
 demo: $(CKPT)/config.json .venv/native
 	$(BIN)/python benchmarks/demo.py $(MODEL) $(CKPT) demo/test.txt
 
 test: $(CKPT)/config.json .venv/native
 	$(BIN)/python -m pytest
+
+# the CUDA kernels, where nvcc is
+cuda: .venv/packages
+	WKVQUANT_CUDA=1 $(BIN)/python setup.py build_ext --inplace
 
 lint: .venv/packages
 	$(BIN)/ruff check .

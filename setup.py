@@ -1,7 +1,8 @@
 """Builds the CPU kernels: one shared library with a plain C interface, which vllm_wkvquant/native.py loads.
 
 Every ISA is one source with its own flags; the library picks one at run time. WKVQUANT_CUDA=0 leaves CUDA kernels out,
-1 insists on them; unset, they are built where nvcc and sources exist. CXX names the compiler.
+1 insists on them; unset, they are built where nvcc and sources exist, for the architectures of WKVQUANT_CUDA_ARCHS
+(80;90a). CXX names the compiler.
 """
 
 import os
@@ -24,6 +25,9 @@ ISA_FLAGS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c"],
 }
 ISA_FLAGS["avx512"].append("-mprefer-vector-width=512")
+CUDA_ARCHS = os.environ.get("WKVQUANT_CUDA_ARCHS", "80;90a").split(";")
+CUDA_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+CUDA_FLAGS += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS]
 X86 = platform.machine() in ("x86_64", "AMD64")
 
 
@@ -52,7 +56,7 @@ def cuda_sources() -> list[Path]:
 
 
 class BuildKernels(build_ext):
-    """g++ over csrc/cpu, one set of flags a source."""
+    """g++ over csrc/cpu, one set of flags a source; nvcc over csrc/cuda."""
 
     def get_ext_filename(self, fullname: str) -> str:
         """No Python ABI in the name: the library does not use it."""
@@ -61,20 +65,25 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Compile what changed, and link."""
         compiler = find_compiler()
-        if cuda_sources():
-            raise SystemExit("vllm-wkvquant: csrc/cuda has sources but setup.py does not build them yet")
-        temp = Path(self.build_temp)
+        cuda = ext.name.endswith("cuda")
+        temp = Path(self.build_temp) / ext.name.rpartition(".")[2]
         temp.mkdir(parents=True, exist_ok=True)
-        headers = max(path.stat().st_mtime for path in [*ROOT.glob("csrc/**/*.h"), Path(__file__)])
+        headers = max(path.stat().st_mtime for path in [*ROOT.glob("csrc/**/*.*h"), Path(__file__)])
         objects = []
         for source in map(Path, ext.sources):
             objects.append(temp / f"{source.stem}.o")
             if objects[-1].exists() and objects[-1].stat().st_mtime > max(headers, source.stat().st_mtime):
                 continue
+            if cuda:
+                self.spawn(["nvcc", *CUDA_FLAGS, "-Icsrc", "-c", str(source), "-o", str(objects[-1])])
+                continue
             flags = FLAGS + (ISA_FLAGS.get(source.stem, []) if X86 else [])
             self.spawn([compiler, *flags, "-Icsrc", "-c", str(source), "-o", str(objects[-1])])
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
+        if cuda:
+            self.spawn(["nvcc", "-shared", "--cudart=static", *CUDA_FLAGS, *map(str, objects), "-o", str(target)])
+            return
         self.spawn([compiler, "-shared", "-fopenmp", "-Wl,--no-undefined", *map(str, objects), "-o", str(target)])
 
 
@@ -94,11 +103,14 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-cuda_sources()
+cuda = [str(path.relative_to(ROOT)) for path in cuda_sources()]
 sources = [f"csrc/cpu/{name}.cpp" for name in ("api", "prepare", "scalar", *(ISA_FLAGS if X86 else ()))]
-headers = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h"))  # for the source distribution
+headers = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.*h"))  # for the source distribution
 setup(
-    ext_modules=[Extension("vllm_wkvquant._wkvquant_cpu", sources, depends=headers)],
+    ext_modules=[
+        Extension("vllm_wkvquant._wkvquant_cpu", sources, depends=headers),
+        *([Extension("vllm_wkvquant._wkvquant_cuda", cuda, depends=headers)] if cuda else []),
+    ],
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
     distclass=BinaryDistribution,
 )
