@@ -106,15 +106,15 @@ struct Shared {
       used += (n * static_cast<int64_t>(sizeof(*p)) + 15) / 16 * 16;
     };
     constexpr int R = S::kRows, W = S::kWarps, D = S::kHeadSize;
-    take(s->basis, 4 * steps * 4 * 32), take(s->query, R * D / 8), take(s->coef, W * S::kTiles * steps * 32);
-    take(s->ab, R * slots), take(s->angle, W * slots), take(s->v_shift, D), take(s->raw, R * D),
-        take(s->red, S::kRedSlots * R * S::kPitch);
-    take(s->chebyshev, slow_steps * 64);
+    // what has a fixed size comes first, so that its offsets are constants
+    take(s->query, R * D / 8), take(s->v_shift, D), take(s->raw, R * D), take(s->red, S::kRedSlots * R * S::kPitch);
     take(s->factor, R), take(s->total, R), take(s->shift_factor, R), take(s->constant, R);
     take(s->current_max, R), take(s->current_sum, R);
     take(s->row_max, R), take(s->row_sum, R), take(s->row_past, R), take(s->row_min, R);
-    take(s->warp_max, W * R), take(s->warp_sum, W * R), take(s->warp_min, W * R);
-    take(s->prefix, num_seqs + 1), take(s->sequence, num_seqs), take(s->turns, slots), take(s->misc, 4);
+    take(s->warp_max, W * R), take(s->warp_sum, W * R), take(s->warp_min, W * R), take(s->misc, 4);
+    take(s->basis, 4 * steps * 4 * 32), take(s->coef, W * S::kTiles * steps * 32), take(s->chebyshev, slow_steps * 64);
+    take(s->ab, R * slots), take(s->angle, W * slots), take(s->turns, slots);
+    take(s->prefix, num_seqs + 1), take(s->sequence, num_seqs);
     return used;
   }
 };
@@ -246,7 +246,6 @@ struct Kernel {
   const WkvCudaAttention& a;
   const WkvCudaParams& p;
   Shared s;
-  Plan plan;
   const int warp, lane, g, t;
   const int group, steps, slots;
   const FastDivide tiles_per_block;
@@ -261,18 +260,14 @@ struct Kernel {
   float acc[S::kMTiles][NT][4];
   float top[NT][2], sum[NT][2], min_sum[NT][2];
 
-  // 32 tokens and where they lie, for this lane. The lane's K tile and V tile may be in different pages.
-  struct Group {
-    int segment, first;
-    int k_page, v_page;
-    uint32_t k_offset, meta_offset, v_offset;  // in a block
-  };
-  // Walks this warp's groups over all of the CTA's items.
+  // Walks this warp's units over all of the CTA's items. The page is that of this lane's tile of K; the lane's tile of
+  // V, which may be another one, is looked up in the other lanes.
   struct Cursor {
-    int next_unit, end_unit;  // list of all units
-    int segment;
-    Item item;
+    int next_unit;  // of the list of all units
+    int segment;    // items so far, INT_MAX: at the end
+    int seq, head, past, first;
     int unit, end;  // of the item, this warp's
+    int page, tile;
   };
 
   __device__ Kernel(const WkvCudaAttention& args, const WkvCudaParams& params, char* memory)
@@ -322,66 +317,63 @@ struct Kernel {
       if (lane == 0) s.prefix[a.num_seqs] = before, s.misc[0] = items;
     }
     __syncthreads();
+  }
+
+  __device__ Plan read_plan() const {
+    Plan plan;
     plan.units = s.prefix[a.num_seqs];
     plan.ctas = min(static_cast<int>(gridDim.x), max(s.misc[0], (plan.units + 3) / 4));
+    return plan;
   }
 
   __device__ __forceinline__ Item decode_at(int u, int end) const {
     return decode(s.prefix, s.sequence, a.num_seqs, a.sliding_window, group, kRows, u, end);
   }
 
-  __device__ __forceinline__ bool advance(Cursor& c, Group& out) const {
+  __device__ __forceinline__ void advance(Cursor& c, int end_unit) const {
     ++c.unit;
-    while (c.unit >= c.end || (c.item.first + c.unit) * kUnit >= c.item.past) {
-      if (c.next_unit >= c.end_unit) {
-        out.segment = INT_MAX;
-        return false;
+    while (c.unit >= c.end || (c.first + c.unit) * kUnit >= c.past) {
+      if (c.next_unit >= end_unit) {
+        c.segment = INT_MAX;
+        return;
       }
-      c.item = decode_at(c.next_unit, c.end_unit);
+      const Item x = decode_at(c.next_unit, end_unit);
       ++c.segment;
-      const int count = c.item.end - c.item.begin;
+      const int count = x.end - x.begin;
       c.next_unit += count;
-      c.unit = c.item.begin + count * warp / kWarps;
-      c.end = c.item.begin + count * (warp + 1) / kWarps;
+      c.unit = x.begin + count * warp / kWarps;
+      c.end = x.begin + count * (warp + 1) / kWarps;
+      c.seq = x.seq, c.head = x.head, c.past = x.past, c.first = x.first;
     }
-    out.segment = c.segment;
-    out.first = (c.item.first + c.unit) * kUnit;
-    const int last = (c.item.past - 1) / kTile;
-    const int k_tile = min(out.first / kTile + g / 4, last), v_tile = min(out.first / kTile + t / 2, last);
-    const int k_block = tiles_per_block(k_tile), v_block = tiles_per_block(v_tile);
-    const int32_t* table = a.block_table + c.item.seq * a.block_table_stride;
-    out.k_page = __ldg(table + k_block);
-    out.v_page = __ldg(table + v_block);
-    const uint32_t k_inside = k_tile - k_block * tiles_per_block.divisor;
-    const uint32_t v_inside = v_tile - v_block * tiles_per_block.divisor;
-    const uint32_t slice = c.item.head * page_bytes;
-    out.k_offset = slice + k_inside * (8 * D) + t * 64 + g % 4 * 16;
-    out.meta_offset = slice + D * a.block_size + k_inside * (4 * kTile) + g % 4 * 16;
-    out.v_offset = slice + D / 2 * a.block_size + v_inside * (8 * D) + t % 2 * (4 * D) + 4 * S::word(0, g);
-    return true;
+    const int tile = min((c.first + c.unit) * (kUnit / kTile) + g / 4, (c.past - 1) / kTile);
+    const int block = tiles_per_block(tile);
+    c.tile = tile - block * tiles_per_block.divisor;
+    c.page = __ldg(a.block_table + c.seq * a.block_table_stride + block);
   }
 
-  __device__ __forceinline__ const uint8_t* block(int index) const {
+  __device__ __forceinline__ const uint8_t* slice(const Cursor& c, int page) const {
     const uint32_t last = static_cast<uint32_t>(a.num_blocks) - 1;
-    return a.kv_cache + static_cast<uint64_t>(min(static_cast<uint32_t>(index), last)) * block_stride;
+    return a.kv_cache + static_cast<uint64_t>(min(static_cast<uint32_t>(page), last)) * block_stride +
+           c.head * page_bytes;
   }
 
   // Words t, t + 4, .. of tokens 4g .. 4g + 3.
-  __device__ __forceinline__ void load_k(const Group& x, uint32_t (&k)[S::kKWords][4]) const {
-    const uint8_t* base = block(x.k_page) + x.k_offset;
+  __device__ __forceinline__ void load_k(const Cursor& c, uint32_t (&k)[S::kKWords][4]) const {
+    const uint8_t* base = slice(c, c.page) + c.tile * (8 * D) + t * 64 + g % 4 * 16;
 #pragma unroll
     for (int j = 0; j < S::kKWords; ++j) load_words<4>(base + j * 256, k[j]);
   }
 
-  __device__ __forceinline__ void load_meta(const Group& x, uint32_t (&k)[4], uint32_t (&v)[4]) const {
-    const uint8_t* base = block(x.k_page) + x.meta_offset;
+  __device__ __forceinline__ void load_meta(const Cursor& c, uint32_t (&k)[4], uint32_t (&v)[4]) const {
+    const uint8_t* base = slice(c, c.page) + D * a.block_size + c.tile * (4 * kTile) + g % 4 * 16;
     load_words<4>(base, k);
     load_words<4>(base + 4 * a.block_size, v);
   }
 
   // Words of token pairs 4t .. 4t + 3.
-  __device__ __forceinline__ void load_v(const Group& x, uint32_t (&v)[4][S::kVWords]) const {
-    const uint8_t* base = block(x.v_page) + x.v_offset;
+  __device__ __forceinline__ void load_v(const Cursor& c, uint32_t (&v)[4][S::kVWords]) const {
+    const int from = t / 2 * 16, page = __shfl_sync(kFull, c.page, from), tile = __shfl_sync(kFull, c.tile, from);
+    const uint8_t* base = slice(c, page) + D / 2 * a.block_size + tile * (8 * D) + t % 2 * (4 * D) + 4 * S::word(0, g);
     constexpr int kRun = D == 64 ? 2 : D == 96 ? 1 : 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
@@ -661,8 +653,9 @@ struct Kernel {
   }
 
   // Scores to weights p * scale_v as operand B of the output's products; keeps the softmax state.
-  __device__ __forceinline__ void softmax(int first, uint32_t (&k_meta)[4], uint32_t (&v_meta)[4], float (&c)[2][NT][4],
-                                          const float (&shift)[2][NT][4], uint32_t (&weights)[2][NT][2]) {
+  __device__ __forceinline__ void softmax(int first, int past, int latest, uint32_t (&k_meta)[4], uint32_t (&v_meta)[4],
+                                          float (&c)[2][NT][4], const float (&shift)[2][NT][4],
+                                          uint32_t (&weights)[2][NT][2]) {
     float2 k[4], v[4];  // (scale, minimum)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -679,10 +672,8 @@ struct Kernel {
           x = fmaf(x * k[i].x, factor[n][j], fmaf(k[i].y, total[n][j], constant[n][j]));
           x = fmaf(shift[i / 2][n][i % 2 * 2 + j], shift_factor[n][j], x);
         }
-    const int past = item.past, window = a.sliding_window;
-    // the last row of the tile has the latest window
-    const int latest = window ? past + (item.tile * kRows + rows - 1) / group - window : -1;
     if (first + kUnit > past || first <= latest) {
+      const int last_row = s.misc[1], rows = s.misc[3];
       const int token = first + 4 * g;
 #pragma unroll
       for (int i = 0; i < 4; ++i)
@@ -691,8 +682,7 @@ struct Kernel {
       for (int n = 0; n < NT; ++n)
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          const int own = (item.tile * kRows + 8 * n + 2 * t + j) / group;
-          const int hidden = window ? past + own - window : -1;
+          const int hidden = latest - (last_row / group - (last_row - rows + 1 + 8 * n + 2 * t + j) / group);
 #pragma unroll
           for (int i = 0; i < 4; ++i)
             if (token + i >= past || token + i <= hidden) c[i / 2][n][i % 2 * 2 + j] = -INFINITY;
@@ -872,6 +862,7 @@ struct Kernel {
 
   // The last CTA of an item to arrive adds up the partial results of all.
   __device__ void combine() {
+    const Plan plan = read_plan();
     const int first = plan.cta_of(item.u), last = plan.cta_of(item.u + item.units - 1), parts = last - first + 1;
     __threadfence();
     __syncthreads();
@@ -950,31 +941,30 @@ struct Kernel {
     STAMP(0);
     copy_async(s.basis, p.basis, steps * 512);
     copy_async(s.chebyshev, p.chebyshev, p.slow_steps * 64);
-    for (int i = threadIdx.x; i < slots; i += S::kThreads) s.turns[i] = p.slot_turns[i];
+    copy_async(reinterpret_cast<uint4*>(s.turns), reinterpret_cast<const uint32_t*>(p.slot_turns), slots / 2);
     make_plan();
     STAMP(1);
+    const Plan plan = read_plan();
     if (static_cast<int>(blockIdx.x) >= plan.ctas) return;
     const int begin = plan.start(blockIdx.x), end = plan.start(blockIdx.x + 1);
 
-    Cursor cursor;
-    cursor.next_unit = begin, cursor.end_unit = end, cursor.segment = -1;
-    cursor.unit = cursor.end = 0;
-    cursor.item.first = cursor.item.past = 0;
-    Group now, next;
+    Cursor cursor;  // of the unit that is in registers or on its way there
+    cursor.next_unit = begin, cursor.segment = -1;
+    cursor.unit = cursor.end = cursor.first = cursor.past = 0;
     uint32_t k[S::kKWords][4], v[4][S::kVWords], k_meta[4], v_meta[4];
-    bool more = advance(cursor, now);
-    if (more) {
-      load_k(now, k);
-      load_meta(now, k_meta, v_meta);
-      load_v(now, v);
-      more = advance(cursor, next);
+    advance(cursor, end);
+    int now = cursor.segment, now_first = (cursor.first + cursor.unit) * kUnit;
+    if (now != INT_MAX) {
+      load_k(cursor, k);
+      load_meta(cursor, k_meta, v_meta);
+      load_v(cursor, v);
+      advance(cursor, end);
     }
     STAMP(2);
     uint4* coef = s.coef + warp * (NT * steps * 32);
     int segment = 0;
     for (int u = begin; u < end; ++segment) {
       item = decode_at(u, end);
-      u += item.end - item.begin;
       const bool with_current = item.end == item.units;
       if (a.dtype == kBFloat16)
         prepare_rows<__nv_bfloat16>(with_current);
@@ -982,34 +972,42 @@ struct Kernel {
         prepare_rows<__half>(with_current);
       else
         prepare_rows<float>(with_current);
-      if (segment == 0) STAMP(3);
       if (segment == 0) asm volatile("cp.async.wait_all;" ::: "memory");
+      const int past = item.past, last_row = item.tile * kRows + rows - 1;
+      // the last row of the tile hides the most of a window
+      const int latest = a.sliding_window ? past + last_row / group - a.sliding_window : INT_MIN / 2;
+      if (threadIdx.x == 0) s.misc[1] = last_row, s.misc[3] = rows;
       __syncthreads();
       start_rows();
-      if (segment == 0) STAMP(4);
       int chunk = -1;
-      while (now.segment == segment) {
-        if (steps && now.first / kChunk != chunk) {
-          chunk = now.first / kChunk;
+      if (segment == 0) STAMP(3);
+      while (now == segment) {
+        if (steps && now_first / kChunk != chunk) {
+          chunk = now_first / kChunk;
           make_coefficients(chunk, coef);
         }
         float c[2][NT][4], shift[2][NT][4];
         uint32_t weights[2][NT][2];
+        const bool more = cursor.segment != INT_MAX;
         scores(k, c);
-        if (more) load_k(next, k);
-        shift_scores(now.first, coef, shift);
-        softmax(now.first, k_meta, v_meta, c, shift, weights);
-        if (more) load_meta(next, k_meta, v_meta);
+        if (more) load_k(cursor, k);
+        shift_scores(now_first, coef, shift);
+        softmax(now_first, past, latest, k_meta, v_meta, c, shift, weights);
+        if (more) load_meta(cursor, k_meta, v_meta);
         output(v, weights);
-        if (more) load_v(next, v);
-        now.segment = INT_MAX;
+        now = cursor.segment;
         if (more) {
-          now = next;
-          more = advance(cursor, next);
+          load_v(cursor, v);
+          now_first = (cursor.first + cursor.unit) * kUnit;
+          advance(cursor, end);
         }
       }
+      // Decoded again rather than kept in registers during the loop.
+      item = decode_at(u, end);
+      u += item.end - item.begin;
+      rows = min(item.queries * group - item.tile * kRows, kRows);
       if (u >= end) STAMP(5);
-      finish(with_current);
+      finish(item.end == item.units);
       if (u >= end) STAMP(8);
     }
   }
