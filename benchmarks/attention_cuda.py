@@ -231,7 +231,7 @@ def write_rows(tokens: int, peers: bool) -> list[dict]:
 
 def main() -> None:
     """Command line."""
-    ints = lambda s: [int(x) for x in s.split(",")]  # noqa: E731
+    ints = lambda s: [int(x) for x in s.split(",") if x]  # noqa: E731
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default=DEFAULT, help="KV heads x batch x context")
     parser.add_argument("--blocks", type=ints, default=[64], help="block sizes of our cache")

@@ -31,7 +31,8 @@ class Params(Structure):
     """WkvCudaParams of csrc/cuda/api.h, which documents the fields."""
 
     _fields_ = [
-        *[(name, c_void_p) for name in ("query_scale", "key_scale", "k_shift", "v_shift", "rope_turns")],
+        *[(name, c_void_p) for name in ("query_scale", "key_scale", "k_shift", "v_shift")],
+        *[(name, c_void_p) for name in ("k_first", "v_first", "k_extra", "v_extra", "rope_turns")],
         *[(name, c_void_p) for name in ("basis", "slots", "slot_shift", "slot_turns", "chebyshev")],
         *[(name, c_int32) for name in ("num_kv_heads", "head_size", "rotary_pairs", "hadamard")],
         *[(name, c_int32) for name in ("fast_steps", "slow_steps")],
@@ -131,10 +132,12 @@ def _make(params: KVParams) -> Prepared:
         f"head size {head_size} is not supported by the CUDA kernels; supported: {list(HEAD_SIZES)}",
     )
     host = params.to("cpu")
-    for name in ("k_smooth", "k_shift", "v_shift"):
+    _check((params.k_first is None) == (params.v_first is None), "params.k_first and params.v_first go together")
+    for name in ("k_smooth", "k_shift", "v_shift", "k_first", "v_first"):
+        tensor = getattr(params, name)
         _check(
-            getattr(host, name).shape == (heads, head_size) and getattr(params, name).device == device,
-            f"params.{name} must be [{heads}, {head_size}] on {device}, got {_describe(getattr(params, name))}",
+            tensor is None or (tensor.shape == (heads, head_size) and tensor.device == device),
+            f"params.{name} must be [{heads}, {head_size}] on {device}",
         )
     norm = 1 / math.sqrt(hadamard_block(head_size)) if params.key_hadamard else 1.0
     shift = host.k_shift.double()
@@ -184,6 +187,10 @@ def _make(params: KVParams) -> Prepared:
         "slot_turns": slot_turns,
         "chebyshev": _operand_a(degree, degree + 8, chebyshev),
     }
+    if host.k_first is not None and host.v_first is not None:
+        tensors["k_first"], tensors["v_first"] = host.k_first.float(), host.v_first.float()
+        tensors["k_extra"] = (host.k_first.double() - shift).float()
+        tensors["v_extra"] = (host.v_first.double() - host.v_shift.double()).float()
     tensors = {name: tensor.contiguous().to(device) for name, tensor in tensors.items()}
     fields = Params(
         **{name: tensor.data_ptr() for name, tensor in tensors.items()},

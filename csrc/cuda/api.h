@@ -20,10 +20,14 @@ enum WkvDtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 // pairs, 0 and no shift where a slot is padding: first 8 * fast_steps pairs whose cos and sin are tabulated, then 8 *
 // slow_steps pairs that share one step of 16 Chebyshev polynomials, whose coefficients are one more product.
 struct WkvCudaParams {
-  const float* query_scale;   // [num_kv_heads, head_size] k_smooth over the norm of the Hadamard rotation
-  const float* key_scale;     // [num_kv_heads, head_size] 1 / k_smooth over that norm
-  const float* k_shift;       // [num_kv_heads, head_size], rotary channels times rope_scaling
-  const float* v_shift;       // [num_kv_heads, head_size]
+  const float* query_scale;  // [num_kv_heads, head_size] k_smooth over the norm of the Hadamard rotation
+  const float* key_scale;    // [num_kv_heads, head_size] 1 / k_smooth over that norm
+  const float* k_shift;      // [num_kv_heads, head_size], rotary channels times rope_scaling
+  const float* v_shift;      // [num_kv_heads, head_size]
+  const float* k_first;      // [num_kv_heads, head_size] shifts of position 0, or null: as elsewhere
+  const float* v_first;
+  const float* k_extra;  // what they have more than k_shift and v_shift, or null
+  const float* v_extra;
   const int64_t* rope_turns;  // [rotary_pairs], 2^64 a turn
   const uint32_t* basis;      // [4 groups of 32 positions from the chunk's centre][steps][2 m-tiles][high, low][32
                               // lanes][4] half2, mma operand A

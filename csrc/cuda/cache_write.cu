@@ -87,6 +87,7 @@ __global__ void __launch_bounds__(kWarps * 32)
       sine[i] = d < pairs ? -r.y : r.y;
     }
   }
+  const bool first_position = p.k_first && a.positions[token] == 0;
   const int first = blockIdx.y * heads_per_warp, last = min(first + heads_per_warp, p.num_kv_heads);
   for (int head = first; head < last; ++head) {
     float k[4 * N], v[4 * N];
@@ -108,8 +109,9 @@ __global__ void __launch_bounds__(kWarps * 32)
         const float* shift = p.k_shift + head * D;
         float s = shift[d];
         if (d < 2 * pairs) s = s * cosine[i] + shift[d < pairs ? d + pairs : d - pairs] * sine[i];
+        if (first_position) s = p.k_first[head * D + d];
         k[i] = (k[i] - s) * p.key_scale[head * D + d];
-        v[i] -= p.v_shift[head * D + d];
+        v[i] -= (first_position ? p.v_first : p.v_shift)[head * D + d];
       }
     }
     if (p.hadamard) {

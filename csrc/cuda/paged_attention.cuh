@@ -90,6 +90,7 @@ struct Shared {
   float* red;        // [kRedSlots][rows][pitch]
   uint4* chebyshev;  // [slow steps][2][32]
   float *factor, *total, *shift_factor, *constant;  // [rows]
+  float *first_extra, *first_score;                 // [rows] what position 0 has more, and its score
   float *current_max, *current_sum;                 // [rows]
   float *row_max, *row_sum, *row_past, *row_min;    // [rows]
   float *warp_max, *warp_sum, *warp_min;            // [warps][rows]
@@ -109,7 +110,7 @@ struct Shared {
     // what has a fixed size comes first, so that its offsets are constants
     take(s->query, R * D / 8), take(s->v_shift, D), take(s->raw, R * D), take(s->red, S::kRedSlots * R * S::kPitch);
     take(s->factor, R), take(s->total, R), take(s->shift_factor, R), take(s->constant, R);
-    take(s->current_max, R), take(s->current_sum, R);
+    take(s->first_extra, R), take(s->first_score, R), take(s->current_max, R), take(s->current_sum, R);
     take(s->row_max, R), take(s->row_sum, R), take(s->row_past, R), take(s->row_min, R);
     take(s->warp_max, W * R), take(s->warp_sum, W * R), take(s->warp_min, W * R), take(s->misc, 4);
     take(s->basis, 4 * steps * 4 * 32), take(s->coef, W * S::kTiles * steps * 32), take(s->chebyshev, slow_steps * 64);
@@ -402,7 +403,7 @@ struct Kernel {
         for (int i = lane; i < slots; i += 32) s.ab[r * slots + i] = {0, 0};
         if (lane == 0) {
           s.factor[r] = s.total[r] = s.shift_factor[r] = s.constant[r] = s.current_sum[r] = 0;
-          s.current_max[r] = kLowest;
+          s.current_max[r] = s.first_score[r] = kLowest, s.first_extra[r] = 0;
         }
         continue;
       }
@@ -410,7 +411,7 @@ struct Kernel {
       const T* query =
           static_cast<const T*>(a.query) + (item.query + own) * a.query_stride[0] + head * a.query_stride[1] + lane;
       constexpr int kSlots = (D / 2 + 8 + 31) / 32;  // of a lane
-      float raw[N], x[N], key[N], out[N], fixed_shift[N], largest = 0, fixed = 0;
+      float raw[N], x[N], key[N], out[N], fixed_shift[N], largest = 0, fixed = 0, extra = 0;
       int slot[kSlots];
       float2 slot_shift[kSlots], ab[kSlots];
       float* saved = s.raw + r * D;
@@ -433,6 +434,7 @@ struct Kernel {
         const int d = lane + 32 * i;
         x[i] *= raw[i];
         fixed += raw[i] * fixed_shift[i];
+        if (p.k_extra) extra += raw[i] * p.k_extra[item.head * D + d];
         saved[d] = raw[i];
       }
       __syncwarp();
@@ -466,11 +468,13 @@ struct Kernel {
       }
       together = warp_sum(together);
       fixed = warp_sum(fixed);
+      extra = warp_sum(extra);
       if (lane == 0) {
         s.factor[r] = power_of_two(e + 24);
         s.total[r] = together * power_of_two(e);
         s.shift_factor[r] = power_of_two(f);
         s.constant[r] = fixed;
+        s.first_extra[r] = extra, s.first_score[r] = kLowest;
       }
       float high = kLowest, weight = 0;
       if (with_current) {
@@ -672,12 +676,18 @@ struct Kernel {
           x = fmaf(x * k[i].x, factor[n][j], fmaf(k[i].y, total[n][j], constant[n][j]));
           x = fmaf(shift[i / 2][n][i % 2 * 2 + j], shift_factor[n][j], x);
         }
+    if (first == 0 && p.k_extra && g == 0)
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) c[0][n][j] += s.first_extra[8 * n + 2 * t + j];
     if (first + kUnit > past || first <= latest) {
       const int last_row = s.misc[1], rows = s.misc[3];
+      const int start = first_visible(past, a.sliding_window);
       const int token = first + 4 * g;
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        if (token + i >= past) v[i] = {0, 0};
+        if (token + i >= past || token + i < start) v[i] = {0, 0};
 #pragma unroll
       for (int n = 0; n < NT; ++n)
 #pragma unroll
@@ -688,6 +698,11 @@ struct Kernel {
             if (token + i >= past || token + i <= hidden) c[i / 2][n][i % 2 * 2 + j] = -INFINITY;
         }
     }
+    if (first == 0 && g == 0)
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) s.first_score[8 * n + 2 * t + j] = c[0][n][j];
     float next[NT][2];
     bool changed = false;
 #pragma unroll
@@ -835,6 +850,11 @@ struct Kernel {
       for (int w = 0; w < S::kRedSlots; ++w) {
         const float4 y = *reinterpret_cast<const float4*>(s.red + (w * kRows + r) * S::kPitch + d);
         x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
+      }
+      if (p.v_extra) {
+        const float f = exp2_fast(s.first_score[r] - s.row_max[r]);
+        const float4 y = *reinterpret_cast<const float4*>(p.v_extra + item.head * D + d);
+        x.x += f * y.x, x.y += f * y.y, x.z += f * y.z, x.w += f * y.w;
       }
       if (with_current) {
         const float f = exp2_fast(s.current_max[r] - s.row_max[r]);
