@@ -143,7 +143,9 @@ def slots_of(table: torch.Tensor, first: int, count: int) -> torch.Tensor:
     return (table[:, p // BLOCK_SIZE].long() * BLOCK_SIZE + p % BLOCK_SIZE).flatten()
 
 
-def compare(ours: list[Callable[[], None]], peers: list[Callable[[], None]], pairs: int) -> tuple[float, float, float, bool]:
+def compare(
+    ours: list[Callable[[], None]], peers: list[Callable[[], None]], pairs: int
+) -> tuple[float, float, float, bool]:
     """(us, peer us, ratio, disturbed) of alternating calls through the copies."""
 
     def sample(calls: Iterator[Callable[[], None]], n: int) -> float:

@@ -77,9 +77,7 @@ def make_case(
     for i, n in enumerate(blocks):
         table[i, :n] = order[used : used + n]
         used += n
-    kv_cache = torch.full(
-        (len(order), heads, block_size, layout.token_bytes(head_size)), 255, dtype=torch.uint8
-    )
+    kv_cache = torch.full((len(order), heads, block_size, layout.token_bytes(head_size)), 255, dtype=torch.uint8)
     slots = []
     for i, (past, _) in enumerate(lengths):
         p = torch.arange(past)

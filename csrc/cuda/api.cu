@@ -18,10 +18,6 @@ int wkvquant_cuda_paged_attention(const WkvCudaAttention* a, const WkvCudaParams
 
 int64_t wkvquant_cuda_workspace() {
   using namespace wkvquant;
-#ifdef WKV_PROFILE
-  return kCounterBytes + kMaxCtas * 128 +
-         2 * kMaxCtas * partial_floats(kMaxRows, 256) * static_cast<int64_t>(sizeof(float));
-#endif
   return kCounterBytes + 2 * kMaxCtas * partial_floats(kMaxRows, 256) * static_cast<int64_t>(sizeof(float));
 }
 

@@ -2,24 +2,22 @@
 //
 //     item      (sequence, KV head, row tile); row = query token x query head of the group, up to 8 * NT rows a tile
 //     unit      32 past tokens of an item; eight in a row, a chunk, share the coefficients of the shift
-//     CTA       an equal run of the list of all units of all items; an item that straddles CTAs is combined, through
-//     the
-//               workspace, by whichever of them finishes last
+//     CTA       an equal run of the list of all units of all items; an item that straddles CTAs is combined by
+//               whichever of them finishes last, through the workspace
 //     warp      an equal run of the CTA's units of an item, with a softmax state of its own
 //
 // Several CTAs share an SM, so that the start and the end of one's items overlap with the others' products.
 //
 // The grid is fixed and the list is derived from seq_lens on the device: a captured graph may be replayed with other
-// lengths. Nothing is read from the page at or after the past's length that could reach the output.
+// lengths. Nothing at or after the past's length, and nothing before a window, can reach the output.
 //
 // Products are mma.sync m16n8k16 with tokens (scores) or dimensions (output) as M and rows as N. Codes enter as fp16
 // subnormals, the bits of a nibble as they stand (code * 2^-24) or four higher (code * 2^-20); the factor 16 between
 // the two is folded into the query and the output. The loads of a page match the operands of the products, so they go
-// to registers, one group of 32 tokens ahead, and never through shared memory:
+// to registers, one unit ahead, and never through shared memory:
 //
 //     K   thread (g, t) = (lane / 4, lane % 4) has tokens 4g .. 4g + 3, words t, t + 4, ..; the first product of a
-//     group
-//         has tokens 4g and 4g + 1 as its rows g and g + 8, the second one 4g + 2 and 4g + 3
+//         unit has tokens 4g and 4g + 1 as its rows g and g + 8, the second one 4g + 2 and 4g + 3
 //     V   thread (g, t) has token pairs 4t .. 4t + 3, D / 32 words by g; the first product takes pairs 4t and 4t + 2
 //
 // The shift's part of the score is a third product: basis of the position times coefficients of the query, each split
@@ -36,19 +34,6 @@
 
 namespace wkvquant {
 
-#ifdef WKV_PROFILE
-#define STAMP(i)                                                                 \
-  if (threadIdx.x == 0)                                                          \
-  reinterpret_cast<long long*>(static_cast<char*>(a.workspace) + kCounterBytes + \
-                               2 * kMaxCtas * partial_floats(kMaxRows, 256) * 4)[blockIdx.x * 16 + i] = clock64()
-#else
-#define STAMP(i)
-#endif
-
-#ifndef WKV_WARPS
-#define WKV_WARPS 6
-#endif
-
 constexpr int kChunk = 256;
 constexpr int kUnit = 32;
 constexpr float kBoost = 4;
@@ -59,8 +44,8 @@ constexpr float kLn2 = 0.693147180559945309f;
 template <int D, int NT>
 struct Shape {
   static constexpr int kHeadSize = D, kTiles = NT, kRows = 8 * NT;
-  static constexpr int kWarps = D > 128 ? 8 : NT == 1 ? WKV_WARPS : 4;
-  static constexpr int kCtasPerSm = D > 128 ? 1 : NT == 1 ? 12 / WKV_WARPS : 2;
+  static constexpr int kWarps = D > 128 ? 8 : NT == 1 ? 6 : 4;
+  static constexpr int kCtasPerSm = D > 128 ? 1 : 2;
   static constexpr int kRedSlots = kWarps / (NT * D > 256 ? 4 : 2);
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kKWords = D / 32;  // K words of a thread and token
@@ -875,7 +860,6 @@ struct Kernel {
         mine[kRows * (D + 1) + r] = s.row_sum[r];
       }
     }
-    STAMP(6);
     if (!whole) combine();
     __syncthreads();
   }
@@ -894,7 +878,6 @@ struct Kernel {
       __threadfence();
     }
     __syncthreads();
-    STAMP(7);
     if (!s.misc[2]) return;
     // As many threads as there are share the parts of a row: there is nothing to it but the latency of the loads.
     constexpr int kColumns = D / 4;
@@ -958,12 +941,10 @@ struct Kernel {
   }
 
   __device__ void run() {
-    STAMP(0);
     copy_async(s.basis, p.basis, steps * 512);
     copy_async(s.chebyshev, p.chebyshev, p.slow_steps * 64);
     copy_async(reinterpret_cast<uint4*>(s.turns), reinterpret_cast<const uint32_t*>(p.slot_turns), slots / 2);
     make_plan();
-    STAMP(1);
     const Plan plan = read_plan();
     if (static_cast<int>(blockIdx.x) >= plan.ctas) return;
     const int begin = plan.start(blockIdx.x), end = plan.start(blockIdx.x + 1);
@@ -980,7 +961,6 @@ struct Kernel {
       load_v(cursor, v);
       advance(cursor, end);
     }
-    STAMP(2);
     uint4* coef = s.coef + warp * (NT * steps * 32);
     int segment = 0;
     for (int u = begin; u < end; ++segment) {
@@ -1000,7 +980,6 @@ struct Kernel {
       __syncthreads();
       start_rows();
       int chunk = -1;
-      if (segment == 0) STAMP(3);
       while (now == segment) {
         if (steps && now_first / kChunk != chunk) {
           chunk = now_first / kChunk;
@@ -1026,9 +1005,7 @@ struct Kernel {
       item = decode_at(u, end);
       u += item.end - item.begin;
       rows = min(item.queries * group - item.tile * kRows, kRows);
-      if (u >= end) STAMP(5);
       finish(item.end == item.units);
-      if (u >= end) STAMP(8);
     }
   }
 };
