@@ -1,0 +1,88 @@
+"""A part of test_ops_cuda.py with the CUDA kernels run by the CPU (tests/emulation), for machines without a GPU."""
+
+import contextlib
+import shutil
+from types import SimpleNamespace
+
+import cases
+import pytest
+import test_ops_cuda
+import torch
+from emulation.build import build
+
+from vllm_wkvquant import native_cuda
+from vllm_wkvquant.reference import KVParams
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="the headers of nvcc are needed")
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_cuda, "LIBRARY", build(tmp_path_factory.mktemp("emulation")))
+        patch.setattr(native_cuda, "_num_sms", lambda device: 3)
+        patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        patch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+        patch.setattr(torch.Tensor, "cuda", lambda self: self.clone())
+        patch.setattr(KVParams, "to", lambda self, device: self)
+        patch.setattr(test_ops_cuda, "to_gpu", lambda case: case)
+        native_cuda.library.cache_clear()
+        native_cuda._workspace.cache_clear()
+        yield
+        native_cuda.library.cache_clear()
+        native_cuda._workspace.cache_clear()
+
+
+@pytest.mark.parametrize("head_size", native_cuda.HEAD_SIZES)
+@pytest.mark.parametrize("group", [1, 7, 16])
+def test_heads(emulated, head_size, group):
+    test_ops_cuda.test_heads(head_size, group)
+
+
+@pytest.mark.parametrize("block_size", [16, 48, 64])
+def test_page_boundaries(emulated, block_size):
+    test_ops_cuda.test_page_boundaries(torch.float32, block_size)
+
+
+@pytest.mark.parametrize("kind", ["rotating", "static", "none"])
+def test_parameters(emulated, kind):
+    test_ops_cuda.test_parameters(kind, True, 96)
+
+
+@pytest.mark.parametrize("window", [1, 30, 129])
+def test_sliding_window(emulated, window):
+    test_ops_cuda.test_sliding_window(window, 4)
+
+
+def test_pages_before_a_window_may_be_gone(emulated):
+    """Their entries in the table name another sequence's pages or none, and bytes there may be any."""
+    case = cases.make_case([(300, 1), (90, 1)], cases.make_params(2, 64), dtype=torch.float16, block_size=16)
+    case.block_table[0, : (300 - 50 + 1) // 16] = -1
+    test_ops_cuda.check(case, sliding_window=50)
+
+
+def test_query_len(emulated):
+    test_ops_cuda.test_query_len(9, 4)
+
+
+def test_rotary(emulated):
+    test_ops_cuda.test_rotary(32, 1e4, 1.35)
+
+
+def test_score_of_the_shift(emulated):
+    test_ops_cuda.test_score_of_the_shift()
+
+
+def test_requests_without_tokens(emulated):
+    test_ops_cuda.test_requests_without_tokens()
+
+
+@pytest.mark.parametrize("head_size", native_cuda.HEAD_SIZES)
+def test_cache_write(emulated, head_size):
+    test_ops_cuda.test_cache_write(head_size, torch.bfloat16, True)
+
+
+def test_structs(emulated):
+    lib = native_cuda.library()
+    for i, struct in enumerate((native_cuda.Params, native_cuda.CacheWrite, native_cuda.PagedAttention)):
+        assert lib.wkvquant_cuda_sizeof(i) == native_cuda.ctypes.sizeof(struct)
