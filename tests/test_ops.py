@@ -27,13 +27,13 @@ OUT_BOUND, LSE_BOUND = 1e-3, 3e-4
 
 
 def implementations(op: str) -> Iterator[tuple[str, Callable[..., None]]]:
-    """(name, function) of every variant but the specification, `cpp` once per instruction set."""
+    """(name, function) of every variant for the CPU but the specification, `cpp` once per instruction set."""
     for variant, function in ops.TABLE[op].items():
         if variant == "cpp":
             for isa in native.isas():
                 with using(isa):
                     yield f"cpp/{isa}", function
-        elif variant != "reference":
+        elif variant not in ("reference", "cuda"):
             yield variant, function
 
 
