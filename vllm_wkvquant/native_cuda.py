@@ -22,7 +22,7 @@ from vllm_wkvquant.reference import KVParams, hadamard_block
 LIBRARY = Path(__file__).with_name("_wkvquant_cuda.so")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 HEAD_SIZES = (64, 96, 128, 256)
-CHUNK = 256  # csrc/cuda/paged_attention.cuh
+CHUNK = 256  # csrc/cuda/attention_plan.cuh
 CHEBYSHEV = 16
 SLOW = 5.0  # largest angle over half a chunk that 16 Chebyshev polynomials stand for; csrc/cpu/prepare.cpp
 

@@ -1,4 +1,4 @@
-"""Builds csrc/cuda for the CPU: the sources with the parts that are not C++ replaced by those of shim.h."""
+"""Builds csrc/cuda for the CPU: the kernels with shim.h in place of the instructions that are not C++."""
 
 import re
 import subprocess
@@ -8,25 +8,11 @@ HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
 
 
-def _cut(text: str, start: str, end: str, new: str = "") -> str:
-    first = text.index(start)
-    return text[:first] + new + text[text.index(end, first) :]
-
-
 def sources() -> str:
-    """The kernels without inline assembly and launches."""
-    attention = (CSRC / "cuda/paged_attention.cuh").read_text()
-    attention = _cut(
-        attention, "__device__ __forceinline__ void mma(", "__device__ __forceinline__ uint32_t pack_half2"
-    )
-    copy = """  void copy_async(uint4* to, const uint32_t* from, int count) const {
-    for (int i = threadIdx.x; i < count; i += S::kThreads) to[i] = reinterpret_cast<const uint4*>(from)[i];
-  }
-
-"""
-    attention = _cut(attention, "  __device__ void copy_async(", "  __device__ void run()", copy)
-    attention = attention.replace('asm volatile("cp.async.wait_all;" ::: "memory");', ";")
-    attention = attention[: attention.index("template <int D, int NT>\n__global__")] + "}  // namespace wkvquant\n"
+    """The kernels without ptx.cuh, whose functions shim.h has, and without launches."""
+    names = ("common", "attention_plan", "attention_kernel")
+    names += ("attention_load", "attention_rows", "attention_past", "attention_finish")
+    attention = "".join((CSRC / f"cuda/{name}.cuh").read_text() for name in names)
     write = (CSRC / "cuda/cache_write.cu").read_text()
     write = re.sub(
         r"(cache_write<D, \w+>)<<<(grid, .*?), 0, stream>>>(\(.*?\));", r"run_grid(\2, [&] { \1\3; });", write
@@ -34,8 +20,7 @@ def sources() -> str:
     write = (
         write.replace("__global__", "").replace("cudaGetLastError()", "cudaSuccess").replace("kWarps", "kWriteWarps")
     )
-    together = (CSRC / "cuda/common.cuh").read_text() + attention + write
-    return together.replace("#pragma once", "").replace('#include "common.cuh"', "")
+    return re.sub(r'#pragma once|#include "\w+\.cuh"', "", attention + write)
 
 
 def build(folder: Path) -> Path:

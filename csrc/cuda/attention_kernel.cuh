@@ -1,0 +1,281 @@
+// State and main loop of the attention kernel; paged_attention.cuh says what it does. The parts that run() calls are in
+// attention_load, _rows, _past and _finish.cuh.
+#pragma once
+
+#include <climits>
+
+#include "attention_plan.cuh"
+#include "ptx.cuh"
+
+namespace wkvquant {
+
+constexpr float kBoost = 4;
+constexpr float kLowest = -1e30f;
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kLn2 = 0.693147180559945309f;
+
+template <int D, int NT>
+struct Shape {
+  static constexpr int kHeadSize = D, kTiles = NT, kRows = 8 * NT;
+  static constexpr int kWarps = D > 128 ? 8 : NT == 1 ? 6 : 4;
+  static constexpr int kCtasPerSm = D > 128 ? 1 : 2;
+  static constexpr int kRedSlots = kWarps / (NT * D > 256 ? 4 : 2);
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kKWords = D / 32;  // K words of a thread and token
+  static constexpr int kVWords = D / 32;  // V words of a thread and token pair
+  static constexpr int kMTiles = D / 16;
+  static constexpr bool kQueryInRegisters = NT * D <= 128;
+  static constexpr int kPitch = D + 4;
+
+  // First of the two dimensions (d, d + 1) that thread row g has in m-tile `m` of the output.
+  __device__ static __forceinline__ int dimension(int m, int g) { return 4 * word(m / 2, g) + 2 * (m % 2); }
+  // V word c of thread row g.
+  __device__ static __forceinline__ int word(int c, int g) {
+    if constexpr (D == 64) return 2 * g + c;
+    if constexpr (D == 96) return g + 8 * c;
+    return 4 * g + c % 4 + c / 4 * 32;
+  }
+};
+
+struct Shared {
+  uint4* basis;      // [4][steps][2][2][32]
+  uint4* query;      // [rows][D / 8], the 8 dimensions of a word in the order 0 2 4 6 1 3 5 7, 4 .. 7 over 16
+  uint4* coef;       // [warps][NT][steps][32]
+  float2* ab;        // [rows][slots] coefficients of cos and sin at position 0
+  float2* angle;     // [warps][slots] cos and sin at the chunk's centre
+  float* v_shift;    // [D]
+  float* raw;        // [rows][D] the query, then the current tokens' part of the output
+  float* red;        // [kRedSlots][rows][pitch]
+  uint4* chebyshev;  // [slow steps][2][32]
+  float *factor, *total, *shift_factor, *constant;  // [rows]
+  float *first_extra, *first_score;                 // [rows] what position 0 has more, and its score
+  float *current_max, *current_sum;                 // [rows]
+  float *row_max, *row_sum, *row_past, *row_min;    // [rows]
+  float *warp_max, *warp_sum, *warp_min;            // [warps][rows]
+  int* prefix;                                      // [num_seqs + 1] units before a sequence
+  int64_t* turns;                                   // [slots]
+  int4* sequence;                                   // [num_seqs] past, first query, queries
+  int* misc;                                        // [4]
+
+  template <class S>
+  __host__ __device__ static int64_t carve(Shared* s, char* base, int steps, int slots, int slow_steps, int num_seqs) {
+    int64_t used = 0;
+    auto take = [&](auto*& p, int64_t n) {
+      if (base) p = reinterpret_cast<std::remove_reference_t<decltype(p)>>(base + used);
+      used += (n * static_cast<int64_t>(sizeof(*p)) + 15) / 16 * 16;
+    };
+    constexpr int R = S::kRows, W = S::kWarps, D = S::kHeadSize;
+    // what has a fixed size comes first, so that its offsets are constants
+    take(s->query, R * D / 8), take(s->v_shift, D), take(s->raw, R * D), take(s->red, S::kRedSlots * R * S::kPitch);
+    take(s->factor, R), take(s->total, R), take(s->shift_factor, R), take(s->constant, R);
+    take(s->first_extra, R), take(s->first_score, R), take(s->current_max, R), take(s->current_sum, R);
+    take(s->row_max, R), take(s->row_sum, R), take(s->row_past, R), take(s->row_min, R);
+    take(s->warp_max, W * R), take(s->warp_sum, W * R), take(s->warp_min, W * R), take(s->misc, 4);
+    take(s->basis, 4 * steps * 4 * 32), take(s->coef, W * S::kTiles * steps * 32), take(s->chebyshev, slow_steps * 64);
+    take(s->ab, R * slots), take(s->angle, W * slots), take(s->turns, slots);
+    take(s->prefix, num_seqs + 1), take(s->sequence, num_seqs);
+    return used;
+  }
+};
+
+// Partial results in the workspace: counters [kMaxCtas], then two slots a CTA of [rows][D] numerators, [rows] maxima
+// and [rows] sums. Slot 1 is of an item whose first units are this CTA's, slot 0 of one that began before.
+constexpr int64_t kCounterBytes = kMaxCtas * sizeof(int);
+constexpr int64_t partial_floats(int rows, int d) { return static_cast<int64_t>(rows) * (d + 2); }
+
+template <int D, int NT>
+struct Kernel {
+  using S = Shape<D, NT>;
+  static constexpr int kWarps = S::kWarps, kRows = S::kRows;
+
+  const WkvCudaAttention& a;
+  const WkvCudaParams& p;
+  Shared s;
+  const int warp, lane, g, t;
+  const int group, steps, slots;
+  const FastDivide tiles_per_block;
+  const uint32_t page_bytes, block_stride;  // of a (block, head), of a block
+
+  // Of the row tile.
+  Item item;
+  int rows;
+  uint32_t q[S::kQueryInRegisters ? NT : 1][S::kQueryInRegisters ? S::kKWords : 1][4];
+  float factor[NT][2], total[NT][2], shift_factor[NT][2], constant[NT][2];
+  // Softmax state of this warp: columns are rows 2t, 2t + 1 of each n-tile.
+  float acc[S::kMTiles][NT][4];
+  float top[NT][2], sum[NT][2], min_sum[NT][2];
+
+  // Walks this warp's units over all of the CTA's items. The page is that of this lane's tile of K; the lane's tile of
+  // V, which may be another one, is looked up in the other lanes.
+  struct Cursor {
+    int next_unit;  // of the list of all units
+    int segment;    // items so far, INT_MAX: at the end
+    int seq, head, past, first;
+    int unit, end;  // of the item, this warp's
+    int page, tile;
+  };
+
+  __device__ Kernel(const WkvCudaAttention& args, const WkvCudaParams& params, char* memory)
+      : a(args),
+        p(params),
+        warp(threadIdx.x / 32),
+        lane(threadIdx.x % 32),
+        g(lane / 4),
+        t(lane % 4),
+        group(args.num_heads / params.num_kv_heads),
+        steps(params.fast_steps + (params.slow_steps > 0)),
+        slots(8 * (params.fast_steps + params.slow_steps)),
+        tiles_per_block(args.block_size / kTile),
+        page_bytes(args.block_size * (D + 8)),
+        block_stride(static_cast<uint32_t>(args.block_stride)) {
+    Shared::carve<S>(&s, memory, steps, slots, params.slow_steps, args.num_seqs);
+  }
+
+  __device__ __forceinline__ int tiles_of(int queries) const { return (queries * group + kRows - 1) / kRows; }
+
+  // Lengths of the sequences and the units before each. An item costs about as much as four units.
+  __device__ void make_plan() {
+    if (warp == 0) {
+      const int64_t most = static_cast<int64_t>(a.max_blocks) * a.block_size;
+      int before = 0, items = 0;
+      for (int i = lane; i - lane < a.num_seqs; i += 32) {
+        int units = 0;
+        if (i < a.num_seqs) {
+          const int query = a.query_start_loc[i], next = a.query_start_loc[i + 1], length = a.seq_lens[i];
+          const int queries = next > query && next <= a.num_tokens ? next - query : 0;
+          const int past = static_cast<int>(min(static_cast<int64_t>(max(length - queries, 0)), most));
+          const int own = tiles_of(queries) * p.num_kv_heads;
+          items += own;
+          units = own ? units_of(past, a.sliding_window) * own : 0;
+          s.sequence[i] = {past, query, queries, 0};
+        }
+        int scan = units;
+#pragma unroll
+        for (int m = 1; m < 32; m *= 2) {
+          const int other = __shfl_up_sync(kFull, scan, m);
+          if (lane >= m) scan += other;
+        }
+        if (i < a.num_seqs) s.prefix[i] = before + scan - units;
+        before += __shfl_sync(kFull, scan, 31);
+      }
+      items = __reduce_add_sync(kFull, items);
+      if (lane == 0) s.prefix[a.num_seqs] = before, s.misc[0] = items;
+    }
+    __syncthreads();
+  }
+
+  __device__ Plan read_plan() const {
+    Plan plan;
+    plan.units = s.prefix[a.num_seqs];
+    plan.ctas = min(static_cast<int>(gridDim.x), max(s.misc[0], (plan.units + 3) / 4));
+    return plan;
+  }
+
+  __device__ __forceinline__ Item decode_at(int u, int end) const {
+    return decode(s.prefix, s.sequence, a.num_seqs, a.sliding_window, group, kRows, u, end);
+  }
+
+  // attention_load.cuh
+  __device__ __forceinline__ void advance(Cursor& c, int end_unit) const;
+  __device__ __forceinline__ const uint8_t* slice(const Cursor& c, int page) const;
+  __device__ __forceinline__ void load_k(const Cursor& c, uint32_t (&k)[S::kKWords][4]) const;
+  __device__ __forceinline__ void load_meta(const Cursor& c, uint32_t (&k)[4], uint32_t (&v)[4]) const;
+  __device__ __forceinline__ void load_v(const Cursor& c, uint32_t (&v)[4][S::kVWords]) const;
+
+  // attention_rows.cuh
+  template <class T>
+  __device__ void prepare_rows(bool with_current);
+  __device__ void start_rows();
+
+  // attention_past.cuh
+  __device__ static __forceinline__ uint64_t angle_at(int chunk, int64_t turns);
+  __device__ __forceinline__ void make_coefficients(int chunk, uint4* coef);
+  __device__ __forceinline__ void scores(const uint32_t (&k)[S::kKWords][4], float (&c)[2][NT][4]) const;
+  __device__ __forceinline__ void shift_scores(int first, const uint4* coef, float (&c)[2][NT][4]) const;
+  __device__ __forceinline__ void softmax(int first, int past, int latest, uint32_t (&k_meta)[4], uint32_t (&v_meta)[4],
+                                          float (&c)[2][NT][4], const float (&shift)[2][NT][4],
+                                          uint32_t (&weights)[2][NT][2]);
+  __device__ __forceinline__ void output(const uint32_t (&v)[4][S::kVWords], const uint32_t (&weights)[2][NT][2]);
+
+  // attention_finish.cuh
+  __device__ void write_row4(int r, int d, float4 x, float inverse) const;
+  __device__ void write_lse(int r, float top_of_row, float sum_of_row) const;
+  __device__ float* partial(int cta, int slot) const;
+  __device__ void finish(bool with_current);
+  __device__ void combine();
+
+  __device__ void copy(uint4* to, const void* from, int count) const {
+    for (int i = threadIdx.x; i < count; i += S::kThreads) copy_async(to + i, static_cast<const uint4*>(from) + i);
+  }
+
+  __device__ void run() {
+    copy(s.basis, p.basis, steps * 512);
+    copy(s.chebyshev, p.chebyshev, p.slow_steps * 64);
+    copy(reinterpret_cast<uint4*>(s.turns), p.slot_turns, slots / 2);
+    make_plan();
+    const Plan plan = read_plan();
+    if (static_cast<int>(blockIdx.x) >= plan.ctas) return;
+    const int begin = plan.start(blockIdx.x), end = plan.start(blockIdx.x + 1);
+
+    Cursor cursor;  // of the unit that is in registers or on its way there
+    cursor.next_unit = begin, cursor.segment = -1;
+    cursor.unit = cursor.end = cursor.first = cursor.past = 0;
+    uint32_t k[S::kKWords][4], v[4][S::kVWords], k_meta[4], v_meta[4];
+    advance(cursor, end);
+    int now = cursor.segment, now_first = (cursor.first + cursor.unit) * kUnit;
+    if (now != INT_MAX) {
+      load_k(cursor, k);
+      load_meta(cursor, k_meta, v_meta);
+      load_v(cursor, v);
+      advance(cursor, end);
+    }
+    uint4* coef = s.coef + warp * (NT * steps * 32);
+    int segment = 0;
+    for (int u = begin; u < end; ++segment) {
+      item = decode_at(u, end);
+      const bool with_current = item.end == item.units;
+      if (a.dtype == kBFloat16)
+        prepare_rows<__nv_bfloat16>(with_current);
+      else if (a.dtype == kFloat16)
+        prepare_rows<__half>(with_current);
+      else
+        prepare_rows<float>(with_current);
+      if (segment == 0) wait_for_copies();
+      const int past = item.past, last_row = item.tile * kRows + rows - 1;
+      // the last row of the tile hides the most of a window
+      const int latest = a.sliding_window ? past + last_row / group - a.sliding_window : INT_MIN / 2;
+      if (threadIdx.x == 0) s.misc[1] = last_row, s.misc[3] = rows;
+      __syncthreads();
+      start_rows();
+      int chunk = -1;
+      while (now == segment) {
+        if (steps && now_first / kChunk != chunk) {
+          chunk = now_first / kChunk;
+          make_coefficients(chunk, coef);
+        }
+        float c[2][NT][4], shift[2][NT][4];
+        uint32_t weights[2][NT][2];
+        const bool more = cursor.segment != INT_MAX;
+        scores(k, c);
+        if (more) load_k(cursor, k);
+        shift_scores(now_first, coef, shift);
+        softmax(now_first, past, latest, k_meta, v_meta, c, shift, weights);
+        if (more) load_meta(cursor, k_meta, v_meta);
+        output(v, weights);
+        now = cursor.segment;
+        if (more) {
+          load_v(cursor, v);
+          now_first = (cursor.first + cursor.unit) * kUnit;
+          advance(cursor, end);
+        }
+      }
+      // Decoded again rather than kept in registers during the loop.
+      item = decode_at(u, end);
+      u += item.end - item.begin;
+      rows = min(item.queries * group - item.tile * kRows, kRows);
+      finish(item.end == item.units);
+    }
+  }
+};
+
+}  // namespace wkvquant

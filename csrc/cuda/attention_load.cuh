@@ -1,0 +1,65 @@
+// Pages to registers.
+#pragma once
+
+#include "attention_kernel.cuh"
+
+namespace wkvquant {
+
+template <int D, int NT>
+__device__ __forceinline__ void Kernel<D, NT>::advance(Cursor& c, int end_unit) const {
+  ++c.unit;
+  while (c.unit >= c.end || (c.first + c.unit) * kUnit >= c.past) {
+    if (c.next_unit >= end_unit) {
+      c.segment = INT_MAX;
+      return;
+    }
+    const Item x = decode_at(c.next_unit, end_unit);
+    ++c.segment;
+    const int count = x.end - x.begin;
+    c.next_unit += count;
+    c.unit = x.begin + count * warp / kWarps;
+    c.end = x.begin + count * (warp + 1) / kWarps;
+    c.seq = x.seq, c.head = x.head, c.past = x.past, c.first = x.first;
+  }
+  const int tile = min((c.first + c.unit) * (kUnit / kTile) + g / 4, (c.past - 1) / kTile);
+  const int block = tiles_per_block(tile);
+  c.tile = tile - block * tiles_per_block.divisor;
+  c.page = __ldg(a.block_table + c.seq * a.block_table_stride + block);
+}
+
+template <int D, int NT>
+__device__ __forceinline__ const uint8_t* Kernel<D, NT>::slice(const Cursor& c, int page) const {
+  const uint32_t last = static_cast<uint32_t>(a.num_blocks) - 1;
+  return a.kv_cache + static_cast<uint64_t>(min(static_cast<uint32_t>(page), last)) * block_stride +
+         c.head * page_bytes;
+}
+
+// Words t, t + 4, .. of tokens 4g .. 4g + 3.
+template <int D, int NT>
+__device__ __forceinline__ void Kernel<D, NT>::load_k(const Cursor& c, uint32_t (&k)[S::kKWords][4]) const {
+  const uint8_t* base = slice(c, c.page) + c.tile * (8 * D) + t * 64 + g % 4 * 16;
+#pragma unroll
+  for (int j = 0; j < S::kKWords; ++j) load_words<4>(base + j * 256, k[j]);
+}
+
+template <int D, int NT>
+__device__ __forceinline__ void Kernel<D, NT>::load_meta(const Cursor& c, uint32_t (&k)[4], uint32_t (&v)[4]) const {
+  const uint8_t* base = slice(c, c.page) + D * a.block_size + c.tile * (4 * kTile) + g % 4 * 16;
+  load_words<4>(base, k);
+  load_words<4>(base + 4 * a.block_size, v);
+}
+
+// Words of token pairs 4t .. 4t + 3.
+template <int D, int NT>
+__device__ __forceinline__ void Kernel<D, NT>::load_v(const Cursor& c, uint32_t (&v)[4][S::kVWords]) const {
+  const int from = t / 2 * 16, page = __shfl_sync(kFull, c.page, from), tile = __shfl_sync(kFull, c.tile, from);
+  const uint8_t* base = slice(c, page) + D / 2 * a.block_size + tile * (8 * D) + t % 2 * (4 * D) + 4 * S::word(0, g);
+  constexpr int kRun = D == 64 ? 2 : D == 96 ? 1 : 4;
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+#pragma unroll
+    for (int c = 0; c < S::kVWords; c += kRun)
+      load_words<kRun>(base + i * D + 4 * (S::word(c, 0) - S::word(0, 0)), v[i] + c);
+}
+
+}  // namespace wkvquant

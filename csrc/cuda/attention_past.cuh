@@ -1,0 +1,258 @@
+// A unit of past tokens: shift and codes to scores, to weights, to the output.
+#pragma once
+
+#include "attention_kernel.cuh"
+
+namespace wkvquant {
+
+__device__ __forceinline__ uint32_t pack_half2(float low, float high) {
+  const __half2 h = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&h);
+}
+
+// x as high and low fp16 parts, two at a time.
+__device__ __forceinline__ void split_half2(float a, float b, uint32_t& high, uint32_t& low) {
+  const __half2 h = __floats2half2_rn(a, b);
+  const float2 f = __half22float2(h);
+  high = *reinterpret_cast<const uint32_t*>(&h);
+  low = pack_half2(a - f.x, b - f.y);
+}
+
+// The angle at the chunk's centre, which is half a position before its position kChunk / 2.
+template <int D, int NT>
+__device__ __forceinline__ uint64_t Kernel<D, NT>::angle_at(int chunk, int64_t turns) {
+  return static_cast<uint64_t>(chunk * kChunk + kChunk / 2 - 1) * static_cast<uint64_t>(turns) +
+         static_cast<uint64_t>(turns >> 1);
+}
+
+// Coefficients of the basis for the chunk, as operand B.
+template <int D, int NT>
+__device__ __forceinline__ void Kernel<D, NT>::make_coefficients(int chunk, uint4* coef) {
+  float2* angle = s.angle + warp * slots;
+  __syncwarp();
+  for (int i = lane; i < slots; i += 32) angle[i] = cos_sin(angle_at(chunk, s.turns[i]));
+  __syncwarp();
+#pragma unroll 1
+  for (int n = 0; n < NT; ++n) {
+    const float2* ab = s.ab + (8 * n + g) * slots;
+    const auto rotated = [&](int step) -> uint4 {
+      uint4 w;
+      const float2 c = ab[8 * step + t], r = angle[8 * step + t], d = ab[8 * step + t + 4], q = angle[8 * step + t + 4];
+      split_half2(c.x * r.x + c.y * r.y, c.y * r.x - c.x * r.y, w.x, w.z);
+      split_half2(d.x * q.x + d.y * q.y, d.y * q.x - d.x * q.y, w.y, w.w);
+      return w;
+    };
+    uint4* out = coef + n * steps * 32 + lane;
+#pragma unroll 1
+    for (int i = 0; i < p.fast_steps; ++i) out[i * 32] = rotated(i);
+    if (p.slow_steps == 0) continue;
+    float c[4] = {}, correction[4] = {};
+#pragma unroll 1
+    for (int i = 0; i < p.slow_steps; ++i) {
+      const uint4 w = rotated(p.fast_steps + i);
+      const uint4 high = s.chebyshev[i * 64 + lane], low = s.chebyshev[i * 64 + 32 + lane];
+      mma(c, high.x, high.y, high.z, high.w, w.x, w.y);
+      mma(correction, high.x, high.y, high.z, high.w, w.z, w.w);
+      mma(correction, low.x, low.y, low.z, low.w, w.x, w.y);
+    }
+    uint4 x;  // degrees are rows here and must become the rows of operand B
+    split_half2(c[0] + correction[0], c[1] + correction[1], x.x, x.z);
+    split_half2(c[2] + correction[2], c[3] + correction[3], x.y, x.w);
+    out[p.fast_steps * 32] = {transpose(x.x), transpose(x.y), transpose(x.z), transpose(x.w)};
+  }
+  __syncwarp();
+}
+
+template <int D, int NT>
+__device__ __forceinline__ void Kernel<D, NT>::scores(const uint32_t (&k)[S::kKWords][4], float (&c)[2][NT][4]) const {
+  constexpr uint32_t kLow = 0x000f000f, kHigh = 0x00f000f0;
+#pragma unroll
+  for (int x = 0; x < 2; ++x)
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[x][n][i] = 0;
+#pragma unroll
+  for (int j = 0; j < S::kKWords; ++j) {
+    uint32_t b[NT][4];
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      if constexpr (S::kQueryInRegisters) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) b[n][i] = q[n][j][i];
+      } else {
+        const uint4 w = s.query[(8 * n + g) * (D / 8) + t + 4 * j];
+        b[n][0] = w.x, b[n][1] = w.y, b[n][2] = w.z, b[n][3] = w.w;
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < 2; ++u)
+#pragma unroll
+      for (int x = 0; x < 2; ++x) {
+        const uint32_t w0 = k[j][2 * x] >> (8 * u), w1 = k[j][2 * x + 1] >> (8 * u);
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+          mma(c[x][n], w0 & kLow, w1 & kLow, w0 & kHigh, w1 & kHigh, b[n][2 * u], b[n][2 * u + 1]);
+      }
+  }
+}
+
+template <int D, int NT>
+__device__ __forceinline__ void Kernel<D, NT>::shift_scores(int first, const uint4* coef, float (&c)[2][NT][4]) const {
+  float correction[2][NT][4];  // a chain of products of its own
+#pragma unroll
+  for (int x = 0; x < 2; ++x)
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[x][n][i] = correction[x][n][i] = 0;
+  // The basis is tabulated for the second half of the chunk. Cosines and even polynomials are the same in the first,
+  // sines and odd polynomials, the high halves of the coefficients, change sign, and tokens come in reverse order.
+  const int unit = first / kUnit % (kChunk / kUnit);
+  const bool mirror = unit < kChunk / kUnit / 2;
+  const uint32_t sign = mirror ? 0x80000000 : 0;
+  const uint4* basis = s.basis + (mirror ? 3 - unit : unit - 4) * (steps * 128) + (mirror ? lane ^ 28 : lane);
+#pragma unroll 2
+  for (int i = 0; i < steps; ++i) {
+    uint4 b[NT];
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+      b[n] = coef[(n * steps + i) * 32 + lane];
+      b[n].x ^= sign, b[n].y ^= sign, b[n].z ^= sign, b[n].w ^= sign;
+    }
+    uint4 high[2], low[2];
+#pragma unroll
+    for (int x = 0; x < 2; ++x) high[x] = basis[i * 128 + x * 64], low[x] = basis[i * 128 + x * 64 + 32];
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+#pragma unroll
+      for (int x = 0; x < 2; ++x) mma(c[x][n], high[x].x, high[x].y, high[x].z, high[x].w, b[n].x, b[n].y);
+#pragma unroll
+      for (int x = 0; x < 2; ++x) mma(correction[x][n], high[x].x, high[x].y, high[x].z, high[x].w, b[n].z, b[n].w);
+#pragma unroll
+      for (int x = 0; x < 2; ++x) mma(correction[x][n], low[x].x, low[x].y, low[x].z, low[x].w, b[n].x, b[n].y);
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < NT; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float one = c[0][n][i] + correction[0][n][i], other = c[1][n][i ^ 2] + correction[1][n][i ^ 2];
+      c[0][n][i] = mirror ? other : one;
+      c[1][n][i ^ 2] = mirror ? one : other;
+    }
+}
+
+// Scores to weights p * scale_v as operand B of the output's products; keeps the softmax state.
+template <int D, int NT>
+__device__ __forceinline__ void Kernel<D, NT>::softmax(int first, int past, int latest, uint32_t (&k_meta)[4],
+                                                       uint32_t (&v_meta)[4], float (&c)[2][NT][4],
+                                                       const float (&shift)[2][NT][4], uint32_t (&weights)[2][NT][2]) {
+  float2 k[4], v[4];  // (scale, minimum)
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    k[i] = __half22float2(*reinterpret_cast<const __half2*>(&k_meta[i]));
+    v[i] = __half22float2(*reinterpret_cast<const __half2*>(&v_meta[i]));
+  }
+#pragma unroll
+  for (int n = 0; n < NT; ++n)
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float& x = c[i / 2][n][i % 2 * 2 + j];
+        x = fmaf(x * k[i].x, factor[n][j], fmaf(k[i].y, total[n][j], constant[n][j]));
+        x = fmaf(shift[i / 2][n][i % 2 * 2 + j], shift_factor[n][j], x);
+      }
+  if (first == 0 && p.k_extra && g == 0)
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) c[0][n][j] += s.first_extra[8 * n + 2 * t + j];
+  if (first + kUnit > past || first <= latest) {
+    const int last_row = s.misc[1], rows = s.misc[3];
+    const int start = first_visible(past, a.sliding_window);
+    const int token = first + 4 * g;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (token + i >= past || token + i < start) v[i] = {0, 0};
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int hidden = latest - (last_row / group - (last_row - rows + 1 + 8 * n + 2 * t + j) / group);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (token + i >= past || token + i <= hidden) c[i / 2][n][i % 2 * 2 + j] = -INFINITY;
+      }
+  }
+  if (first == 0 && g == 0)
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) s.first_score[8 * n + 2 * t + j] = c[0][n][j];
+  float next[NT][2];
+  bool changed = false;
+#pragma unroll
+  for (int n = 0; n < NT; ++n)
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      float x = fmaxf(fmaxf(c[0][n][j], c[0][n][2 + j]), fmaxf(c[1][n][j], c[1][n][2 + j]));
+#pragma unroll
+      for (int m = 4; m < 32; m *= 2) x = fmaxf(x, __shfl_xor_sync(kFull, x, m));
+      next[n][j] = fmaxf(top[n][j], x - kBoost);
+      changed |= next[n][j] != top[n][j];
+    }
+  if (__any_sync(kFull, changed)) {
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float keep = exp2_fast(top[n][j] - next[n][j]);
+        top[n][j] = next[n][j];
+        sum[n][j] *= keep, min_sum[n][j] *= keep;
+#pragma unroll
+        for (int m = 0; m < S::kMTiles; ++m) acc[m][n][j] *= keep, acc[m][n][2 + j] *= keep;
+      }
+  }
+#pragma unroll
+  for (int n = 0; n < NT; ++n) {
+    uint32_t w[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float x[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        x[j] = exp2_fast(c[i / 2][n][i % 2 * 2 + j] - top[n][j]);
+        sum[n][j] += x[j];
+        min_sum[n][j] = fmaf(x[j], v[i].y, min_sum[n][j]);
+        x[j] *= v[i].x;
+      }
+      w[i] = transpose(pack_half2(x[0], x[1]));
+    }
+#pragma unroll
+    for (int x = 0; x < 2; ++x) {
+      weights[x][n][0] = __byte_perm(w[2 * x], w[2 * x + 1], 0x5410);
+      weights[x][n][1] = __byte_perm(w[2 * x], w[2 * x + 1], 0x7632);
+    }
+  }
+}
+
+template <int D, int NT>
+__device__ __forceinline__ void Kernel<D, NT>::output(const uint32_t (&v)[4][S::kVWords],
+                                                      const uint32_t (&weights)[2][NT][2]) {
+  constexpr uint32_t kLow = 0x000f000f, kHigh = 0x00f000f0;
+#pragma unroll
+  for (int x = 0; x < 2; ++x)
+#pragma unroll
+    for (int c = 0; c < S::kVWords; ++c)
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        const uint32_t w0 = v[x][c] >> (8 * u), w1 = v[x + 2][c] >> (8 * u);
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+          mma(acc[2 * c + u][n], w0 & kLow, w0 & kHigh, w1 & kLow, w1 & kHigh, weights[x][n][0], weights[x][n][1]);
+      }
+}
+
+}  // namespace wkvquant

@@ -1,0 +1,66 @@
+// The work of a launch: items, units and who takes them; paged_attention.cuh says what these are.
+#pragma once
+
+#include "common.cuh"
+
+namespace wkvquant {
+
+constexpr int kChunk = 256;
+constexpr int kUnit = 32;
+
+// Division by a small constant, exact for numerators below 2^17 and divisors below 2^15.
+struct FastDivide {
+  uint32_t divisor, reciprocal;
+  __device__ explicit FastDivide(uint32_t d) : divisor(d), reciprocal(d == 1 ? 0 : 0xffffffffu / d + 1) {}
+  __device__ __forceinline__ uint32_t operator()(uint32_t n) const { return reciprocal ? __umulhi(n, reciprocal) : n; }
+};
+
+struct Plan {
+  int units;  // of all items
+  int ctas;   // that have any
+  __device__ int start(int cta) const { return static_cast<int>(static_cast<int64_t>(units) * cta / ctas); }
+  __device__ int cta_of(int u) const { return static_cast<int>((static_cast<int64_t>(u + 1) * ctas - 1) / units); }
+};
+
+struct Item {
+  int seq, head, tile;       // tile: of query rows
+  int past, query, queries;  // query: first token of the step in `query`
+  int first;                 // unit, counted from position 0, that its unit 0 is
+  int begin, end, units;     // this CTA's units, and how many the item has
+  int u;                     // the item's unit 0 in the list of all units
+};
+
+__device__ __forceinline__ int first_visible(int past, int window) { return window ? max(past - window + 1, 0) : 0; }
+
+__device__ __forceinline__ int units_of(int past, int window) {
+  return max((past + kUnit - 1) / kUnit - first_visible(past, window) / kUnit, 1);
+}
+
+// The item of unit `u`, and its units from there up to `end`. Not inlined: it runs seldom, and code costs time, too.
+static __device__ __noinline__ Item decode(const int* prefix, const int4* sequence, int num_seqs, int window, int group,
+                                           int rows_of_tile, int u, int end) {
+  Item x;
+  int low = 0, high = num_seqs - 1;  // the last sequence whose prefix is <= u: it has units
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (prefix[middle] <= u)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  x.seq = low;
+  const int4 lengths = sequence[low];
+  x.past = lengths.x, x.query = lengths.y, x.queries = lengths.z;
+  x.units = units_of(x.past, window);
+  x.first = first_visible(x.past, window) / kUnit;
+  const int inside = u - prefix[low], index = inside / x.units;
+  const int tiles = (x.queries * group + rows_of_tile - 1) / rows_of_tile;
+  x.head = index / tiles;
+  x.tile = index - x.head * tiles;
+  x.begin = inside - index * x.units;
+  x.end = min(x.units, x.begin + end - u);
+  x.u = u - x.begin;
+  return x;
+}
+
+}  // namespace wkvquant
