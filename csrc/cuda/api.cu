@@ -21,6 +21,17 @@ int64_t wkvquant_cuda_workspace() {
   return kCounterBytes + 2 * kMaxCtas * partial_floats(kMaxRows, 256) * static_cast<int64_t>(sizeof(float));
 }
 
+int64_t wkvquant_cuda_shared_bytes(const WkvCudaParams* p, int tiles, int num_seqs) {
+  using namespace wkvquant;
+  switch (p->head_size) {
+    case 64: return tiles == 1 ? shared_bytes<64, 1>(*p, num_seqs) : shared_bytes<64, 2>(*p, num_seqs);
+    case 96: return tiles == 1 ? shared_bytes<96, 1>(*p, num_seqs) : shared_bytes<96, 2>(*p, num_seqs);
+    case 128: return tiles == 1 ? shared_bytes<128, 1>(*p, num_seqs) : shared_bytes<128, 2>(*p, num_seqs);
+    case 256: return tiles == 1 ? shared_bytes<256, 1>(*p, num_seqs) : shared_bytes<256, 2>(*p, num_seqs);
+  }
+  return -1;
+}
+
 int64_t wkvquant_cuda_sizeof(int which) {
   return which == 0 ? sizeof(WkvCudaParams) : which == 1 ? sizeof(WkvCudaCacheWrite) : sizeof(WkvCudaAttention);
 }

@@ -78,6 +78,13 @@ struct Shared {
   }
 };
 
+template <int D, int NT>
+int64_t shared_bytes(const WkvCudaParams& p, int num_seqs) {
+  Shared unused;
+  const int steps = p.fast_steps + (p.slow_steps > 0), slots = 8 * (p.fast_steps + p.slow_steps);
+  return Shared::carve<Shape<D, NT>>(&unused, nullptr, steps, slots, p.slow_steps, num_seqs);
+}
+
 // Partial results in the workspace: counters [kMaxCtas], then two slots a CTA of [rows][D] numerators, [rows] maxima
 // and [rows] sums. Slot 1 is of an item whose first units are this CTA's, slot 0 of one that began before.
 constexpr int64_t kCounterBytes = kMaxCtas * sizeof(int);

@@ -45,10 +45,7 @@ __global__ void __launch_bounds__(Shape<D, NT>::kThreads, Shape<D, NT>::kCtasPer
 
 template <int D, int NT>
 cudaError_t launch(const WkvCudaAttention& a, const WkvCudaParams& p, cudaStream_t stream) {
-  Shared unused;
-  const int steps = p.fast_steps + (p.slow_steps > 0);
-  const int64_t bytes =
-      Shared::carve<Shape<D, NT>>(&unused, nullptr, steps, 8 * (p.fast_steps + p.slow_steps), p.slow_steps, a.num_seqs);
+  const int64_t bytes = shared_bytes<D, NT>(p, a.num_seqs);
   static int64_t allowed[64] = {};
   int device = 0;
   if (cudaError_t e = cudaGetDevice(&device)) return e;
@@ -63,12 +60,15 @@ cudaError_t launch(const WkvCudaAttention& a, const WkvCudaParams& p, cudaStream
   return cudaGetLastError();
 }
 
-// One row tile of 8 where the batch's mean query length needs no more.
+// One row tile of 8 where the batch's mean query length needs no more, or shared memory does not hold two.
 template <int D>
 cudaError_t launch_any(const WkvCudaAttention& a, const WkvCudaParams& p, cudaStream_t stream) {
   const int64_t group = a.num_heads / p.num_kv_heads;
-  const bool one = group * ((a.num_tokens + a.num_seqs - 1) / a.num_seqs) <= 8;
-  return one ? launch<D, 1>(a, p, stream) : launch<D, 2>(a, p, stream);
+  if (group * ((a.num_tokens + a.num_seqs - 1) / a.num_seqs) <= 8) return launch<D, 1>(a, p, stream);
+  int device = 0, most = 0;
+  if (cudaError_t e = cudaGetDevice(&device)) return e;
+  if (cudaError_t e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return e;
+  return shared_bytes<D, 2>(p, a.num_seqs) <= most ? launch<D, 2>(a, p, stream) : launch<D, 1>(a, p, stream);
 }
 
 cudaError_t launch_64(const WkvCudaAttention&, const WkvCudaParams&, cudaStream_t);

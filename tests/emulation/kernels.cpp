@@ -19,10 +19,7 @@ constexpr int64_t kSharedBytes = 227 << 10;
 template <int D, int NT>
 int launch(const WkvCudaAttention& a, const WkvCudaParams& p) {
   using S = Shape<D, NT>;
-  Shared unused;
-  const int steps = p.fast_steps + (p.slow_steps > 0);
-  const int64_t bytes =
-      Shared::carve<S>(&unused, nullptr, steps, 8 * (p.fast_steps + p.slow_steps), p.slow_steps, a.num_seqs);
+  const int64_t bytes = shared_bytes<D, NT>(p, a.num_seqs);
   if (S::kCtasPerSm * (bytes + 1024) > kSharedBytes + 1024) return 1;
   std::vector<uint4> memory(kSharedBytes / sizeof(uint4) + 1);
   memset(memory.data(), 0xff, memory.size() * sizeof(uint4));
