@@ -14,7 +14,7 @@ export VLLM_CPU_INT4_W4A8 := 0
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test cuda lint format clean
+.PHONY: demo test cuda cuda-all lint format clean
 
 demo: $(CKPT)/config.json .venv/native
 	$(BIN)/python benchmarks/demo.py $(MODEL) $(CKPT) demo/test.txt
@@ -25,6 +25,12 @@ test: $(CKPT)/config.json .venv/native
 # the CUDA kernels, where nvcc is
 cuda: .venv/packages
 	WKVQUANT_CUDA=1 $(BIN)/python setup.py build_ext --inplace
+
+# the same for every architecture that the kernels are written for, up to the newest that nvcc knows
+cuda-all: .venv/packages
+	WKVQUANT_CUDA=1 WKVQUANT_CUDA_ARCHS="80;86;89;90a;$$(nvcc --list-gpu-arch | sed -n 's/compute_//p' | sort -n | tail -1)" \
+	    $(BIN)/python setup.py build_ext --inplace
+	$(BIN)/python benchmarks/cuda_resources.py
 
 lint: .venv/packages
 	$(BIN)/ruff check .

@@ -67,6 +67,8 @@ class BuildKernels(build_ext):
         compiler = find_compiler()
         cuda = ext.name.endswith("cuda")
         temp = Path(self.build_temp) / ext.name.rpartition(".")[2]
+        if cuda:
+            temp /= "_".join(CUDA_ARCHS)  # objects of other architectures are no use
         temp.mkdir(parents=True, exist_ok=True)
         headers = max(path.stat().st_mtime for path in [*ROOT.glob("csrc/**/*.*h"), Path(__file__)])
         objects = []

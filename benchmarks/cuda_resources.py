@@ -1,0 +1,80 @@
+"""Registers, stack and shared memory of every CUDA kernel, read out of the built library.
+
+    python benchmarks/cuda_resources.py
+
+Stack is what ptxas spilled: the kernels use no local arrays. Exits with 1 where a kernel spills more than KNOWN allows.
+Shared memory is that of a launch over 256 sequences with a shift on all rotary pairs of base 5e5. Needs cuobjdump, on
+the PATH or beside triton, but no GPU.
+"""
+
+import ctypes
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from vllm_wkvquant import native_cuda, reference
+from vllm_wkvquant.reference import KVParams
+
+# (kernel, head size, row tiles) -> (bytes of stack, why they are accepted)
+KNOWN = {
+    ("paged_attention", 128, 1): (24, "two CTAs on an SM leave 168 registers"),
+    ("paged_attention", 256, 2): (304, "accumulators alone take 128 of 255 registers; no decode with 8 rows or fewer"),
+}
+SEQUENCES = 256
+
+
+def cuobjdump() -> str:
+    """Path of the tool; SystemExit where there is none."""
+    triton = importlib.util.find_spec("triton")
+    beside = [Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"] if triton and triton.origin else []
+    found = shutil.which("cuobjdump") or next((str(path) for path in beside if path.exists()), None)
+    if found is None:
+        raise SystemExit("cuobjdump is neither on the PATH nor beside triton")
+    return found
+
+
+def shared_bytes(head_size: int, tiles: int) -> int:
+    """Dynamic shared memory of a CTA of the attention kernel."""
+    inv_freq = [5e5 ** (-2 * j / head_size) for j in range(head_size // 2)]
+    ones = torch.ones(1, head_size)
+    params = KVParams(ones, ones, ones, key_hadamard=True, rope_turns=reference.rope_turns(inv_freq))
+    size = native_cuda.library().wkvquant_cuda_shared_bytes
+    size.restype = ctypes.c_int64
+    return size(ctypes.byref(native_cuda.prepare(params).fields), tiles, SEQUENCES)
+
+
+def main() -> None:
+    """Print the table; exit with 1 on spills."""
+    command = [cuobjdump(), "--dump-resource-usage", str(native_cuda.LIBRARY)]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    print(f"{'arch':8}{'kernel':46}{'registers':>10}{'stack':>7}{'shared memory':>15}")
+    arch, kernel, failed = "", None, []
+    for line in listed.splitlines():
+        if found := re.match(r"arch = (\S+)", line):
+            arch = found[1]
+        if found := re.search(r"(paged_attention|cache_write)ILi(\d+)E(?:Li(\d+)|f|6__half|13__nv_bfloat16)E", line):
+            kernel = found[1], int(found[2]), int(found[3] or 0)
+            dtype = next((name for name in ("half", "nv_bfloat16") if f"__{name}E" in line), "float")
+        if kernel and (found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line)):
+            registers, stack, static = map(int, found.groups())
+            name, head_size, tiles = kernel
+            shown = f"{name}<{head_size}, {tiles}>" if tiles else f"{name}<{head_size}, {dtype}>"
+            shared = static + (shared_bytes(head_size, tiles) if tiles else 0)
+            allowed, why = KNOWN.get(kernel, (0, ""))
+            print(f"{arch:8}{shown:46}{registers:10}{stack:7}{shared:15}  {why if stack else ''}".rstrip())
+            if stack > allowed:
+                failed.append(f"{shown} on {arch}: {stack} bytes of stack, {allowed} are accepted")
+            kernel = None
+    if not arch:
+        failed.append(f"no kernel found in {native_cuda.LIBRARY}")
+    if failed:
+        sys.exit("\n".join(failed))
+
+
+if __name__ == "__main__":
+    main()
