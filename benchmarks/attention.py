@@ -251,7 +251,7 @@ def attention_row(op: str, step: Step, pairs: int) -> Row:
 def common(op: str, peer: Peer) -> dict[str, str | int]:
     return {
         "op": op,
-        "variant": ops.default_variant("cpu"),
+        "variant": ops.default_variant("cpu", HEAD_SIZE),
         "device": "cpu",
         "isa": native.isa(),
         "peer_isa": peer.isa,

@@ -23,7 +23,7 @@ from vllm_wkvquant.reference import KVParams
 # (kernel, head size, row tiles) -> (bytes of stack, why they are accepted)
 KNOWN = {
     ("paged_attention", 128, 1): (24, "two CTAs on an SM leave 168 registers"),
-    ("paged_attention", 256, 2): (304, "accumulators alone take 128 of 255 registers; no decode with 8 rows or fewer"),
+    ("paged_attention", 256, 2): (320, "accumulators alone take 128 of 255 registers; no decode with 8 rows or fewer"),
 }
 SEQUENCES = 256
 
@@ -43,9 +43,8 @@ def shared_bytes(head_size: int, tiles: int) -> int:
     inv_freq = [5e5 ** (-2 * j / head_size) for j in range(head_size // 2)]
     ones = torch.ones(1, head_size)
     params = KVParams(ones, ones, ones, key_hadamard=True, rope_turns=reference.rope_turns(inv_freq))
-    size = native_cuda.library().wkvquant_cuda_shared_bytes
-    size.restype = ctypes.c_int64
-    return size(ctypes.byref(native_cuda.prepare(params).fields), tiles, SEQUENCES)
+    fields = native_cuda.prepare(params).fields
+    return native_cuda.library().wkvquant_cuda_shared_bytes(ctypes.byref(fields), tiles, SEQUENCES)
 
 
 def main() -> None:

@@ -455,11 +455,11 @@ def test_default_variant(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapt
     logger = logging.getLogger("vllm.wkvquant")
     monkeypatch.setattr(logger, "propagate", True)
     ops.default_variant.cache_clear()
-    assert ops.default_variant("cpu") == "cpp"
+    assert ops.default_variant("cpu", 64) == "cpp"
     monkeypatch.delitem(ops.TABLE["paged_attention"], "cpp")
     ops.default_variant.cache_clear()
     with caplog.at_level(logging.WARNING, "vllm.wkvquant"):
-        assert ops.default_variant("cpu") == ops.default_variant("cpu") == "reference"
+        assert ops.default_variant("cpu", 64) == ops.default_variant("cpu", 64) == "reference"
     (warning,) = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert "pip install" in warning.getMessage()
     ops.default_variant.cache_clear()

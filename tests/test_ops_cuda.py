@@ -190,6 +190,38 @@ def test_graph_replay():
         assert torch.equal(before, cache)
 
 
+def test_graphs_of_a_stream_that_never_ran():
+    """vLLM warms up on one stream and captures on another; the order of replays is not that of captures."""
+    params = cases.make_params(2, 128).to("cuda")
+    ops.reserve(params, max_seqs=8)
+    captured = []
+    for lengths in ([(1500, 1), (700, 1)], [(900, 1), (0, 1)]):
+        case = replace(to_gpu(cases.make_case(lengths, params.to("cpu"), dtype=torch.float16)), params=params)
+        out = torch.full_like(case.query, math.nan)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            native_cuda.paged_attention(
+                case.query, case.key, case.value, case.kv_cache, case.block_table, case.seq_lens, case.query_start_loc,
+                case.params, case.scale, out,
+            )  # fmt: skip
+        captured.append((graph, case, out))
+    for graph, case, out in [captured[i] for i in (1, 0, 1)]:
+        out.fill_(math.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out[:2].cpu(), run(native_cuda.paged_attention, case)[0][:2])
+
+
+def test_capture_without_a_reserved_workspace_is_refused(monkeypatch):
+    case = to_gpu(cases.make_case([(20, 1)], cases.make_params(1, 64)))
+    native_cuda.prepare(case.params)
+    monkeypatch.setattr(native_cuda, "_spares", {})
+    monkeypatch.setattr(native_cuda, "_workspaces", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="reserve"):
+        run(native_cuda.paged_attention, case)
+
+
 @pytest.mark.parametrize("head_size", native_cuda.HEAD_SIZES)
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("hadamard", [True, False])
@@ -250,4 +282,5 @@ def test_structs_and_default():
     lib = native_cuda.library()
     for i, struct in enumerate((native_cuda.Params, native_cuda.CacheWrite, native_cuda.PagedAttention)):
         assert lib.wkvquant_cuda_sizeof(i) == native_cuda.ctypes.sizeof(struct)
-    assert ops.default_variant("cuda") == "cuda"
+    assert ops.default_variant("cuda", 128) == "cuda"
+    assert ops.default_variant("cuda", 80) == "reference"

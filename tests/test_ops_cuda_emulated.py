@@ -26,11 +26,12 @@ def emulated(tmp_path_factory):
         patch.setattr(torch.Tensor, "cuda", lambda self: self.clone())
         patch.setattr(KVParams, "to", lambda self, device: self)
         patch.setattr(test_ops_cuda, "to_gpu", lambda case: case)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        patch.setattr(native_cuda, "_workspaces", {})
+        patch.setattr(native_cuda, "_spares", {})
         native_cuda.library.cache_clear()
-        native_cuda._workspace.cache_clear()
         yield
         native_cuda.library.cache_clear()
-        native_cuda._workspace.cache_clear()
 
 
 @pytest.mark.parametrize("head_size", native_cuda.HEAD_SIZES)
@@ -80,6 +81,32 @@ def test_requests_without_tokens(emulated):
 @pytest.mark.parametrize("head_size", native_cuda.HEAD_SIZES)
 def test_cache_write(emulated, head_size):
     test_ops_cuda.test_cache_write(head_size, torch.bfloat16, True)
+
+
+def test_capture_without_a_reserved_workspace_is_refused(emulated, monkeypatch):
+    test_ops_cuda.test_capture_without_a_reserved_workspace_is_refused(monkeypatch)
+
+
+def test_reserve(emulated, monkeypatch):
+    """A capture takes a spare workspace, a stream keeps its own, and too many sequences are refused."""
+    case = cases.make_case([(20, 1)], cases.make_params(1, 64))
+    device = case.params.k_smooth.device
+    properties = SimpleNamespace(shared_memory_per_block_optin=64 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(native_cuda, "_spares", {})
+    monkeypatch.setattr(native_cuda, "_workspaces", {})
+    native_cuda.reserve(case.params, 256)
+    native_cuda.reserve(case.params, 256)
+    spares = list(native_cuda._spares[device])
+    assert len(spares) == native_cuda.SPARES
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    test_ops_cuda.check(case)
+    assert native_cuda._workspace(device, 0) is spares.pop()
+    assert native_cuda._workspace(device, 1) is spares.pop()
+    with pytest.raises(RuntimeError, match="reserve"):
+        native_cuda._workspace(device, 2)
+    with pytest.raises(ValueError, match=r"shared memory for 4096 sequences.*--max-num-seqs"):
+        native_cuda.reserve(case.params, 4096)
 
 
 def test_structs(emulated):

@@ -431,6 +431,31 @@ def test_positions_keep_their_address() -> None:
     assert b.build(0, common([(0, 40)], list(range(40)))).positions.tolist() == list(range(40))
 
 
+def test_decode_is_captured_where_the_cuda_kernels_are(monkeypatch) -> None:
+    """UNIFORM_BATCH with them, after every layer's needs were reserved; NEVER with the reference."""
+    params = [layer_with_params().wkv_params for _ in range(2)]
+    reserved = []
+    vllm_config = SimpleNamespace(
+        model_config=FakeModel(),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=16, max_num_seqs=5),
+        compilation_config=SimpleNamespace(
+            max_cudagraph_capture_size=24,
+            static_forward_context={name: SimpleNamespace(wkv_params=p) for name, p in zip("ab", params, strict=True)},
+        ),
+    )
+    spec = SimpleNamespace(head_size=64, block_size=32)
+    monkeypatch.setattr(ops, "reserve", lambda p, max_seqs: reserved.append((p, max_seqs)))
+    for variant, support, first in (("reference", "NEVER", 16), ("cuda", "UNIFORM_BATCH", 24)):
+        monkeypatch.setattr(ops, "default_variant", lambda device_type, head_size, variant=variant: variant)
+        b = attention.WKVQuantMetadataBuilder(spec, ["a", "b"], vllm_config, torch.device("cpu"))
+        assert b.get_cudagraph_support(vllm_config, spec).name == support
+        address = b.build(0, common([(0, first)], list(range(first)))).positions.data_ptr()
+        # a larger batch leaves the captured positions where they are
+        assert b.build(0, common([(0, 40)], list(range(40)))).positions.data_ptr() != address
+        assert b.build(0, common([(0, first)], list(range(first)))).positions.data_ptr() == address
+    assert [(id(p), n) for p, n in reserved] == [(id(p), 5) for p in params]
+
+
 def test_non_causal_attention_is_refused() -> None:
     for causal in (False, torch.ones(1, dtype=torch.bool)):
         with pytest.raises(NotImplementedError, match="non-causal attention"):

@@ -1,8 +1,9 @@
 """The `cuda` variants: the shared library of csrc/cuda through ctypes.
 
 Nothing reaches a pointer before its tensor's shape, dtype, strides and device are checked here; values on the device
-(slots, lengths, block tables) are not read, so that calls can be captured into a graph. Tables of a layer's parameters
-are made on first use or by `prepare`, which must come before a capture.
+(slots, lengths, block tables) are not read, so that calls can be captured into a graph. What a call needs besides its
+arguments (tables of a layer's parameters, a workspace for each stream) is made on first use, or by `reserve`, which
+must come before a capture.
 """
 
 import ctypes
@@ -78,6 +79,8 @@ def library() -> Any:
     lib = ctypes.CDLL(str(LIBRARY))
     lib.wkvquant_cuda_cache_write.argtypes = [POINTER(CacheWrite), POINTER(Params), c_void_p]
     lib.wkvquant_cuda_paged_attention.argtypes = [POINTER(PagedAttention), POINTER(Params), c_void_p]
+    lib.wkvquant_cuda_shared_bytes.argtypes = [POINTER(Params), c_int32, c_int32]
+    lib.wkvquant_cuda_shared_bytes.restype = c_int64
     lib.wkvquant_cuda_workspace.restype = c_int64
     lib.wkvquant_cuda_sizeof.restype = c_int64
     lib.wkvquant_cuda_error.restype = c_char_p
@@ -220,9 +223,59 @@ def prepare(params: KVParams) -> Prepared:
     return made
 
 
-@functools.cache
-def _workspace(device: torch.device, stream: int) -> torch.Tensor:
+def refusal(head_size: int) -> str | None:
+    """Why the kernels cannot run on the current device; None where they can."""
+    if not available():
+        return f"build {LIBRARY.name} with `make cuda` in a checkout"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "they need compute capability 8.0"
+    if head_size not in HEAD_SIZES:
+        return f"they have head sizes {list(HEAD_SIZES)}, not {head_size}"
+    return None
+
+
+# A workspace must start as zeros and serve one stream. Memory made while a stream captures would be zeroed by the
+# replays of that one graph alone, so a stream that is first seen capturing takes one of the device's spare ones.
+_workspaces: dict[tuple[torch.device, int], torch.Tensor] = {}
+_spares: dict[torch.device, list[torch.Tensor]] = {}
+SPARES = 2  # a step is captured on one stream, or on two where vLLM overlaps two halves of a batch
+
+
+def _new_workspace(device: torch.device) -> torch.Tensor:
     return torch.zeros(library().wkvquant_cuda_workspace(), dtype=torch.uint8, device=device)
+
+
+def _workspace(device: torch.device, stream: int) -> torch.Tensor:
+    found = _workspaces.get((device, stream))
+    if found is None:
+        if torch.cuda.is_current_stream_capturing():
+            if not _spares.get(device):
+                raise RuntimeError("paged_attention: no workspace is left for a captured stream; call reserve() first")
+            found = _spares[device].pop()
+        else:
+            found = _new_workspace(device)
+        _workspaces[device, stream] = found
+    return found
+
+
+def reserve(params: KVParams, max_seqs: int) -> None:
+    """Make what calls with `params` need, so that they can be captured from now on.
+
+    max_seqs: sequences of the largest call. Raises ValueError where the device's shared memory does not hold the plan
+    of so many beside the tables. A graph keeps the addresses of the tables: `params` must outlive it.
+    """
+    tables = prepare(params)
+    device = tables.device
+    needed = library().wkvquant_cuda_shared_bytes(byref(tables.fields), 1, max_seqs)
+    properties: Any = torch.cuda.get_device_properties(device)  # the stubs lack the field
+    most = properties.shared_memory_per_block_optin
+    _check(
+        needed <= most,
+        f"the CUDA kernels need {needed} bytes of shared memory for {max_seqs} sequences, {device} has {most}; allow "
+        "fewer sequences (--max-num-seqs) or serve with an explicit --kv-cache-dtype",
+    )
+    if device not in _spares:
+        _spares[device] = [_new_workspace(device) for _ in range(SPARES)]
 
 
 @functools.cache

@@ -31,22 +31,30 @@ if native_cuda.available():
 
 
 @functools.cache
-def default_variant(device_type: str) -> str:
+def default_variant(device_type: str, head_size: int) -> str:
     """The variant used on a device type ("cpu", "cuda"): the best one this build has. Chosen once, logged once."""
+    how = f"build {native.LIBRARY.name} with `pip install -e .` in a checkout"
     if device_type == "cpu" and "cpp" in TABLE["paged_attention"]:
         logger.info("4-bit KV cache on cpu: compiled kernels, %s", native.isa())
         return "cpp"
-    how = f"build {native.LIBRARY.name} with `pip install -e .` in a checkout"
     if device_type == "cuda":
-        how = f"build {native_cuda.LIBRARY.name} with `make cuda` in a checkout"
-        if "cuda" in TABLE["paged_attention"]:
-            capability = torch.cuda.get_device_capability()
-            if capability >= (8, 0):
-                logger.info("4-bit KV cache on cuda: compiled kernels, compute capability %d.%d", *capability)
-                return "cuda"
-            how = "they need compute capability 8.0"
+        refusal = native_cuda.refusal(head_size)
+        if refusal is None:
+            major, minor = torch.cuda.get_device_capability()
+            logger.info("4-bit KV cache on cuda: compiled kernels, compute capability %d.%d", major, minor)
+            return "cuda"
+        how = refusal
     logger.warning("4-bit KV cache on %s: slow reference; compiled kernels: %s", device_type, how)
     return "reference"
+
+
+def reserve(params: KVParams, max_seqs: int) -> None:
+    """Make what the default variant would make on its first call with `params`, so that calls can be captured.
+
+    max_seqs: sequences of the largest call. Raises ValueError where the device cannot hold them.
+    """
+    if default_variant(params.k_smooth.device.type, params.k_smooth.shape[1]) == "cuda":
+        native_cuda.reserve(params, max_seqs)
 
 
 def cache_write(
@@ -66,7 +74,7 @@ def cache_write(
     skipped. positions: int64 [>= T], index of each token in its sequence. variant: a key of
     `TABLE["cache_write"]`; the device's default otherwise. Raises ValueError on shapes that do not fit.
     """
-    implementation = TABLE["cache_write"][variant or default_variant(key.device.type)]
+    implementation = TABLE["cache_write"][variant or default_variant(key.device.type, key.shape[-1])]
     implementation(key, value, kv_cache, slot_mapping, positions, params)
 
 
@@ -95,7 +103,7 @@ def paged_attention(
     a query sees the last `sliding_window` positions, itself included; 0 is all. lse: fp32 [>= T, num_heads], written
     with the natural-log-sum-exp of the scaled scores where given. Rows at and after T are left alone.
     """
-    implementation = TABLE["paged_attention"][variant or default_variant(query.device.type)]
+    implementation = TABLE["paged_attention"][variant or default_variant(query.device.type, query.shape[-1])]
     implementation(
         query, key, value, kv_cache, block_table, seq_lens, query_start_loc, params, scale, out, sliding_window, lse
     )

@@ -50,6 +50,17 @@ int wkvquant_cuda_paged_attention(const WkvCudaAttention* a, const WkvCudaParams
   return 1;
 }
 
+int64_t wkvquant_cuda_shared_bytes(const WkvCudaParams* p, int, int num_seqs) {
+  using namespace wkvquant;
+  switch (p->head_size) {
+    case 64: return shared_bytes<64, 1>(*p, num_seqs);
+    case 96: return shared_bytes<96, 1>(*p, num_seqs);
+    case 128: return shared_bytes<128, 1>(*p, num_seqs);
+    case 256: return shared_bytes<256, 1>(*p, num_seqs);
+  }
+  return -1;
+}
+
 int64_t wkvquant_cuda_workspace() {
   using namespace wkvquant;
   return kCounterBytes + 2 * kMaxCtas * partial_floats(kMaxRows, 256) * static_cast<int64_t>(sizeof(float));

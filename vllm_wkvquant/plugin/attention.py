@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -107,19 +108,31 @@ def token_positions(
 
 
 class WKVQuantMetadataBuilder(AttentionMetadataBuilder[WKVQuantMetadata]):
-    """Positions live in one buffer for good, so that a replayed graph finds fresh values where it looked before."""
+    """Positions live in one buffer for good, so that a replayed graph finds fresh values where it looked before.
 
-    # The reference variant walks sequences on the host. Kernels with fixed grids raise this to UNIFORM_BATCH.
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+    With the CUDA kernels, decode steps are captured whole: all that the ops read is either in buffers of vLLM's that
+    keep their address, or in this one, and what they allocate is reserved here, before the first capture. Capture and
+    replay by vLLM, of either version, have not run on a GPU; eager steps and replays of the ops themselves have.
+    """
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         PageLayout(kv_cache_spec.head_size, kv_cache_spec.block_size)
-        self._reserve(vllm_config.scheduler_config.max_num_batched_tokens)
-
-    def _reserve(self, tokens: int) -> None:
-        self._tokens = torch.arange(tokens, dtype=torch.int64, device=self.device)
+        tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        if _captures(device.type, kv_cache_spec.head_size):
+            compilation = vllm_config.compilation_config
+            tokens = max(tokens, compilation.max_cudagraph_capture_size or 0)
+            for name in layer_names:
+                params = compilation.static_forward_context[name].wkv_params
+                ops.reserve(params, vllm_config.scheduler_config.max_num_seqs)
+        self._tokens = torch.arange(tokens, dtype=torch.int64, device=device)
         self._positions = torch.zeros_like(self._tokens)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        if _captures(current_platform.device_type, vllm_config.model_config.get_head_size()):
+            return AttentionCGSupport.UNIFORM_BATCH
+        return AttentionCGSupport.NEVER
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -128,11 +141,11 @@ class WKVQuantMetadataBuilder(AttentionMetadataBuilder[WKVQuantMetadata]):
         if common.causal is not True:
             raise NotImplementedError("wkvquant: non-causal attention is not supported by the 4-bit KV cache")
         count = common.num_actual_tokens
-        if count > self._tokens.shape[0]:
-            # a padded batch may exceed the scheduler's limit; graphs are captured after the largest one has run
-            self._reserve(count)
-        positions = self._positions[:count]
-        token_positions(common.query_start_loc, common.seq_lens, self._tokens[:count], positions)
+        tokens, positions = self._tokens[:count], self._positions[:count]
+        if count > self._tokens.shape[0]:  # padded beyond the scheduler's limit, hence beyond all captured batches
+            tokens = torch.arange(count, dtype=torch.int64, device=self.device)
+            positions = torch.empty_like(tokens)
+        token_positions(common.query_start_loc, common.seq_lens, tokens, positions)
         return WKVQuantMetadata(
             num_actual_tokens=count,
             query_start_loc=common.query_start_loc,
@@ -141,6 +154,11 @@ class WKVQuantMetadataBuilder(AttentionMetadataBuilder[WKVQuantMetadata]):
             slot_mapping=common.slot_mapping[:count],
             positions=positions,
         )
+
+
+def _captures(device_type: str, head_size: int) -> bool:
+    """Whether steps can be captured: the CUDA kernels have fixed grids, the reference walks sequences on the host."""
+    return ops.default_variant(device_type, head_size) == "cuda"
 
 
 class WKVQuantImpl(AttentionImpl[WKVQuantMetadata]):
