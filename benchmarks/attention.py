@@ -1,7 +1,9 @@
-"""Times the cache write and paged attention against vLLM's own bf16 ops on the same threads.
+"""Times the cache write and paged attention against vLLM's own ops.
 
     python benchmarks/attention.py --device cpu --op all --json
+    python benchmarks/attention.py --device cuda --json          # attention_cuda.py says how and has more options
 
+On a CPU the peer is vLLM's bf16 op on the same threads.
 Ours and the peer's call alternate; a row's ratio is the median over pairs of the peer's time over ours. Every call
 takes the next of several copies of the cache, together larger than the last-level cache. Attention counts everything
 from the roped q, k, v to the output but the write. Parameters are like calibrated ones: a rotating shift on every pair,
@@ -14,58 +16,19 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
+import attention_cuda
 import torch
+from rows import DTYPE, HEAD_SIZE, HEADS, PER_HEAD, Row, make_params, random_kv
 
 from vllm_wkvquant import layout, native, ops, reference
-from vllm_wkvquant.reference import KVParams
 
-HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 32, 8, 128, 64
-DTYPE = torch.bfloat16
+KV_HEADS, BLOCK_SIZE = 8, 64
 COLD_BYTES = 96 << 20  # of all copies of our cache: three times the last-level cache of the development machine
 MAX_PEER_BYTES = 8 << 30
-PER_HEAD = ("k_smooth", "k_shift", "v_shift", "k_first", "v_first")
 SAMPLE_SECONDS = 3e-3
-
-
-@dataclass
-class Row:
-    """One line of output. bytes: what the op must at least move; us, peer_us: median time of a call."""
-
-    op: str
-    variant: str
-    device: str
-    isa: str
-    peer_isa: str
-    batch: int
-    query_len: int
-    context: int
-    num_query_heads: int
-    num_kv_heads: int
-    head_size: int
-    us: float
-    peer_us: float
-    bytes: int
-    gbps: float
-    ratio_to_bf16: float
-    disturbed: bool
-    max_error: float
-
-
-def make_params() -> KVParams:
-    """Rotating shift of magnitude 5 on every pair, a sink at position 0, smoothing around 1, rotated keys."""
-    g = torch.Generator().manual_seed(0)
-    inv_freq = [1e4 ** (-2 * j / HEAD_SIZE) for j in range(HEAD_SIZE // 2)]
-    return KVParams(
-        k_smooth=torch.exp(0.3 * torch.randn(KV_HEADS, HEAD_SIZE, generator=g)),
-        k_shift=5 * torch.randn(KV_HEADS, HEAD_SIZE, generator=g),
-        v_shift=0.5 * torch.randn(KV_HEADS, HEAD_SIZE, generator=g),
-        key_hadamard=True,
-        rope_turns=reference.rope_turns(inv_freq),
-        k_first=5 * torch.randn(KV_HEADS, HEAD_SIZE, generator=g),
-        v_first=0.5 * torch.randn(KV_HEADS, HEAD_SIZE, generator=g),
-    )
 
 
 class Peer:
@@ -168,15 +131,8 @@ def compare(
     return statistics.median(mine) * 1e6, statistics.median(theirs) * 1e6, ratio, spread > 0.2
 
 
-def random_kv(params: KVParams, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Roped keys and values as the parameters expect them."""
-    shape = (len(positions), KV_HEADS, HEAD_SIZE)
-    key = torch.randn(shape) * params.k_smooth + reference.key_shift_at(positions, params)
-    return key.to(DTYPE), (torch.randn(shape) + reference.value_shift_at(positions, params)).to(DTYPE)
-
-
 def attention_row(op: str, step: Step, pairs: int) -> Row:
-    params = make_params()
+    params = make_params(KV_HEADS)
     token = layout.token_bytes(HEAD_SIZE) * KV_HEADS
     ours_bytes = step.blocks * BLOCK_SIZE * token
     peer_bytes = step.blocks * BLOCK_SIZE * KV_HEADS * HEAD_SIZE * 4
@@ -238,31 +194,29 @@ def attention_row(op: str, step: Step, pairs: int) -> Row:
         batch=step.batch,
         query_len=step.query_len,
         context=step.past + step.query_len,
-        us=round(us, 1),
-        peer_us=round(peer_us, 1),
+        us=us,
+        peer_us=peer_us,
         bytes=moved,
-        gbps=round(moved / us / 1e3, 2),
-        ratio_to_bf16=round(ratio, 3),
+        gbps=moved / us / 1e3,
+        ratio_to_bf16=ratio,
         disturbed=disturbed,
-        max_error=float(f"{(out[:n, :group].double() - expected).abs().max():.3g}"),
+        max_error=(out[:n, :group].double() - expected).abs().max().item(),
     )
 
 
-def common(op: str, peer: Peer) -> dict[str, str | int]:
+def common(op: str, peer: Peer) -> dict[str, Any]:
     return {
         "op": op,
         "variant": ops.default_variant("cpu", HEAD_SIZE),
         "device": "cpu",
         "isa": native.isa(),
         "peer_isa": peer.isa,
-        "num_query_heads": HEADS,
         "num_kv_heads": KV_HEADS,
-        "head_size": HEAD_SIZE,
     }
 
 
 def write_row(tokens: int, pairs: int) -> Row:
-    params = make_params()
+    params = make_params(KV_HEADS)
     step = Step(1, 0, tokens)
     token = layout.token_bytes(HEAD_SIZE) * KV_HEADS
     copies = math.ceil(COLD_BYTES / (step.blocks * BLOCK_SIZE * token))
@@ -295,18 +249,18 @@ def write_row(tokens: int, pairs: int) -> Row:
         batch=1,
         query_len=tokens,
         context=tokens,
-        us=round(us, 1),
-        peer_us=round(peer_us, 1),
+        us=us,
+        peer_us=peer_us,
         bytes=moved,
-        gbps=round(moved / us / 1e3, 2),
-        ratio_to_bf16=round(ratio, 3),
+        gbps=moved / us / 1e3,
+        ratio_to_bf16=ratio,
         disturbed=disturbed,
-        max_error=float(f"{error:.3g}"),
+        max_error=error,
     )
 
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:
-    """All rows that the arguments ask for."""
+    """All rows of the CPU that the arguments ask for."""
     if args.op in ("write", "all"):
         yield write_row(2048, args.pairs)
     for batch in args.batches if args.op in ("decode", "all") else []:
@@ -319,22 +273,23 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--op", choices=["decode", "write", "prefill", "all"], default="all")
     parser.add_argument("--contexts", type=lambda s: [int(x) for x in s.split(",")], default=[1024, 8192, 32768])
     parser.add_argument("--batches", type=lambda s: [int(x) for x in s.split(",")], default=[1, 8])
     parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    attention_cuda.add_arguments(parser.add_argument_group("with --device cuda"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    names = ["op", "isa", "batch", "query_len", "context", "us", "peer_us", "gbps", "ratio_to_bf16", "disturbed"]
-    names.append("max_error")
+    names = ["op", "variant", "num_kv_heads", "batch", "query_len", "context", "us", "peer_us", "gbps", "ratio_to_bf16"]
+    names += ["ratio_to_fp8", "read_fraction", "disturbed", "max_error", "options", "error"]
     if not args.json:
         print("  ".join(f"{n:>13}" for n in names))
-    for row in rows(args):
-        data = asdict(row)
-        print(json.dumps(data) if args.json else "  ".join(f"{data[n]!s:>13}" for n in names), flush=True)
+    for row in rows(args) if args.device == "cpu" else attention_cuda.rows(args):
+        data = row.present()
+        print(json.dumps(data) if args.json else "  ".join(f"{data.get(n, '')!s:>13}" for n in names), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,49 +1,79 @@
-"""Times the CUDA kernels on one GPU against FlashAttention 3 (bf16, fp8) and vLLM's reshape_and_cache_flash.
-
-    python benchmarks/attention_cuda.py --json rows.json
+"""The GPU's part of attention.py: times the CUDA kernels against FlashAttention 3 and vLLM's int4_per_token_head.
 
 Every time is the median over replays of a CUDA graph of many calls, each on the next of several copies of the cache,
-together larger than three times the L2 cache. read_fraction is the bytes of past tokens that must be read, over time,
-over B; B is the better of a 2 GiB device copy (read + written) and a 2 GiB read-only reduction in the same process.
-Decode counts everything from roped q, k, v to the output but the write; FlashAttention's scheduler metadata is made
-outside of its time. Parameters are like calibrated ones: a rotating shift on every pair, smoothing, rotated keys.
+together larger than three times the L2 cache. Decode counts everything from roped q, k, v to the output but the write.
+Our plan is in it, since every CTA makes it for itself; what a peer or a metadata builder makes once a step is a `plan`
+row.
+
+bytes of decode are those of past tokens, which must be read; read_fraction is bytes over time over B, the better of a
+2 GiB device copy (read + written) and a 2 GiB read-only reduction in the same process, the `bandwidth` rows. max_error
+is against an fp64 reference over what the variant's cache holds, for the first sequence and KV head. A peer that fails
+gives a row with an `error` and no time.
 """
 
 import argparse
+import functools
 import itertools
-import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
+from rows import DTYPE, HEAD_SIZE, HEADS, PER_HEAD, Row, make_params, random_kv
 
 from vllm_wkvquant import layout, native_cuda, reference
-from vllm_wkvquant.reference import KVParams
 
-HEADS, HEAD_SIZE = 32, 128
-DTYPE = torch.bfloat16
 COLD_BYTES = 160 << 20
 SCALE = HEAD_SIZE**-0.5
-DEFAULT = "8x1x1024,8x1x8192,8x1x32768,8x16x8192,8x64x2048,8x8x32768,32x1x32768,32x8x32768,4x8x32768"
+BASE = 5e5  # of the rotary embedding, Llama 3's
+PAGE = 16  # of the peers' caches
+FILL = 8192  # tokens written at once
+SHAPES = "8x1x1024,8x1x8192,8x1x32768,8x16x8192,8x64x2048,8x8x32768,32x1x32768,32x8x32768,4x8x32768"
+
+Call = Callable[[int], object]  # on a copy of the cache
 
 
-def timed(calls: list[Callable[[], object]], seconds: float = 0.1) -> float:
-    """Median microseconds of a call; `calls` take turns."""
-    for call in calls[:2]:
-        call()
+def add_arguments(group: argparse._ArgumentGroup) -> None:
+    """Options of this module."""
+
+    def ints(text: str) -> list[int]:
+        return [int(x) for x in text.split(",") if x]
+
+    group.add_argument("--shapes", default=SHAPES, help="KV heads x batch x context")
+    group.add_argument("--blocks", type=ints, default=[64], help="block sizes of our cache")
+    group.add_argument("--splits", type=ints, default=[0, 2, 4, 8, 16, 32], help="num_splits of FlashAttention to try")
+    group.add_argument("--kinds", type=lambda s: s.split(","), default=["rotating"], help="shifts: rotating, none")
+    group.add_argument("--writes", type=ints, default=[1, 64, 8192], help="tokens of a cache write")
+    group.add_argument("--no-peers", action="store_true", help="ours alone, where vLLM is not installed")
+
+
+@functools.cache
+def capture_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
+
+
+def timed(call: Call, copies: int, seconds: float = 0.1) -> float:
+    """Median microseconds of a call; the copies take turns."""
+    for i in range(2):
+        call(i % copies)
     torch.cuda.synchronize()
     start = time.perf_counter()
-    for call in calls[:4]:
-        call()
+    tries = min(copies, 4)
+    for i in range(tries):
+        call(i)
     torch.cuda.synchronize()
-    estimate = max((time.perf_counter() - start) / min(len(calls), 4), 5e-6)
-    count = len(calls) * max(1, math.ceil(5e-4 / estimate / len(calls)))
+    estimate = max((time.perf_counter() - start) / tries, 5e-6)
+    count = copies * max(1, math.ceil(5e-4 / estimate / copies))
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(count):
-            calls[i % len(calls)]()
+    stream = capture_stream()
+    with torch.cuda.stream(stream):
+        call(0)  # what a stream needs of its own is made before the capture
+        stream.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            for i in range(count):
+                call(i % copies)
     replays = min(max(5, round(seconds / (estimate * count))), 100)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
     graph.replay()
@@ -52,217 +82,337 @@ def timed(calls: list[Callable[[], object]], seconds: float = 0.1) -> float:
         graph.replay()
         event.record()
     torch.cuda.synchronize()
-    times = [a.elapsed_time(b) * 1e3 / count for a, b in itertools.pairwise(events)]
-    return statistics.median(times)
+    return statistics.median(a.elapsed_time(b) * 1e3 / count for a, b in itertools.pairwise(events))
 
 
-def bandwidth() -> dict[str, float]:
-    """GB/s of a copy (read + written) and of a reduction of 2 GiB."""
+def attempt(row: Row, measure: Callable[[Row], None]) -> Row:
+    """The row, completed by `measure`, or with the error that ended it. An error that the device keeps is raised."""
+    try:
+        measure(row)
+    except Exception as error:
+        row.error = f"{type(error).__name__}: {error}"[:300]
+    torch.cuda.synchronize()
+    return row
+
+
+def bandwidth_rows() -> list[Row]:
+    """A copy (read + written) and reductions of 2 GiB."""
     a = torch.randn(1 << 29, device="cuda")
     b = torch.empty_like(a)
-    copy = 2 * a.nbytes / timed([lambda: b.copy_(a)]) / 1e3
-    return {"copy_gbps": copy, "read_gbps": max(a.nbytes / timed([f]) / 1e3 for f in (a.sum, a.amax))}
-
-
-def make_params(kv_heads: int, kind: str) -> KVParams:
-    g = torch.Generator().manual_seed(0)
-    inv_freq = [5e5 ** (-2 * j / HEAD_SIZE) for j in range(HEAD_SIZE // 2)]
-    gain = 0.0 if kind == "none" else 5.0
-    return KVParams(
-        k_smooth=torch.exp(0.3 * torch.randn(kv_heads, HEAD_SIZE, generator=g)),
-        k_shift=gain * torch.randn(kv_heads, HEAD_SIZE, generator=g),
-        v_shift=0.5 * torch.randn(kv_heads, HEAD_SIZE, generator=g),
-        key_hadamard=True,
-        rope_turns=reference.rope_turns(inv_freq) if kind != "none" else None,
-    ).to("cuda")
-
-
-def random_kv(params: KVParams, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = (len(positions), *params.k_smooth.shape)
-    key = torch.randn(shape, device="cuda") * params.k_smooth + reference.key_shift_at(positions, params)
-    return key.to(DTYPE), (torch.randn(shape, device="cuda") + params.v_shift).to(DTYPE)
-
-
-def shuffled(copies: int, batch: int, blocks: int) -> torch.Tensor:
-    return torch.randperm(copies * batch * blocks, device="cuda").int().view(copies, batch, blocks)
+    device = torch.cuda.get_device_name()
+    found = []
+    for variant, call, moved in (
+        ("copy", lambda i: b.copy_(a), 2 * a.nbytes),
+        ("sum", lambda i: a.sum(), a.nbytes),
+        ("amax", lambda i: a.amax(), a.nbytes),
+    ):
+        us = timed(call, 1)
+        row = Row(op="bandwidth", variant=variant, device=device, batch=0, context=0, num_kv_heads=0)
+        found.append(replace(row, us=us, bytes=moved, gbps=moved / us / 1e3))
+    return found
 
 
 def slots_of(table: torch.Tensor, first: int, count: int, block_size: int) -> torch.Tensor:
+    """int64 slots of positions first .. first + count - 1 of the sequence that `table` [max_blocks] is of."""
     p = torch.arange(first, first + count, device="cuda")
     return table[p // block_size].long() * block_size + p % block_size
 
 
-def decode_rows(kv_heads: int, batch: int, context: int, args: argparse.Namespace, peak: float) -> list[dict]:
-    params = make_params(kv_heads, "rotating")
-    past, group = context - 1, HEADS // kv_heads
-    token = layout.token_bytes(HEAD_SIZE) * kv_heads
-    copies = math.ceil(COLD_BYTES / (batch * past * token))
-    needed = batch * past * token
-    q = torch.randn(batch, HEADS, HEAD_SIZE, device="cuda").to(DTYPE)
-    new_key, new_value = random_kv(params, torch.full((batch,), past, device="cuda"))
-    seq_lens = torch.full((batch,), context, dtype=torch.int32, device="cuda")
-    starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
-    rows = []
+class Decode:
+    """Inputs of a step that decodes one token of `batch` equal sequences, and block tables of copies of the cache."""
 
-    def add(variant: str, us: float, **more: object) -> None:
-        rows.append({
-            "op": "decode", "variant": variant, "num_kv_heads": kv_heads, "batch": batch, "context": context,
-            "us": round(us, 2), **more,
-        })  # fmt: skip
+    def __init__(self, kv_heads: int, batch: int, context: int) -> None:
+        self.kv_heads, self.batch, self.context, self.past = kv_heads, batch, context, context - 1
+        self.params = make_params(kv_heads, BASE).to("cuda")
+        self.token = layout.token_bytes(HEAD_SIZE) * kv_heads
+        self.copies = math.ceil(COLD_BYTES / (batch * self.past * self.token))
+        self.query = torch.randn(batch, HEADS, HEAD_SIZE, device="cuda").to(DTYPE)
+        self.key, self.value = random_kv(self.params, torch.full((batch,), self.past, device="cuda"))
+        self.seq_lens = torch.full((batch,), context, dtype=torch.int32, device="cuda")
+        self.starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
+        self.out = torch.empty_like(self.query)
 
-    ours = []
-    for block_size in args.blocks:
-        blocks = math.ceil(context / block_size)
-        table = shuffled(copies, batch, blocks)
-        cache = torch.empty(table.numel(), kv_heads, block_size, token // kv_heads, dtype=torch.uint8, device="cuda")
-        ours.append((block_size, table, cache))
-    page_tables = {page: shuffled(copies, batch, math.ceil(context / page)) for page in args.pages}
-    size = copies * batch * math.ceil(context / max(args.pages)) * max(args.pages)
-    k16, v16 = (torch.empty(size, kv_heads, HEAD_SIZE, dtype=DTYPE, device="cuda") for _ in range(2))
-    for first in range(0, past, 8192):
-        positions = torch.arange(first, min(first + 8192, past), device="cuda")
-        for i in range(batch):
-            key, value = random_kv(params, positions)
-            for c in range(copies):
-                for block_size, table, cache in ours:
-                    slots = slots_of(table[c, i], first, len(positions), block_size)
-                    native_cuda.cache_write(key, value, cache, slots, positions, params)
-                slots = slots_of(page_tables[args.pages[0]][c, i], first, len(positions), args.pages[0])
-                k16[slots], v16[slots] = key, value
-    for c in range(copies):
-        for i in range(batch):
-            slot = slots_of(page_tables[args.pages[0]][c, i], past, 1, args.pages[0])
-            k16[slot], v16[slot] = new_key[i], new_value[i]
+    def tables(self, block_size: int) -> torch.Tensor:
+        """int32 [copies, batch, max_blocks], shuffled."""
+        blocks = math.ceil(self.context / block_size)
+        order = torch.randperm(self.copies * self.batch * blocks, device="cuda")
+        return order.int().view(self.copies, self.batch, blocks)
 
-    out = torch.empty_like(q)
-    for block_size, table, cache in ours:
-        for kind in args.kinds:
-            p = params if kind == "rotating" else make_params(kv_heads, kind)
+    def fill(self, caches: list["Cache"]) -> None:
+        """Write the same past into every copy of every cache, and this step's token into those that read it there."""
+        for first in range(0, self.past, FILL):
+            positions = torch.arange(first, min(first + FILL, self.past), device="cuda")
+            for i in range(self.batch):
+                key, value = random_kv(self.params, positions)
+                for cache, c in itertools.product(caches, range(self.copies)):
+                    cache.write(key, value, slots_of(cache.table[c, i], first, len(positions), cache.block), positions)
+        position = torch.tensor([self.past], device="cuda")
+        for cache, c, i in itertools.product(caches, range(self.copies), range(self.batch)):
+            if cache.holds_current:
+                slot = slots_of(cache.table[c, i], self.past, 1, cache.block)
+                cache.write(self.key[i : i + 1], self.value[i : i + 1], slot, position)
 
-            def attend(c: int, table=table, cache=cache, p=p) -> None:
-                native_cuda.paged_attention(q, new_key, new_value, cache, table[c], seq_lens, starts, p, SCALE, out)
+    def exact(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """fp64 attention of the first sequence and KV head; keys, values: [context, head_size]."""
+        rows = query[0, : HEADS // self.kv_heads].double()
+        return torch.softmax(rows @ keys.double().T * SCALE, -1) @ values.double()
 
-            us = timed([lambda c=c, attend=attend: attend(c) for c in range(copies)])
-            more: dict[str, object] = {"block_size": block_size, "shift": kind}
-            if kind == "rotating":
-                attend(0)
-                expected = torch.empty(1, group, HEAD_SIZE, dtype=torch.float64, device="cuda")
-                one = KVParams(p.k_smooth[:1], p.k_shift[:1], p.v_shift[:1], True, p.rope_turns, p.rope_scaling)
-                reference.paged_attention(
-                    q[:1, :group], new_key[:1, :1], new_value[:1, :1], cache[:, :1], table[0, :1], seq_lens[:1],
-                    starts[:2], one, SCALE, expected,
-                )  # fmt: skip
-                more["max_error"] = float(f"{(out[:1, :group].double() - expected).abs().max().item():.3g}")
-            add("cuda", us, read_fraction=round(needed / us / 1e3 / peak, 4), gbps=round(needed / us / 1e3), **more)
-
-    if args.no_peers:
-        return rows
-    from vllm.vllm_flash_attn.flash_attn_interface import flash_attn_varlen_func, get_scheduler_metadata
-
-    descale = torch.ones(batch, kv_heads, device="cuda")
-    for name in ("fa3-bf16", "fa3-fp8"):
-        fp8 = name == "fa3-fp8"
-        kc, vc = (x.to(torch.float8_e4m3fn) if fp8 else x for x in (k16, v16))
-        query = q.to(torch.float8_e4m3fn) if fp8 else q
-        for page in args.pages:
-            table = page_tables[page]
-            n = table.numel() * page
-            kp, vp = (x[:n].view(-1, page, kv_heads, HEAD_SIZE) for x in (kc, vc))
-            for splits in args.splits:
-                plan = get_scheduler_metadata(
-                    batch_size=batch, max_seqlen_q=1, max_seqlen_k=context, num_heads_q=HEADS, num_heads_kv=kv_heads,
-                    headdim=HEAD_SIZE, cache_seqlens=seq_lens, qkv_dtype=kc.dtype, cu_seqlens_q=starts, page_size=page,
-                    causal=True, num_splits=splits,
-                )  # fmt: skip
-                extra = {"q_descale": descale, "k_descale": descale, "v_descale": descale} if fp8 else {}
-
-                def attend_peer(c: int, kp=kp, vp=vp, table=table, plan=plan, splits=splits, extra=extra, query=query):
-                    return flash_attn_varlen_func(
-                        q=query, k=kp, v=vp, max_seqlen_q=1, cu_seqlens_q=starts, max_seqlen_k=context,
-                        seqused_k=seq_lens, block_table=table[c], softmax_scale=SCALE, causal=True,
-                        scheduler_metadata=plan, num_splits=splits, fa_version=3, **extra,
-                    )  # fmt: skip
-
-                us = timed([lambda c=c, f=attend_peer: f(c) for c in range(copies)])
-                read = needed / token * kv_heads * HEAD_SIZE * (2 if fp8 else 4)
-                add(name, us, gbps=round(read / us / 1e3), page=page, num_splits=splits)
-                if page == args.pages[0] and splits == args.splits[0]:
-                    full = attend_peer(0)
-                    error = (full.float() - out.float()).norm() / full.float().norm()
-                    rows[-1]["relative_difference_to_cuda"] = float(f"{error.item():.3g}")
-    best = {name: min(r["us"] for r in rows if r["variant"] == name) for name in ("fa3-bf16", "fa3-fp8")}
-    for row in rows:
-        row["ratio_to_bf16"] = round(best["fa3-bf16"] / row["us"], 3)
-        row["ratio_to_fp8"] = round(best["fa3-fp8"] / row["us"], 3)
-    return rows
+    def error(self, expected: torch.Tensor) -> float:
+        """Largest difference of `out` to `expected` [group, head_size]."""
+        return (self.out[0, : HEADS // self.kv_heads].double() - expected).abs().max().item()
 
 
-def write_rows(tokens: int, peers: bool) -> list[dict]:
-    kv_heads, block_size = 8, 64
-    params = make_params(kv_heads, "rotating")
-    count = max(1 << 15, tokens)
-    slots = [torch.randperm(count, device="cuda")[:tokens] for _ in range(4)]
-    positions = torch.arange(tokens, device="cuda")
-    data = [random_kv(params, positions) for _ in range(4)]
-    cache = torch.zeros(
-        count // block_size, kv_heads, block_size, layout.token_bytes(HEAD_SIZE), dtype=torch.uint8, device="cuda"
+class Cache:
+    """A variant's cache of a step: `write` fills it, `attend` reads a copy of it."""
+
+    holds_current = True
+    block = PAGE
+
+    def __init__(self, step: Decode) -> None:
+        self.step = step
+        self.table = step.tables(self.block)
+        self.blocks = self.table.numel()
+
+
+class Ours(Cache):
+    """The 4-bit pages of this package."""
+
+    holds_current = False
+
+    def __init__(self, step: Decode, block: int) -> None:
+        self.block = block
+        super().__init__(step)
+        shape = (self.blocks, step.kv_heads, block, layout.token_bytes(HEAD_SIZE))
+        self.pages = torch.empty(shape, dtype=torch.uint8, device="cuda")
+
+    def write(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> None:
+        native_cuda.cache_write(key, value, self.pages, slots, positions, self.step.params)
+
+    def measure(self, row: Row, kind: str) -> None:
+        s = self.step
+        params = s.params if kind == "rotating" else make_params(s.kv_heads, BASE, rotating=False).to("cuda")
+
+        def attend(c: int) -> None:
+            native_cuda.paged_attention(
+                s.query, s.key, s.value, self.pages, self.table[c], s.seq_lens, s.starts, params, SCALE, s.out
+            )
+
+        row.us = timed(attend, s.copies)
+        row.options = f"block_size={self.block} shift={kind}"
+        attend(0)
+        first = {n: tensor[:1] for n in PER_HEAD if (tensor := getattr(params, n)) is not None}
+        expected = torch.empty(1, HEADS // s.kv_heads, HEAD_SIZE, dtype=torch.float64, device="cuda")
+        reference.paged_attention(
+            s.query[:1, : expected.shape[1]], s.key[:1, :1], s.value[:1, :1], self.pages[:, :1], self.table[0, :1],
+            s.seq_lens[:1], s.starts[:2], replace(params, **first), SCALE, expected,
+        )  # fmt: skip
+        row.max_error = s.error(expected[0])
+
+
+class Flash(Cache):
+    """FlashAttention 3 on a bf16 cache, or on an fp8 one with an fp8 query."""
+
+    def __init__(self, step: Decode) -> None:
+        super().__init__(step)
+        shape = (self.blocks * PAGE, step.kv_heads, HEAD_SIZE)
+        self.keys, self.values = (torch.zeros(shape, dtype=DTYPE, device="cuda") for _ in range(2))
+
+    def write(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> None:
+        self.keys[slots], self.values[slots] = key, value
+
+    def plan(self, dtype: torch.dtype, splits: int) -> torch.Tensor:
+        from vllm.vllm_flash_attn.flash_attn_interface import get_scheduler_metadata
+
+        s = self.step
+        return get_scheduler_metadata(
+            batch_size=s.batch, max_seqlen_q=1, max_seqlen_k=s.context, num_heads_q=HEADS, num_heads_kv=s.kv_heads,
+            headdim=HEAD_SIZE, cache_seqlens=s.seq_lens, qkv_dtype=dtype, cu_seqlens_q=s.starts, page_size=PAGE,
+            causal=True, num_splits=splits,
+        )  # fmt: skip
+
+    def measure(self, row: Row, fp8: bool, tries: list[int]) -> None:
+        from vllm.vllm_flash_attn.flash_attn_interface import flash_attn_varlen_func
+
+        s = self.step
+        dtype = torch.float8_e4m3fn if fp8 else DTYPE
+        keys, values = (x.to(dtype).view(-1, PAGE, s.kv_heads, HEAD_SIZE) for x in (self.keys, self.values))
+        query, ones = s.query.to(dtype), torch.ones(s.batch, s.kv_heads, device="cuda")
+        scales = {"q_descale": ones, "k_descale": ones, "v_descale": ones} if fp8 else {}
+
+        def attend_with(splits: int) -> Call:
+            plan = self.plan(dtype, splits)
+            return lambda c: flash_attn_varlen_func(
+                q=query, k=keys, v=values, max_seqlen_q=1, cu_seqlens_q=s.starts, max_seqlen_k=s.context,
+                seqused_k=s.seq_lens, block_table=self.table[c], softmax_scale=SCALE, causal=True,
+                scheduler_metadata=plan, num_splits=splits, fa_version=3, **scales,
+            )  # fmt: skip
+
+        row.us, best = min((timed(attend_with(splits), s.copies), splits) for splits in tries)
+        row.options = f"page={PAGE} num_splits={best}"
+        s.out.copy_(attend_with(best)(0))
+        slots = slots_of(self.table[0, 0], 0, s.context, PAGE)
+        seen = (x.view(-1, s.kv_heads, HEAD_SIZE)[slots, 0] for x in (keys, values))
+        row.max_error = s.error(s.exact(query, *seen))
+
+
+class Int4(Cache):
+    """vLLM's int4_per_token_head: (token, head) holds K codes, K scale, V codes and V scale in 2 x 68 bytes."""
+
+    def __init__(self, step: Decode) -> None:
+        super().__init__(step)
+        half = HEAD_SIZE // 2 + 4
+        data = torch.zeros(self.blocks, PAGE, step.kv_heads, 2 * half, dtype=torch.uint8, device="cuda")
+        self.keys, self.values = data.split(half, -1)
+        scales = data.view(torch.float32)
+        self.key_scales, self.value_scales = scales[..., half // 4 - 1], scales[..., half // 2 - 1]
+
+    def write(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> None:
+        from vllm.v1.attention.ops.int4_per_token_head import reshape_and_cache_int4
+
+        reshape_and_cache_int4(
+            key, value, self.keys, self.values, slots, k_scale_cache=self.key_scales, v_scale_cache=self.value_scales
+        )
+
+    def measure(self, row: Row) -> None:
+        from vllm.v1.attention.backends.triton_attn import MIN_LAUNCH_GRID_SIZE_2D, NUM_PAR_SOFTMAX_SEGMENTS
+        from vllm.v1.attention.ops.int4_per_token_head import unified_attention_int4
+
+        s = self.step
+        few = MIN_LAUNCH_GRID_SIZE_2D // s.kv_heads  # up to so many sequences it splits contexts
+        parts = (few, HEADS, NUM_PAR_SOFTMAX_SEGMENTS)
+
+        def attend(c: int) -> None:
+            unified_attention_int4(
+                s.query, self.keys, self.values, s.out, cu_seqlens_q=s.starts, max_seqlen_q=1, seqused_k=s.seq_lens,
+                max_seqlen_k=s.context, softmax_scale=SCALE, window_size=(-1, -1), block_table=self.table[c],
+                softcap=0, sinks=None, alibi_slopes=None, use_alibi_sqrt=False, qq_bias=None, output_scale=None,
+                mm_prefix_range=None, k_scale_cache=self.key_scales, v_scale_cache=self.value_scales,
+                seq_threshold_3D=few, num_par_softmax_segments=NUM_PAR_SOFTMAX_SEGMENTS,
+                softmax_segm_output=output, softmax_segm_max=top, softmax_segm_expsum=total,
+            )  # fmt: skip
+
+        output = torch.empty(*parts, HEAD_SIZE, device="cuda")
+        top, total = torch.empty(parts, device="cuda"), torch.empty(parts, device="cuda")
+        row.us = timed(attend, s.copies)
+        row.options = f"page={PAGE}"
+
+
+def decode_rows(kv_heads: int, batch: int, context: int, args: argparse.Namespace, peak: float) -> Iterator[Row]:
+    """Ours, then the peers; ratios need the peers' times, so rows come together."""
+    step = Decode(kv_heads, batch, context)
+    common = {"device": torch.cuda.get_device_name(), "batch": batch, "context": context, "num_kv_heads": kv_heads}
+    found: list[Row] = []
+
+    def add(variant: str, token_bytes: int, measure: Callable[[Row], None]) -> None:
+        row = Row(op="decode", variant=variant, bytes=batch * step.past * token_bytes * kv_heads, **common)
+        found.append(attempt(row, measure))
+
+    ours = [Ours(step, block) for block in args.blocks]
+    step.fill(list(ours))
+    for cache, kind in itertools.product(ours, args.kinds):
+        add("cuda", layout.token_bytes(HEAD_SIZE), lambda row, cache=cache, kind=kind: cache.measure(row, kind))
+    del ours, cache
+    if not args.no_peers:
+        flash = Flash(step)
+        step.fill([flash])
+        for variant, fp8 in (("fa3-bf16", False), ("fa3-fp8", True)):
+            add(variant, HEAD_SIZE * (2 if fp8 else 4), lambda row, fp8=fp8: flash.measure(row, fp8, args.splits))
+        plan = Row(op="plan", variant="fa3", **common)
+
+        def measure_plan(row: Row) -> None:
+            row.us = timed(lambda i: flash.plan(DTYPE, 0), 1)
+
+        found.append(attempt(plan, measure_plan))
+        del flash
+
+        def measure_int4(row: Row) -> None:
+            cache = Int4(step)
+            step.fill([cache])
+            cache.measure(row)
+
+        add("int4_per_token_head", HEAD_SIZE + 8, measure_int4)
+    best = {row.variant: row.us for row in found if row.op == "decode" and row.us}
+    for row in found:
+        if row.us and row.bytes:
+            row.gbps = row.bytes / row.us / 1e3
+            row.read_fraction = row.gbps / peak
+            row.ratio_to_bf16 = best["fa3-bf16"] / row.us if "fa3-bf16" in best else None
+            row.ratio_to_fp8 = best["fa3-fp8"] / row.us if "fa3-fp8" in best else None
+    yield from found
+
+
+def plan_row(batch: int, context: int) -> Row:
+    """Positions of a step's tokens, which the plugin's metadata builder computes once a step on the device."""
+    row = Row(
+        op="plan", variant="cuda", device=torch.cuda.get_device_name(), batch=batch, context=context, num_kv_heads=0
     )
-    k16, v16 = (torch.zeros(count // 16, 16, kv_heads, HEAD_SIZE, dtype=DTYPE, device="cuda") for _ in range(2))
-    one = torch.ones(1, device="cuda")
-    run = torch.arange(tokens, device="cuda")
-    cases = {
-        "cuda": lambda i: native_cuda.cache_write(*data[i], cache, slots[i], positions, params),
-        "cuda, slots in order": lambda i: native_cuda.cache_write(*data[i], cache, run, positions, params),
-    }
-    if peers:
+
+    def measure(row: Row) -> None:
+        from vllm_wkvquant.plugin.attention import token_positions
+
+        lengths = torch.full((batch,), context, dtype=torch.int32, device="cuda")
+        starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
+        tokens = torch.arange(batch, device="cuda")
+        positions = torch.empty_like(tokens)
+        row.us = timed(lambda i: token_positions(starts, lengths, tokens, positions), 1)
+
+    return attempt(row, measure)
+
+
+def write_rows(tokens: int, peers: bool) -> Iterator[Row]:
+    """Tokens into random slots, and ours into slots in order, too."""
+    kv_heads, block, copies = 8, 64, 4
+    params = make_params(kv_heads, BASE).to("cuda")
+    count = max(1 << 15, tokens)
+    slots = [torch.randperm(count, device="cuda")[:tokens] for _ in range(copies)]
+    in_order = torch.arange(tokens, device="cuda")
+    data = [random_kv(params, in_order) for _ in range(copies)]
+    token = layout.token_bytes(HEAD_SIZE)
+    pages = torch.zeros(count // block, kv_heads, block, token, dtype=torch.uint8, device="cuda")
+
+    def reshape_and_cache() -> Call:
         from vllm import _custom_ops
 
-        cases["reshape_and_cache_flash"] = lambda i: _custom_ops.reshape_and_cache_flash(
-            *data[i], k16, v16, slots[i], "auto", one, one
-        )
-    rows = []
-    for name, call in cases.items():
-        us = timed([lambda i=i, call=call: call(i) for i in range(4)])
-        rows.append({"op": "write", "variant": name, "tokens": tokens, "num_kv_heads": kv_heads, "us": round(us, 2)})
-    for row in rows:
-        row["ratio_to_bf16"] = round(rows[-1]["us"] / row["us"], 3)
-    return rows
+        k16, v16 = (torch.zeros(count // PAGE, PAGE, kv_heads, HEAD_SIZE, dtype=DTYPE, device="cuda") for _ in "kv")
+        one = torch.ones(1, device="cuda")
+        return lambda i: _custom_ops.reshape_and_cache_flash(*data[i], k16, v16, slots[i], "auto", one, one)
+
+    def ours(where: list[torch.Tensor]) -> Callable[[], Call]:
+        return lambda: lambda i: native_cuda.cache_write(*data[i], pages, where[i], in_order, params)
+
+    cases = [("cuda", token, ours(slots), None), ("cuda", token, ours([in_order] * copies), "slots in order")]
+    if peers:
+        cases.append(("reshape_and_cache_flash", 4 * HEAD_SIZE, reshape_and_cache, f"page={PAGE}"))
+    found = []
+    for variant, written, make, options in cases:
+        moved = tokens * kv_heads * (4 * HEAD_SIZE + written)
+        row = Row(
+            op="write", variant=variant, device=torch.cuda.get_device_name(), batch=1, query_len=tokens,
+            context=tokens, num_kv_heads=kv_heads, bytes=moved, options=options,
+        )  # fmt: skip
+
+        def measure(row: Row, make: Callable[[], Call] = make) -> None:
+            row.us = timed(make(), copies)
+            row.gbps = row.bytes / row.us / 1e3
+
+        found.append(attempt(row, measure))
+    bf16 = next((row.us for row in found if row.variant == "reshape_and_cache_flash"), None)
+    for row in found:
+        row.ratio_to_bf16 = bf16 / row.us if bf16 and row.us else None
+    yield from found
 
 
-def main() -> None:
-    """Command line."""
-    ints = lambda s: [int(x) for x in s.split(",") if x]  # noqa: E731
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default=DEFAULT, help="KV heads x batch x context")
-    parser.add_argument("--blocks", type=ints, default=[64], help="block sizes of our cache")
-    parser.add_argument("--pages", type=ints, default=[16], help="page sizes of FlashAttention's")
-    parser.add_argument("--splits", type=ints, default=[0], help="num_splits of FlashAttention, 0: its own choice")
-    parser.add_argument("--kinds", type=lambda s: s.split(","), default=["rotating"], help="rotating, none")
-    parser.add_argument("--writes", type=ints, default=[1, 64, 8192])
-    parser.add_argument("--no-peers", action="store_true", help="ours alone, where vLLM is not installed")
-    parser.add_argument("--json", help="file for the rows, one JSON object a line")
-    args = parser.parse_args()
+def rows(args: argparse.Namespace) -> Iterator[Row]:
+    """All rows of the GPU that the arguments ask for."""
     torch.manual_seed(0)
-    rows: list[dict] = []
-
-    def emit(new: list[dict]) -> None:
-        rows.extend(new)
-        for row in new:
-            print(json.dumps(row), flush=True)
-        if args.json:
-            with open(args.json, "w") as f:
-                f.writelines(json.dumps(row) + "\n" for row in rows)
-
-    found = bandwidth()
-    peak = max(found.values())
-    emit([{"op": "bandwidth", "device": torch.cuda.get_device_name(), **{k: round(v) for k, v in found.items()}}])
-    for tokens in args.writes:
-        emit(write_rows(tokens, not args.no_peers))
-    for shape in filter(None, args.shapes.split(",")):
+    measured = bandwidth_rows()
+    yield from measured
+    peak = max(row.gbps for row in measured)
+    for tokens in args.writes if args.op in ("write", "all") else []:
+        yield from write_rows(tokens, not args.no_peers)
+    for shape in filter(None, args.shapes.split(",") if args.op in ("decode", "all") else []):
         kv_heads, batch, context = (int(x) for x in shape.split("x"))
-        emit(decode_rows(kv_heads, batch, context, args, peak))
+        if not args.no_peers:
+            yield plan_row(batch, context)
+        yield from decode_rows(kv_heads, batch, context, args, peak)
         torch.cuda.empty_cache()
-
-
-if __name__ == "__main__":
-    main()
