@@ -1,4 +1,4 @@
-"""The GPU's part of attention.py: times the CUDA kernels against FlashAttention 3 and vLLM's int4_per_token_head.
+"""The GPU's part of attention.py: the CUDA kernels against FlashAttention 3 and the 4-bit caches of vLLM.
 
 Every time is the median over replays of a CUDA graph of many calls, each on the next of several copies of the cache,
 together larger than three times the L2 cache. Decode counts everything from roped q, k, v to the output but the write.
@@ -28,7 +28,7 @@ from vllm_wkvquant import layout, native_cuda, reference
 COLD_BYTES = 160 << 20
 SCALE = HEAD_SIZE**-0.5
 BASE = 5e5  # of the rotary embedding, Llama 3's
-PAGE = 16  # of the peers' caches
+PAGE = 16  # of the other peers' caches, vLLM's default
 FILL = 8192  # tokens written at once
 SHAPES = "8x1x1024,8x1x8192,8x1x32768,8x16x8192,8x64x2048,8x8x32768,32x1x32768,32x8x32768,4x8x32768"
 
@@ -43,6 +43,7 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
 
     group.add_argument("--shapes", default=SHAPES, help="KV heads x batch x context")
     group.add_argument("--blocks", type=ints, default=[64], help="block sizes of our cache")
+    group.add_argument("--pages", type=ints, default=[16, 128], help="page sizes of FlashAttention's cache to try")
     group.add_argument("--splits", type=ints, default=[0, 2, 4, 8, 16, 32], help="num_splits of FlashAttention to try")
     group.add_argument("--kinds", type=lambda s: s.split(","), default=["rotating"], help="shifts: rotating, none")
     group.add_argument("--writes", type=ints, default=[1, 64, 8192], help="tokens of a cache write")
@@ -212,9 +213,10 @@ class Ours(Cache):
 class Flash(Cache):
     """FlashAttention 3 on a bf16 cache, or on an fp8 one with an fp8 query."""
 
-    def __init__(self, step: Decode) -> None:
+    def __init__(self, step: Decode, page: int) -> None:
+        self.block = page
         super().__init__(step)
-        shape = (self.blocks * PAGE, step.kv_heads, HEAD_SIZE)
+        shape = (self.blocks * page, step.kv_heads, HEAD_SIZE)
         self.keys, self.values = (torch.zeros(shape, dtype=DTYPE, device="cuda") for _ in range(2))
 
     def write(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> None:
@@ -226,7 +228,7 @@ class Flash(Cache):
         s = self.step
         return get_scheduler_metadata(
             batch_size=s.batch, max_seqlen_q=1, max_seqlen_k=s.context, num_heads_q=HEADS, num_heads_kv=s.kv_heads,
-            headdim=HEAD_SIZE, cache_seqlens=s.seq_lens, qkv_dtype=dtype, cu_seqlens_q=s.starts, page_size=PAGE,
+            headdim=HEAD_SIZE, cache_seqlens=s.seq_lens, qkv_dtype=dtype, cu_seqlens_q=s.starts, page_size=self.block,
             causal=True, num_splits=splits,
         )  # fmt: skip
 
@@ -235,7 +237,7 @@ class Flash(Cache):
 
         s = self.step
         dtype = torch.float8_e4m3fn if fp8 else DTYPE
-        keys, values = (x.to(dtype).view(-1, PAGE, s.kv_heads, HEAD_SIZE) for x in (self.keys, self.values))
+        keys, values = (x.to(dtype).view(-1, self.block, s.kv_heads, HEAD_SIZE) for x in (self.keys, self.values))
         query, ones = s.query.to(dtype), torch.ones(s.batch, s.kv_heads, device="cuda")
         scales = {"q_descale": ones, "k_descale": ones, "v_descale": ones} if fp8 else {}
 
@@ -248,9 +250,9 @@ class Flash(Cache):
             )  # fmt: skip
 
         row.us, best = min((timed(attend_with(splits), s.copies), splits) for splits in tries)
-        row.options = f"page={PAGE} num_splits={best}"
+        row.options = f"page={self.block} num_splits={best}"
         s.out.copy_(attend_with(best)(0))
-        slots = slots_of(self.table[0, 0], 0, s.context, PAGE)
+        slots = slots_of(self.table[0, 0], 0, s.context, self.block)
         seen = (x.view(-1, s.kv_heads, HEAD_SIZE)[slots, 0] for x in (keys, values))
         row.max_error = s.error(s.exact(query, *seen))
 
@@ -297,6 +299,50 @@ class Int4(Cache):
         row.options = f"page={PAGE}"
 
 
+class TurboQuant(Cache):
+    """vLLM's turboquant_4bit_nc: (token, head) holds K codes, K norm, V codes, V scale and V zero."""
+
+    def __init__(self, step: Decode) -> None:
+        from vllm.model_executor.layers.quantization.turboquant.centroids import get_centroids
+        from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
+
+        super().__init__(step)
+        self.config = TurboQuantConfig.from_cache_dtype("turboquant_4bit_nc", HEAD_SIZE)
+        shape = (self.blocks, PAGE, step.kv_heads, self.config.slot_size_aligned)
+        self.slots = torch.zeros(shape, dtype=torch.uint8, device="cuda")
+        self.turn = reference.hadamard_matrix(HEAD_SIZE).float().to("cuda")
+        self.centroids = get_centroids(HEAD_SIZE, self.config.centroid_bits).to("cuda", torch.float32)
+        ordered = self.centroids.sort().values
+        self.midpoints = (ordered[:-1] + ordered[1:]) / 2
+
+    def write(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> None:
+        from vllm.v1.attention.ops.triton_turboquant_store import triton_turboquant_store
+
+        triton_turboquant_store(
+            key, value, self.slots, slots, self.turn, self.midpoints, self.config.key_mse_bits,
+            self.config.key_packed_size, self.config.effective_value_quant_bits, self.config.key_fp8,
+        )  # fmt: skip
+
+    def measure(self, row: Row) -> None:
+        from vllm.v1.attention.ops.triton_turboquant_decode import triton_turboquant_decode_attention
+
+        s = self.step
+        splits = 32  # vLLM's own, fixed for graphs
+        parts = torch.empty(s.batch, HEADS, splits, HEAD_SIZE + 1, device="cuda")
+        lse = torch.empty(s.batch, HEADS, device="cuda")
+
+        def attend(c: int) -> None:
+            triton_turboquant_decode_attention(
+                s.query, self.slots, self.table[c], s.seq_lens, self.turn, self.centroids, SCALE,
+                self.config.key_mse_bits, self.config.key_packed_size, self.config.effective_value_quant_bits,
+                self.config.key_fp8, self.config.norm_correction, self.turn, parts, s.out, lse,
+                max_num_kv_splits=splits,
+            )  # fmt: skip
+
+        row.us = timed(attend, s.copies)
+        row.options = f"page={PAGE} splits={splits}"
+
+
 def decode_rows(kv_heads: int, batch: int, context: int, args: argparse.Namespace, peak: float) -> Iterator[Row]:
     """Ours, then the peers; ratios need the peers' times, so rows come together."""
     step = Decode(kv_heads, batch, context)
@@ -313,10 +359,15 @@ def decode_rows(kv_heads: int, batch: int, context: int, args: argparse.Namespac
         add("cuda", layout.token_bytes(HEAD_SIZE), lambda row, cache=cache, kind=kind: cache.measure(row, kind))
     del ours, cache
     if not args.no_peers:
-        flash = Flash(step)
-        step.fill([flash])
-        for variant, fp8 in (("fa3-bf16", False), ("fa3-fp8", True)):
-            add(variant, HEAD_SIZE * (2 if fp8 else 4), lambda row, fp8=fp8: flash.measure(row, fp8, args.splits))
+        for page in args.pages:
+            flash = Flash(step, page)
+            step.fill([flash])
+            for variant, fp8 in (("fa3-bf16", False), ("fa3-fp8", True)):
+
+                def measure_flash(row: Row, flash: Flash = flash, fp8: bool = fp8) -> None:
+                    flash.measure(row, fp8, args.splits)
+
+                add(variant, HEAD_SIZE * (2 if fp8 else 4), measure_flash)
         plan = Row(op="plan", variant="fa3", **common)
 
         def measure_plan(row: Row) -> None:
@@ -325,13 +376,21 @@ def decode_rows(kv_heads: int, batch: int, context: int, args: argparse.Namespac
         found.append(attempt(plan, measure_plan))
         del flash
 
-        def measure_int4(row: Row) -> None:
-            cache = Int4(step)
-            step.fill([cache])
-            cache.measure(row)
+        for variant, peer, token_bytes in (
+            ("int4_per_token_head", Int4, HEAD_SIZE + 8),
+            ("turboquant_4bit_nc", TurboQuant, HEAD_SIZE + 6),
+        ):
 
-        add("int4_per_token_head", HEAD_SIZE + 8, measure_int4)
-    best = {row.variant: row.us for row in found if row.op == "decode" and row.us}
+            def measure_peer(row: Row, peer: type[Int4 | TurboQuant] = peer) -> None:
+                cache = peer(step)
+                step.fill([cache])
+                cache.measure(row)
+
+            add(variant, token_bytes, measure_peer)
+    best: dict[str, float] = {}
+    for row in found:
+        if row.op == "decode" and row.us:
+            best[row.variant] = min(row.us, best.get(row.variant, row.us))
     for row in found:
         if row.us and row.bytes:
             row.gbps = row.bytes / row.us / 1e3
