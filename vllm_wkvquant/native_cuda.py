@@ -25,6 +25,9 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 HEAD_SIZES = (64, 96, 128, 256)
 CHUNK = 256  # csrc/cuda/attention_plan.cuh
 CHEBYSHEV = 16
+# Largest shift of a pair whose part of the scores may be rounded to fp16: an error of 2e-3 with 64 such pairs and a query
+# of ones, less than rounding q and k to bf16 makes.
+PLAIN = 16.0
 SLOW = 5.0  # largest angle over half a chunk that 16 Chebyshev polynomials stand for; csrc/cpu/prepare.cpp
 
 
@@ -36,7 +39,7 @@ class Params(Structure):
         *[(name, c_void_p) for name in ("k_first", "v_first", "k_extra", "v_extra", "rope_turns")],
         *[(name, c_void_p) for name in ("basis", "slots", "slot_shift", "slot_turns", "chebyshev")],
         *[(name, c_int32) for name in ("num_kv_heads", "head_size", "rotary_pairs", "hadamard")],
-        *[(name, c_int32) for name in ("fast_steps", "slow_steps")],
+        *[(name, c_int32) for name in ("fast_steps", "slow_steps", "plain_steps")],
     ]
 
 
@@ -158,6 +161,9 @@ def _make(params: KVParams) -> Prepared:
     elif room := -fast.numel() % 8:
         fast, slow = torch.cat([fast, slow[:room]]), slow[room:]
     fast_steps, slow_steps = -(-fast.numel() // 8), -(-slow.numel() // 8)
+    size = shift[:, : 2 * pairs].unflatten(-1, (2, pairs)).norm(dim=1).amax(0)
+    fast = fast[size[fast].argsort(stable=True)]
+    plain_steps = int((size[fast] <= PLAIN).sum()) // 8 if size[fast[-1:]].gt(PLAIN).any() else fast_steps
     slots = torch.full((8 * (fast_steps + slow_steps),), -1, dtype=torch.int64)
     slots[: fast.numel()] = fast
     slots[8 * fast_steps : 8 * fast_steps + slow.numel()] = slow
@@ -203,6 +209,7 @@ def _make(params: KVParams) -> Prepared:
         hadamard=params.key_hadamard,
         fast_steps=fast_steps,
         slow_steps=slow_steps,
+        plain_steps=plain_steps,
     )
     return Prepared(fields, tensors, device, heads, head_size)
 

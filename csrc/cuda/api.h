@@ -18,7 +18,8 @@ enum WkvDtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 // The shift's part of a score is a sum over a basis of functions of the position inside a chunk of 256 tokens, times
 // coefficients of the query at the centre of the chunk (csrc/cpu/prepare.cpp has the derivation). `slots` lists rotary
 // pairs, 0 and no shift where a slot is padding: first 8 * fast_steps pairs whose cos and sin are tabulated, then 8 *
-// slow_steps pairs that share one step of 16 Chebyshev polynomials, whose coefficients are one more product.
+// slow_steps pairs that share one step of 16 Chebyshev polynomials, whose coefficients are one more product. Basis and
+// coefficients of the first plain_steps, those of small shifts, are rounded to fp16; the others are sums of two.
 struct WkvCudaParams {
   const float* query_scale;  // [num_kv_heads, head_size] k_smooth over the norm of the Hadamard rotation
   const float* key_scale;    // [num_kv_heads, head_size] 1 / k_smooth over that norm
@@ -41,6 +42,7 @@ struct WkvCudaParams {
   int32_t hadamard;      // keys are rotated
   int32_t fast_steps;
   int32_t slow_steps;
+  int32_t plain_steps;  // of the fast ones
 };
 
 struct WkvCudaCacheWrite {

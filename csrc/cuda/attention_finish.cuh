@@ -132,14 +132,12 @@ template <int D, int NT>
 __device__ void Kernel<D, NT>::combine() {
   const Plan plan = read_plan();
   const int first = plan.cta_of(item.u), last = plan.cta_of(item.u + item.units - 1), parts = last - first + 1;
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
     int* counter = static_cast<int*>(a.workspace) + first;
-    const int before = atomicAdd(counter, 1);
-    s.misc[2] = before == parts - 1;
-    if (before == parts - 1) *counter = 0;
-    __threadfence();
+    const bool is_last = count_arrival(counter) == parts - 1;
+    s.misc[2] = is_last;
+    if (is_last) *counter = 0;
   }
   __syncthreads();
   if (!s.misc[2]) return;
@@ -171,12 +169,23 @@ __device__ void Kernel<D, NT>::combine() {
     const int end = parts * (split + 1) / splits;
     const float high = s.row_max[r];
     float4 x = {0, 0, 0, 0};
-#pragma unroll 4
-    for (int c = parts * split / splits; c < end; ++c) {
-      const float* part = partial(first + c, c == 0);
-      const float f = exp2_fast(__ldcg(part + kRows * D + r) - high);
-      const float4 y = __ldcg(reinterpret_cast<const float4*>(part + r * D + d));
-      x.x += f * y.x, x.y += f * y.y, x.z += f * y.z, x.w += f * y.w;
+    constexpr int kBatch = 12;  // loads in flight
+#pragma unroll 1
+    for (int c = parts * split / splits; c < end; c += kBatch) {
+      float top_of_part[kBatch];
+      float4 y[kBatch];
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        const int from = min(c + k, end - 1);
+        const float* part = partial(first + from, from == 0);
+        top_of_part[k] = c + k < end ? __ldcg(part + kRows * D + r) : kLowest;
+        y[k] = __ldcg(reinterpret_cast<const float4*>(part + r * D + d));
+      }
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        const float f = exp2_fast(top_of_part[k] - high);
+        x.x += f * y[k].x, x.y += f * y[k].y, x.z += f * y[k].z, x.w += f * y[k].w;
+      }
     }
     if (splits == 1)
       write_row4(r, d, x, __fdividef(1, s.row_sum[r]));

@@ -38,27 +38,24 @@ struct Shape {
 };
 
 struct Shared {
-  uint4* basis;      // [4][steps][2][2][32]
-  uint4* query;      // [rows][D / 8], the 8 dimensions of a word in the order 0 2 4 6 1 3 5 7, 4 .. 7 over 16
-  uint4* coef;       // [warps][NT][steps][32]
-  float2* ab;        // [rows][slots] coefficients of cos and sin at position 0
-  float2* angle;     // [warps][slots] cos and sin at the chunk's centre
-  float* v_shift;    // [D]
-  float* raw;        // [rows][D] the query, then the current tokens' part of the output
-  float* red;        // [kRedSlots][rows][pitch]
-  uint4* chebyshev;  // [slow steps][2][32]
-  float *factor, *total, *shift_factor, *constant;  // [rows]
-  float *first_extra, *first_score;                 // [rows] what position 0 has more, and its score
-  float *current_max, *current_sum;                 // [rows]
-  float *row_max, *row_sum, *row_past, *row_min;    // [rows]
-  float *warp_max, *warp_sum, *warp_min;            // [warps][rows]
-  int* prefix;                                      // [num_seqs + 1] units before a sequence
-  int64_t* turns;                                   // [slots]
-  int4* sequence;                                   // [num_seqs] past, first query, queries
-  int* misc;                                        // [4]
+  uint4* query;    // [rows][D / 8], the 8 dimensions of a word in the order 0 2 4 6 1 3 5 7, 4 .. 7 over 16
+  uint4* coef;     // [warps][NT][steps][32]
+  float2* ab;      // [rows][slots] coefficients of cos and sin at position 0
+  float2* angle;   // [warps][slots] cos and sin at the chunk's centre
+  float* v_shift;  // [D]
+  float* raw;      // [rows][D] the query, then the current tokens' part of the output
+  float* red;      // [kRedSlots][rows][pitch]
+  float4* row;     // [rows] what turns products into scores: factor, total, factor of the shift, constant
+  float *first_extra, *first_score;               // [rows] what position 0 has more, and its score
+  float *current_max, *current_sum;               // [rows]
+  float *row_max, *row_sum, *row_past, *row_min;  // [rows]
+  float *warp_max, *warp_sum, *warp_min;          // [warps][rows]
+  int* prefix;                                    // [num_seqs + 1] units before a sequence
+  int4* sequence;                                 // [num_seqs] past, first query, queries
+  int* misc;                                      // [4]
 
   template <class S>
-  __host__ __device__ static int64_t carve(Shared* s, char* base, int steps, int slots, int slow_steps, int num_seqs) {
+  __host__ __device__ static int64_t carve(Shared* s, char* base, int steps, int slots, int num_seqs) {
     int64_t used = 0;
     auto take = [&](auto*& p, int64_t n) {
       if (base) p = reinterpret_cast<std::remove_reference_t<decltype(p)>>(base + used);
@@ -67,12 +64,10 @@ struct Shared {
     constexpr int R = S::kRows, W = S::kWarps, D = S::kHeadSize;
     // what has a fixed size comes first, so that its offsets are constants
     take(s->query, R * D / 8), take(s->v_shift, D), take(s->raw, R * D), take(s->red, S::kRedSlots * R * S::kPitch);
-    take(s->factor, R), take(s->total, R), take(s->shift_factor, R), take(s->constant, R);
-    take(s->first_extra, R), take(s->first_score, R), take(s->current_max, R), take(s->current_sum, R);
+    take(s->row, R), take(s->first_extra, R), take(s->first_score, R), take(s->current_max, R), take(s->current_sum, R);
     take(s->row_max, R), take(s->row_sum, R), take(s->row_past, R), take(s->row_min, R);
     take(s->warp_max, W * R), take(s->warp_sum, W * R), take(s->warp_min, W * R), take(s->misc, 4);
-    take(s->basis, 4 * steps * 4 * 32), take(s->coef, W * S::kTiles * steps * 32), take(s->chebyshev, slow_steps * 64);
-    take(s->ab, R * slots), take(s->angle, W * slots), take(s->turns, slots);
+    take(s->coef, W * S::kTiles * steps * 32), take(s->ab, R * slots), take(s->angle, W * slots);
     take(s->prefix, num_seqs + 1), take(s->sequence, num_seqs);
     return used;
   }
@@ -82,7 +77,7 @@ template <int D, int NT>
 int64_t shared_bytes(const WkvCudaParams& p, int num_seqs) {
   Shared unused;
   const int steps = p.fast_steps + (p.slow_steps > 0), slots = 8 * (p.fast_steps + p.slow_steps);
-  return Shared::carve<Shape<D, NT>>(&unused, nullptr, steps, slots, p.slow_steps, num_seqs);
+  return Shared::carve<Shape<D, NT>>(&unused, nullptr, steps, slots, num_seqs);
 }
 
 // Partial results in the workspace: counters [kMaxCtas], then two slots a CTA of [rows][D] numerators, [rows] maxima
@@ -107,7 +102,6 @@ struct Kernel {
   Item item;
   int rows;
   uint32_t q[S::kQueryInRegisters ? NT : 1][S::kQueryInRegisters ? S::kKWords : 1][4];
-  float factor[NT][2], total[NT][2], shift_factor[NT][2], constant[NT][2];
   // Softmax state of this warp: columns are rows 2t, 2t + 1 of each n-tile.
   float acc[S::kMTiles][NT][4];
   float top[NT][2], sum[NT][2], min_sum[NT][2];
@@ -135,7 +129,7 @@ struct Kernel {
         tiles_per_block(args.block_size / kTile),
         page_bytes(args.block_size * (D + 8)),
         block_stride(static_cast<uint32_t>(args.block_stride)) {
-    Shared::carve<S>(&s, memory, steps, slots, params.slow_steps, args.num_seqs);
+    Shared::carve<S>(&s, memory, steps, slots, args.num_seqs);
   }
 
   __device__ __forceinline__ int tiles_of(int queries) const { return (queries * group + kRows - 1) / kRows; }
@@ -190,6 +184,7 @@ struct Kernel {
   __device__ __forceinline__ void load_v(const Cursor& c, uint32_t (&v)[4][S::kVWords]) const;
 
   // attention_rows.cuh
+  __device__ __forceinline__ void prefetch_row() const;
   template <class T>
   __device__ void prepare_rows(bool with_current);
   __device__ void start_rows();
@@ -211,35 +206,28 @@ struct Kernel {
   __device__ void finish(bool with_current);
   __device__ void combine();
 
-  __device__ void copy(uint4* to, const void* from, int count) const {
-    for (int i = threadIdx.x; i < count; i += S::kThreads) copy_async(to + i, static_cast<const uint4*>(from) + i);
-  }
-
   __device__ void run() {
-    copy(s.basis, p.basis, steps * 512);
-    copy(s.chebyshev, p.chebyshev, p.slow_steps * 64);
-    copy(reinterpret_cast<uint4*>(s.turns), p.slot_turns, slots / 2);
     make_plan();
     const Plan plan = read_plan();
     if (static_cast<int>(blockIdx.x) >= plan.ctas) return;
     const int begin = plan.start(blockIdx.x), end = plan.start(blockIdx.x + 1);
-
     Cursor cursor;  // of the unit that is in registers or on its way there
     cursor.next_unit = begin, cursor.segment = -1;
     cursor.unit = cursor.end = cursor.first = cursor.past = 0;
     uint32_t k[S::kKWords][4], v[4][S::kVWords], k_meta[4], v_meta[4];
+    item = decode_at(begin, end);
     advance(cursor, end);
     int now = cursor.segment, now_first = (cursor.first + cursor.unit) * kUnit;
+    prefetch_row();
     if (now != INT_MAX) {
       load_k(cursor, k);
       load_meta(cursor, k_meta, v_meta);
       load_v(cursor, v);
-      advance(cursor, end);
     }
     uint4* coef = s.coef + warp * (NT * steps * 32);
     int segment = 0;
     for (int u = begin; u < end; ++segment) {
-      item = decode_at(u, end);
+      if (segment) item = decode_at(u, end);
       const bool with_current = item.end == item.units;
       if (a.dtype == kBFloat16)
         prepare_rows<__nv_bfloat16>(with_current);
@@ -247,7 +235,7 @@ struct Kernel {
         prepare_rows<__half>(with_current);
       else
         prepare_rows<float>(with_current);
-      if (segment == 0) wait_for_copies();
+      if (segment == 0 && now != INT_MAX) advance(cursor, end);
       const int past = item.past, last_row = item.tile * kRows + rows - 1;
       // the last row of the tile hides the most of a window
       const int latest = a.sliding_window ? past + last_row / group - a.sliding_window : INT_MIN / 2;

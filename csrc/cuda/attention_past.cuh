@@ -30,7 +30,7 @@ template <int D, int NT>
 __device__ __forceinline__ void Kernel<D, NT>::make_coefficients(int chunk, uint4* coef) {
   float2* angle = s.angle + warp * slots;
   __syncwarp();
-  for (int i = lane; i < slots; i += 32) angle[i] = cos_sin(angle_at(chunk, s.turns[i]));
+  for (int i = lane; i < slots; i += 32) angle[i] = cos_sin(angle_at(chunk, __ldg(p.slot_turns + i)));
   __syncwarp();
 #pragma unroll 1
   for (int n = 0; n < NT; ++n) {
@@ -50,7 +50,8 @@ __device__ __forceinline__ void Kernel<D, NT>::make_coefficients(int chunk, uint
 #pragma unroll 1
     for (int i = 0; i < p.slow_steps; ++i) {
       const uint4 w = rotated(p.fast_steps + i);
-      const uint4 high = s.chebyshev[i * 64 + lane], low = s.chebyshev[i * 64 + 32 + lane];
+      const uint4* chebyshev = reinterpret_cast<const uint4*>(p.chebyshev) + i * 64 + lane;
+      const uint4 high = __ldg(chebyshev), low = __ldg(chebyshev + 32);
       mma(c, high.x, high.y, high.z, high.w, w.x, w.y);
       mma(correction, high.x, high.y, high.z, high.w, w.z, w.w);
       mma(correction, low.x, low.y, low.z, low.w, w.x, w.y);
@@ -99,7 +100,7 @@ __device__ __forceinline__ void Kernel<D, NT>::scores(const uint32_t (&k)[S::kKW
 
 template <int D, int NT>
 __device__ __forceinline__ void Kernel<D, NT>::shift_scores(int first, const uint4* coef, float (&c)[2][NT][4]) const {
-  float correction[2][NT][4];  // a chain of products of its own
+  float correction[2][NT][4];
 #pragma unroll
   for (int x = 0; x < 2; ++x)
 #pragma unroll
@@ -111,26 +112,45 @@ __device__ __forceinline__ void Kernel<D, NT>::shift_scores(int first, const uin
   const int unit = first / kUnit % (kChunk / kUnit);
   const bool mirror = unit < kChunk / kUnit / 2;
   const uint32_t sign = mirror ? 0x80000000 : 0;
-  const uint4* basis = s.basis + (mirror ? 3 - unit : unit - 4) * (steps * 128) + (mirror ? lane ^ 28 : lane);
-#pragma unroll 2
-  for (int i = 0; i < steps; ++i) {
-    uint4 b[NT];
+  const uint4* basis = reinterpret_cast<const uint4*>(p.basis) + (mirror ? 3 - unit : unit - 4) * (steps * 128) +
+                       (mirror ? lane ^ 28 : lane);
+  const auto coefficients = [&](int step, int n) {
+    uint4 b = coef[(n * steps + step) * 32 + lane];
+    b.x ^= sign, b.y ^= sign, b.z ^= sign, b.w ^= sign;
+    return b;
+  };
+  const auto add = [&](float (&to)[4], const uint4& w, uint32_t b0, uint32_t b1) {
+    mma(to, w.x, w.y, w.z, w.w, b0, b1);
+  };
+  // Steps of small shifts: rounded to fp16. The two sums take turns, so that chains are short.
+  const auto plain = [&](int i, float (&to)[2][NT][4]) {
+    const uint4 w[2] = {__ldg(basis + i * 128), __ldg(basis + i * 128 + 64)};
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-      b[n] = coef[(n * steps + i) * 32 + lane];
-      b[n].x ^= sign, b[n].y ^= sign, b[n].z ^= sign, b[n].w ^= sign;
+      const uint4 b = coefficients(i, n);
+#pragma unroll
+      for (int x = 0; x < 2; ++x) add(to[x][n], w[x], b.x, b.y);
     }
+  };
+  int i = 0;
+#pragma unroll 1
+  for (; i + 1 < p.plain_steps; i += 2) plain(i, c), plain(i + 1, correction);
+  if (i < p.plain_steps) plain(i++, c);
+#pragma unroll 1
+  for (; i < steps; ++i) {
     uint4 high[2], low[2];
 #pragma unroll
-    for (int x = 0; x < 2; ++x) high[x] = basis[i * 128 + x * 64], low[x] = basis[i * 128 + x * 64 + 32];
+    for (int x = 0; x < 2; ++x)
+      high[x] = __ldg(basis + i * 128 + x * 64), low[x] = __ldg(basis + i * 128 + x * 64 + 32);
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
+      const uint4 b = coefficients(i, n);
 #pragma unroll
-      for (int x = 0; x < 2; ++x) mma(c[x][n], high[x].x, high[x].y, high[x].z, high[x].w, b[n].x, b[n].y);
+      for (int x = 0; x < 2; ++x) add(c[x][n], high[x], b.x, b.y);
 #pragma unroll
-      for (int x = 0; x < 2; ++x) mma(correction[x][n], high[x].x, high[x].y, high[x].z, high[x].w, b[n].z, b[n].w);
+      for (int x = 0; x < 2; ++x) add(correction[x][n], high[x], b.z, b.w);
 #pragma unroll
-      for (int x = 0; x < 2; ++x) mma(correction[x][n], low[x].x, low[x].y, low[x].z, low[x].w, b[n].x, b[n].y);
+      for (int x = 0; x < 2; ++x) add(correction[x][n], low[x], b.x, b.y);
     }
   }
 #pragma unroll
@@ -157,13 +177,15 @@ __device__ __forceinline__ void Kernel<D, NT>::softmax(int first, int past, int 
 #pragma unroll
   for (int n = 0; n < NT; ++n)
 #pragma unroll
-    for (int j = 0; j < 2; ++j)
+    for (int j = 0; j < 2; ++j) {
+      const float4 row = s.row[8 * n + 2 * t + j];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& x = c[i / 2][n][i % 2 * 2 + j];
-        x = fmaf(x * k[i].x, factor[n][j], fmaf(k[i].y, total[n][j], constant[n][j]));
-        x = fmaf(shift[i / 2][n][i % 2 * 2 + j], shift_factor[n][j], x);
+        x = fmaf(x * k[i].x, row.x, fmaf(k[i].y, row.y, row.w));
+        x = fmaf(shift[i / 2][n][i % 2 * 2 + j], row.z, x);
       }
+    }
   if (first == 0 && p.k_extra && g == 0)
 #pragma unroll
     for (int n = 0; n < NT; ++n)

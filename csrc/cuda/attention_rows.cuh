@@ -12,6 +12,25 @@ __device__ __forceinline__ int scale_exponent(float x) {
   return min(max((__float_as_int(x) >> 23) - (127 + 13), -80), 80);
 }
 
+// What prepare_rows will read of this warp's first row, while the numbers of pages are on their way.
+template <int D, int NT>
+__device__ __forceinline__ void Kernel<D, NT>::prefetch_row() const {
+  const int row = min(item.tile * kRows + warp, item.queries * group - 1), head = item.head * group + row % group;
+  const int64_t token = item.query + row / group;
+  const int size = a.dtype == kFloat32 ? 4 : 2;
+  const auto fetch = [&](const void* base, int64_t first, int bytes) {
+    if (lane * 128 < bytes) prefetch(static_cast<const char*>(base) + first + lane * 128);
+  };
+  fetch(a.query, size * (token * a.query_stride[0] + head * a.query_stride[1]), size * D);
+  fetch(a.key, size * (token * a.key_stride[0] + item.head * a.key_stride[1]), size * D);
+  fetch(a.value, size * (token * a.value_stride[0] + item.head * a.value_stride[1]), size * D);
+  fetch(p.query_scale, 4 * item.head * D, 4 * D);
+  fetch(p.k_shift, 4 * item.head * D, 4 * D);
+  if (p.k_extra) fetch(p.k_extra, 4 * item.head * D, 4 * D);
+  fetch(p.slots, 0, 4 * slots);
+  fetch(p.slot_shift, 8 * item.head * slots, 8 * slots);
+}
+
 // Query rows as operands, coefficients of the shift, and the step's own tokens.
 template <int D, int NT>
 template <class T>
@@ -30,7 +49,7 @@ __device__ void Kernel<D, NT>::prepare_rows(bool with_current) {
       for (int i = lane; i < D; i += 32) operand[i] = __half();
       for (int i = lane; i < slots; i += 32) s.ab[r * slots + i] = {0, 0};
       if (lane == 0) {
-        s.factor[r] = s.total[r] = s.shift_factor[r] = s.constant[r] = s.current_sum[r] = 0;
+        s.row[r] = {0, 0, 0, 0}, s.current_sum[r] = 0;
         s.current_max[r] = s.first_score[r] = kLowest, s.first_extra[r] = 0;
       }
       continue;
@@ -98,10 +117,7 @@ __device__ void Kernel<D, NT>::prepare_rows(bool with_current) {
     fixed = warp_sum(fixed);
     extra = warp_sum(extra);
     if (lane == 0) {
-      s.factor[r] = power_of_two(e + 24);
-      s.total[r] = together * power_of_two(e);
-      s.shift_factor[r] = power_of_two(f);
-      s.constant[r] = fixed;
+      s.row[r] = {power_of_two(e + 24), together * power_of_two(e), power_of_two(f), fixed};
       s.first_extra[r] = extra, s.first_score[r] = kLowest;
     }
     float high = kLowest, weight = 0;
@@ -148,9 +164,6 @@ __device__ void Kernel<D, NT>::start_rows() {
   for (int n = 0; n < NT; ++n)
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      const int r = 8 * n + 2 * t + c;
-      factor[n][c] = s.factor[r], total[n][c] = s.total[r];
-      shift_factor[n][c] = s.shift_factor[r], constant[n][c] = s.constant[r];
       top[n][c] = kLowest, sum[n][c] = 0, min_sum[n][c] = 0;
     }
 #pragma unroll

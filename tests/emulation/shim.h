@@ -118,12 +118,6 @@ inline int __any_sync(unsigned, bool v) {
   for (int i = 0; i < 32; ++i) r |= b[i][0];
   return r;
 }
-inline void __threadfence() {}
-inline int atomicAdd(int* p, int v) {
-  int o = *p;
-  *p += v;
-  return o;
-}
 template <class T>
 inline T __ldg(const T* p) {
   return *p;
@@ -187,8 +181,8 @@ inline void load_words(const uint8_t* p, uint32_t* w) {
   }
   memcpy(w, p, 4 * N);
 }
-inline void copy_async(uint4* to, const uint4* from) { *to = *from; }
-inline void wait_for_copies() {}
+inline void prefetch(const void*) {}
+inline int count_arrival(int* counter) { return (*counter)++; }
 }  // namespace wkvquant
 template <class F>
 void run_grid(dim3 grid, int threads, F body) {
