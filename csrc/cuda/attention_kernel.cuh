@@ -10,6 +10,7 @@
 namespace wkvquant {
 
 constexpr float kBoost = 4;
+constexpr float kSlack = 2;
 constexpr float kLowest = -1e30f;
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
@@ -168,7 +169,9 @@ struct Kernel {
   __device__ Plan read_plan() const {
     Plan plan;
     plan.units = s.prefix[a.num_seqs];
-    plan.ctas = min(static_cast<int>(gridDim.x), max(s.misc[0], (plan.units + 3) / 4));
+    plan.ctas = min(min(static_cast<int>(gridDim.x), plan.units), max(s.misc[0], (plan.units + 3) / 4));
+    plan.each = plan.units / max(plan.ctas, 1);
+    plan.more = plan.units - plan.each * plan.ctas;
     return plan;
   }
 

@@ -134,8 +134,10 @@ __device__ __forceinline__ void Kernel<D, NT>::shift_scores(int first, const uin
   };
   int i = 0;
 #pragma unroll 1
-  for (; i + 1 < p.plain_steps; i += 2) plain(i, c), plain(i + 1, correction);
-  if (i < p.plain_steps) plain(i++, c);
+  for (; i + 3 < p.plain_steps; i += 4)
+    plain(i, c), plain(i + 1, correction), plain(i + 2, c), plain(i + 3, correction);
+#pragma unroll 1
+  for (; i < p.plain_steps; ++i) plain(i, c);
 #pragma unroll 1
   for (; i < steps; ++i) {
     uint4 high[2], low[2];
@@ -213,25 +215,25 @@ __device__ __forceinline__ void Kernel<D, NT>::softmax(int first, int past, int 
     for (int n = 0; n < NT; ++n)
 #pragma unroll
       for (int j = 0; j < 2; ++j) s.first_score[8 * n + 2 * t + j] = c[0][n][j];
-  float next[NT][2];
-  bool changed = false;
+  // The subtracted maximum follows where weights would leave a range of 2^(kBoost + kSlack).
+  float high[NT][2];
+  bool leaves = false;
 #pragma unroll
   for (int n = 0; n < NT; ++n)
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      float x = fmaxf(fmaxf(c[0][n][j], c[0][n][2 + j]), fmaxf(c[1][n][j], c[1][n][2 + j]));
-#pragma unroll
-      for (int m = 4; m < 32; m *= 2) x = fmaxf(x, __shfl_xor_sync(kFull, x, m));
-      next[n][j] = fmaxf(top[n][j], x - kBoost);
-      changed |= next[n][j] != top[n][j];
+      high[n][j] = fmaxf(fmaxf(c[0][n][j], c[0][n][2 + j]), fmaxf(c[1][n][j], c[1][n][2 + j]));
+      leaves |= high[n][j] > top[n][j] + (kBoost + kSlack);
     }
-  if (__any_sync(kFull, changed)) {
+  if (__any_sync(kFull, leaves)) {
 #pragma unroll
     for (int n = 0; n < NT; ++n)
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const float keep = exp2_fast(top[n][j] - next[n][j]);
-        top[n][j] = next[n][j];
+#pragma unroll
+        for (int m = 4; m < 32; m *= 2) high[n][j] = fmaxf(high[n][j], __shfl_xor_sync(kFull, high[n][j], m));
+        const float next = fmaxf(top[n][j], high[n][j] - kBoost), keep = exp2_fast(top[n][j] - next);
+        top[n][j] = next;
         sum[n][j] *= keep, min_sum[n][j] *= keep;
 #pragma unroll
         for (int m = 0; m < S::kMTiles; ++m) acc[m][n][j] *= keep, acc[m][n][2 + j] *= keep;

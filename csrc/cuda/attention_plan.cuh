@@ -18,8 +18,12 @@ struct FastDivide {
 struct Plan {
   int units;  // of all items
   int ctas;   // that have any
-  __device__ int start(int cta) const { return static_cast<int>(static_cast<int64_t>(units) * cta / ctas); }
-  __device__ int cta_of(int u) const { return static_cast<int>((static_cast<int64_t>(u + 1) * ctas - 1) / units); }
+  int each, more;  // the first `more` CTAs have one unit more than `each`
+  __device__ int start(int cta) const { return cta * each + min(cta, more); }
+  __device__ int cta_of(int u) const {
+    const int before = more * (each + 1);
+    return u < before ? u / (each + 1) : more + (u - before) / each;
+  }
 };
 
 struct Item {
