@@ -43,11 +43,11 @@ __device__ __forceinline__ void Kernel<D, NT>::make_coefficients(int chunk, uint
       return w;
     };
     uint4* out = coef + n * steps * 32 + lane;
-#pragma unroll 1
+#pragma unroll 2
     for (int i = 0; i < p.fast_steps; ++i) out[i * 32] = rotated(i);
     if (p.slow_steps == 0) continue;
     float c[4] = {}, correction[4] = {};
-#pragma unroll 1
+#pragma unroll 2
     for (int i = 0; i < p.slow_steps; ++i) {
       const uint4 w = rotated(p.fast_steps + i);
       const uint4* chebyshev = reinterpret_cast<const uint4*>(p.chebyshev) + i * 64 + lane;
