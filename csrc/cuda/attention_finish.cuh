@@ -131,7 +131,8 @@ __device__ void Kernel<D, NT>::finish(bool with_current) {
 template <int D, int NT>
 __device__ void Kernel<D, NT>::combine() {
   const Plan plan = read_plan();
-  const int first = plan.cta_of(item.u), last = plan.cta_of(item.u + item.units - 1), parts = last - first + 1;
+  const int first = plan.cta_of(item.place);
+  const int last = plan.cta_of(item.place + item.units - max(plan.skipped(item.units), 1)), parts = last - first + 1;
   __syncthreads();
   if (threadIdx.x == 0) {
     int* counter = static_cast<int*>(a.workspace) + first;

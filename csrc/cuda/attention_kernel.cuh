@@ -9,6 +9,7 @@
 
 namespace wkvquant {
 
+constexpr int kItemWeight = 20;
 constexpr float kBoost = 4;
 constexpr float kSlack = 2;
 constexpr float kLowest = -1e30f;
@@ -53,7 +54,7 @@ struct Shared {
   float *warp_max, *warp_sum, *warp_min;          // [warps][rows]
   int* prefix;                                    // [num_seqs + 1] units before a sequence
   int4* sequence;                                 // [num_seqs] past, first query, queries
-  int* misc;                                      // [4]
+  int* misc;  // [8] items, last row of the tile, whether this CTA combines, rows of the tile, the plan's weight
 
   template <class S>
   __host__ __device__ static int64_t carve(Shared* s, char* base, int steps, int slots, int num_seqs) {
@@ -67,7 +68,7 @@ struct Shared {
     take(s->query, R * D / 8), take(s->v_shift, D), take(s->raw, R * D), take(s->red, S::kRedSlots * R * S::kPitch);
     take(s->row, R), take(s->first_extra, R), take(s->first_score, R), take(s->current_max, R), take(s->current_sum, R);
     take(s->row_max, R), take(s->row_sum, R), take(s->row_past, R), take(s->row_min, R);
-    take(s->warp_max, W * R), take(s->warp_sum, W * R), take(s->warp_min, W * R), take(s->misc, 4);
+    take(s->warp_max, W * R), take(s->warp_sum, W * R), take(s->warp_min, W * R), take(s->misc, 8);
     take(s->coef, W * S::kTiles * steps * 32), take(s->ab, R * slots), take(s->angle, W * slots);
     take(s->prefix, num_seqs + 1), take(s->sequence, num_seqs);
     return used;
@@ -141,26 +142,24 @@ struct Kernel {
       const int64_t most = static_cast<int64_t>(a.max_blocks) * a.block_size;
       int before = 0, items = 0;
       for (int i = lane; i - lane < a.num_seqs; i += 32) {
-        int units = 0;
+        int units = 0, own = 0;
         if (i < a.num_seqs) {
           const int query = a.query_start_loc[i], next = a.query_start_loc[i + 1], length = a.seq_lens[i];
           const int queries = next > query && next <= a.num_tokens ? next - query : 0;
           const int past = static_cast<int>(min(static_cast<int64_t>(max(length - queries, 0)), most));
-          const int own = tiles_of(queries) * p.num_kv_heads;
-          items += own;
+          own = tiles_of(queries) * p.num_kv_heads;
           units = own ? units_of(past, a.sliding_window) * own : 0;
           s.sequence[i] = {past, query, queries, 0};
         }
-        int scan = units;
+        int scan = units, scan_items = own;
 #pragma unroll
         for (int m = 1; m < 32; m *= 2) {
-          const int other = __shfl_up_sync(kFull, scan, m);
-          if (lane >= m) scan += other;
+          const int other = __shfl_up_sync(kFull, scan, m), other_items = __shfl_up_sync(kFull, scan_items, m);
+          if (lane >= m) scan += other, scan_items += other_items;
         }
-        if (i < a.num_seqs) s.prefix[i] = before + scan - units;
-        before += __shfl_sync(kFull, scan, 31);
+        if (i < a.num_seqs) s.prefix[i] = before + scan - units, s.sequence[i].w = items + scan_items - own;
+        before += __shfl_sync(kFull, scan, 31), items += __shfl_sync(kFull, scan_items, 31);
       }
-      items = __reduce_add_sync(kFull, items);
       if (lane == 0) s.prefix[a.num_seqs] = before, s.misc[0] = items;
     }
     __syncthreads();
@@ -170,13 +169,16 @@ struct Kernel {
     Plan plan;
     plan.units = s.prefix[a.num_seqs];
     plan.ctas = min(min(static_cast<int>(gridDim.x), plan.units), max(s.misc[0], (plan.units + 3) / 4));
-    plan.each = plan.units / max(plan.ctas, 1);
-    plan.more = plan.units - plan.each * plan.ctas;
+    const int share = plan.units / max(plan.ctas, 1);
+    plan.weight = min(kItemWeight, share / 2);
+    const int line = plan.units + s.misc[0] * plan.weight;
+    plan.each = line / max(plan.ctas, 1);
+    plan.more = line - plan.each * plan.ctas;
     return plan;
   }
 
   __device__ __forceinline__ Item decode_at(int u, int end) const {
-    return decode(s.prefix, s.sequence, a.num_seqs, a.sliding_window, group, kRows, u, end);
+    return decode(s.prefix, s.sequence, a.num_seqs, a.sliding_window, group, kRows, s.misc[4], u, end);
   }
 
   // attention_load.cuh
@@ -212,8 +214,15 @@ struct Kernel {
   __device__ void run() {
     make_plan();
     const Plan plan = read_plan();
-    if (static_cast<int>(blockIdx.x) >= plan.ctas) return;
-    const int begin = plan.start(blockIdx.x), end = plan.start(blockIdx.x + 1);
+    const int cta = blockIdx.x;
+    if (cta >= plan.ctas) return;
+    const auto begin_of = [&](int i) {
+      return i < plan.ctas ? unit_at(s.prefix, s.sequence, a.num_seqs, a.sliding_window, plan, plan.start(i))
+                           : plan.units;
+    };
+    const int begin = begin_of(cta), end = begin_of(cta + 1);
+    if (begin >= end) return;
+    s.misc[4] = plan.weight;  // by every thread: a warp sees at least its own
     Cursor cursor;  // of the unit that is in registers or on its way there
     cursor.next_unit = begin, cursor.segment = -1;
     cursor.unit = cursor.end = cursor.first = cursor.past = 0;

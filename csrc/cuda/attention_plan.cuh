@@ -15,15 +15,21 @@ struct FastDivide {
   __device__ __forceinline__ uint32_t operator()(uint32_t n) const { return reciprocal ? __umulhi(n, reciprocal) : n; }
 };
 
+// CTAs share out a line on which every item takes its units and, before them, `weight` for its start and end. So a CTA
+// that begins a second item has fewer units. Where a CTA would begin just before or in such a gap, it begins after it.
 struct Plan {
-  int units;  // of all items
-  int ctas;   // that have any
-  int each, more;  // the first `more` CTAs have one unit more than `each`
+  int units;       // of all items
+  int ctas;        // that have any
+  int weight;      // of an item, in units
+  int each, more;  // the first `more` CTAs have each + 1 of the line, the others `each`
+
   __device__ int start(int cta) const { return cta * each + min(cta, more); }
-  __device__ int cta_of(int u) const {
+  // The last CTA that starts at or before place `x`.
+  __device__ int cta_of(int x) const {
     const int before = more * (each + 1);
-    return u < before ? u / (each + 1) : more + (u - before) / each;
+    return x < before ? x / (each + 1) : more + (x - before) / each;
   }
+  __device__ int skipped(int units_of_item) const { return min(weight / 2, units_of_item); }
 };
 
 struct Item {
@@ -32,6 +38,7 @@ struct Item {
   int first;                 // unit, counted from position 0, that its unit 0 is
   int begin, end, units;     // this CTA's units, and how many the item has
   int u;                     // the item's unit 0 in the list of all units
+  int place;                 // and on the line of the plan
 };
 
 __device__ __forceinline__ int first_visible(int past, int window) { return window ? max(past - window + 1, 0) : 0; }
@@ -42,7 +49,7 @@ __device__ __forceinline__ int units_of(int past, int window) {
 
 // The item of unit `u`, and its units from there up to `end`. Not inlined: it runs seldom, and code costs time, too.
 static __device__ __noinline__ Item decode(const int* prefix, const int4* sequence, int num_seqs, int window, int group,
-                                           int rows_of_tile, int u, int end) {
+                                           int rows_of_tile, int weight, int u, int end) {
   Item x;
   int low = 0, high = num_seqs - 1;  // the last sequence whose prefix is <= u: it has units
   while (low < high) {
@@ -64,7 +71,26 @@ static __device__ __noinline__ Item decode(const int* prefix, const int4* sequen
   x.begin = inside - index * x.units;
   x.end = min(x.units, x.begin + end - u);
   x.u = u - x.begin;
+  x.place = x.u + (lengths.w + index + 1) * weight;
   return x;
+}
+
+// The unit at which a CTA begins that starts at place `x` of the line.
+static __device__ __noinline__ int unit_at(const int* prefix, const int4* sequence, int num_seqs, int window,
+                                           const Plan& plan, int x) {
+  int low = 0, high = num_seqs - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (prefix[middle] + sequence[middle].w * plan.weight <= x)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  const int4 lengths = sequence[low];
+  const int units = units_of(lengths.x, window), length = units + plan.weight;
+  const int inside = x - prefix[low] - lengths.w * plan.weight, index = inside / length;
+  const int unit = inside - index * length - plan.weight;
+  return prefix[low] + index * units + (unit <= 0 ? 0 : unit > units - plan.skipped(units) ? units : unit);
 }
 
 }  // namespace wkvquant
