@@ -23,7 +23,6 @@ from vllm_wkvquant.reference import KVParams
 # (kernel, head size, row tiles) -> (bytes of stack, why they are accepted)
 KNOWN = {
     ("paged_attention", 128, 1): (24, "two CTAs on an SM leave 168 registers"),
-    ("paged_attention", 256, 2): (320, "accumulators alone take 128 of 255 registers; no decode with 8 rows or fewer"),
 }
 SEQUENCES = 256
 

@@ -27,7 +27,7 @@ int64_t wkvquant_cuda_shared_bytes(const WkvCudaParams* p, int tiles, int num_se
     case 64: return tiles == 1 ? shared_bytes<64, 1>(*p, num_seqs) : shared_bytes<64, 2>(*p, num_seqs);
     case 96: return tiles == 1 ? shared_bytes<96, 1>(*p, num_seqs) : shared_bytes<96, 2>(*p, num_seqs);
     case 128: return tiles == 1 ? shared_bytes<128, 1>(*p, num_seqs) : shared_bytes<128, 2>(*p, num_seqs);
-    case 256: return tiles == 1 ? shared_bytes<256, 1>(*p, num_seqs) : shared_bytes<256, 2>(*p, num_seqs);
+    case 256: return tiles == 1 ? shared_bytes<256, 1>(*p, num_seqs) : -1;
   }
   return -1;
 }

@@ -36,6 +36,7 @@ __device__ float* Kernel<D, NT>::partial(int cta, int slot) const {
 
 template <int D, int NT>
 __device__ void Kernel<D, NT>::finish(bool with_current) {
+  float* mine = s.red + warp * (kRows * S::kPitch);
 #pragma unroll
   for (int n = 0; n < NT; ++n)
 #pragma unroll
@@ -45,82 +46,50 @@ __device__ void Kernel<D, NT>::finish(bool with_current) {
         sum[n][j] += __shfl_xor_sync(kFull, sum[n][j], m);
         min_sum[n][j] += __shfl_xor_sync(kFull, min_sum[n][j], m);
       }
-      if (g == 0) {
-        const int at = warp * kRows + 8 * n + 2 * t + j;
-        s.warp_max[at] = top[n][j], s.warp_sum[at] = sum[n][j], s.warp_min[at] = min_sum[n][j];
-      }
+      const int r = 8 * n + 2 * t + j;
+      if (g == 0) s.part[warp * kRows + r] = {top[n][j], sum[n][j], min_sum[n][j], 0};
+#pragma unroll
+      for (int m = 0; m < S::kMTiles; ++m)
+        *reinterpret_cast<float2*>(mine + r * S::kPitch + S::dimension(m, g)) = {acc[m][n][j] * 0x1p24f,
+                                                                                 acc[m][n][2 + j] * 0x1p20f};
     }
   __syncthreads();
-  if (threadIdx.x < kRows) {
-    const int r = threadIdx.x;
-    float high = s.current_max[r], past = 0, low = 0;
-    for (int w = 0; w < kWarps; ++w) high = fmaxf(high, s.warp_max[w * kRows + r]);
-    for (int w = 0; w < kWarps; ++w) {
-      const float f = exp2_fast(s.warp_max[w * kRows + r] - high);
-      past += f * s.warp_sum[w * kRows + r];
-      low += f * s.warp_min[w * kRows + r];
-    }
-    s.row_max[r] = high, s.row_past[r] = past, s.row_min[r] = low;
-    s.row_sum[r] = past + s.current_sum[r] * exp2_fast(s.current_max[r] - high);
-  }
-  __syncthreads();
-#pragma unroll 1
-  for (int round = 0; round < kWarps / S::kRedSlots; ++round) {
-    if (warp / S::kRedSlots == round) {
-      float* mine = s.red + warp % S::kRedSlots * (kRows * S::kPitch);
-#pragma unroll
-      for (int n = 0; n < NT; ++n)
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const int r = 8 * n + 2 * t + j;
-          const float f = exp2_fast(top[n][j] - s.row_max[r]);
-#pragma unroll
-          for (int m = 0; m < S::kMTiles; ++m) {
-            float2* at = reinterpret_cast<float2*>(mine + r * S::kPitch + S::dimension(m, g));
-            float2 x = {acc[m][n][j] * (f * 0x1p24f), acc[m][n][2 + j] * (f * 0x1p20f)};
-            if (round) x.x += at->x, x.y += at->y;
-            *at = x;
-          }
-        }
-    }
-    __syncthreads();
-  }
   const bool whole = item.begin == 0 && item.end == item.units;
-  const int slot = item.begin == 0;
-  float* mine = partial(blockIdx.x, slot);
+  float* out = partial(blockIdx.x, item.begin == 0);
 #pragma unroll 1
   for (int i = threadIdx.x; i < rows * (D / 4); i += S::kThreads) {
     const int r = i / (D / 4), d = i % (D / 4) * 4;
-    const float past = s.row_past[r], low = s.row_min[r];
-    const float4 shift = *reinterpret_cast<const float4*>(s.v_shift + d);
-    float4 x = {fmaf(shift.x, past, low), fmaf(shift.y, past, low), fmaf(shift.z, past, low), fmaf(shift.w, past, low)};
+    const float own = with_current ? s.current_max[r] : kLowest;
+    float high = own, past = 0, low = 0;
 #pragma unroll
-    for (int w = 0; w < S::kRedSlots; ++w) {
-      const float4 y = *reinterpret_cast<const float4*>(s.red + (w * kRows + r) * S::kPitch + d);
-      x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
-    }
-    if (p.v_extra) {
-      const float f = exp2_fast(s.first_score[r] - s.row_max[r]);
-      const float4 y = *reinterpret_cast<const float4*>(p.v_extra + item.head * D + d);
+    for (int w = 0; w < kWarps; ++w) high = fmaxf(high, s.part[w * kRows + r].x);
+    float4 x = {0, 0, 0, 0};
+    const auto add = [&](float f, const float* from) {
+      const float4 y = *reinterpret_cast<const float4*>(from);
       x.x += f * y.x, x.y += f * y.y, x.z += f * y.z, x.w += f * y.w;
+    };
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float4 part = s.part[w * kRows + r];
+      const float f = exp2_fast(part.x - high);
+      past += f * part.y, low += f * part.z;
+      add(f, s.red + (w * kRows + r) * S::kPitch + d);
     }
+    add(past, s.v_shift + d);
+    x.x += low, x.y += low, x.z += low, x.w += low;
+    if (p.v_extra) add(exp2_fast(s.first_score[r] - high), p.v_extra + item.head * D + d);
+    float total = past;
     if (with_current) {
-      const float f = exp2_fast(s.current_max[r] - s.row_max[r]);
-      const float4 y = *reinterpret_cast<const float4*>(s.raw + r * D + d);
-      x.x += f * y.x, x.y += f * y.y, x.z += f * y.z, x.w += f * y.w;
+      const float f = exp2_fast(own - high);
+      total += f * s.current_sum[r];
+      add(f, s.raw + r * D + d);
     }
-    if (whole)
-      write_row4(r, d, x, __fdividef(1, s.row_sum[r]));
-    else
-      *reinterpret_cast<float4*>(mine + r * D + d) = x;
-  }
-  if (threadIdx.x < rows) {
-    const int r = threadIdx.x;
     if (whole) {
-      write_lse(r, s.row_max[r], s.row_sum[r]);
+      write_row4(r, d, x, __fdividef(1, total));
+      if (d == 0) write_lse(r, high, total);
     } else {
-      mine[kRows * D + r] = s.row_max[r];
-      mine[kRows * (D + 1) + r] = s.row_sum[r];
+      *reinterpret_cast<float4*>(out + r * D + d) = x;
+      if (d == 0) out[kRows * D + r] = high, out[kRows * (D + 1) + r] = total;
     }
   }
   if (!whole) combine();

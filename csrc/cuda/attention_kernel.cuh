@@ -21,7 +21,6 @@ struct Shape {
   static constexpr int kHeadSize = D, kTiles = NT, kRows = 8 * NT;
   static constexpr int kWarps = D > 128 ? 8 : NT == 1 ? 6 : 4;
   static constexpr int kCtasPerSm = D > 128 ? 1 : 2;
-  static constexpr int kRedSlots = kWarps / (NT * D > 256 ? 4 : 2);
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kKWords = D / 32;  // K words of a thread and token
   static constexpr int kVWords = D / 32;  // V words of a thread and token pair
@@ -46,14 +45,14 @@ struct Shared {
   float2* angle;   // [warps][slots] cos and sin at the chunk's centre
   float* v_shift;  // [D]
   float* raw;      // [rows][D] the query, then the current tokens' part of the output
-  float* red;      // [kRedSlots][rows][pitch]
+  float* red;      // [warps][rows][pitch] numerators
   float4* row;     // [rows] what turns products into scores: factor, total, factor of the shift, constant
-  float *first_extra, *first_score;               // [rows] what position 0 has more, and its score
-  float *current_max, *current_sum;               // [rows]
-  float *row_max, *row_sum, *row_past, *row_min;  // [rows]
-  float *warp_max, *warp_sum, *warp_min;          // [warps][rows]
-  int* prefix;                                    // [num_seqs + 1] units before a sequence
-  int4* sequence;                                 // [num_seqs] past, first query, queries
+  float *first_extra, *first_score;  // [rows] what position 0 has more, and its score
+  float *current_max, *current_sum;  // [rows]
+  float *row_max, *row_sum;          // [rows] of all parts of an item
+  float4* part;                      // [warps][rows] maximum, sum, sum of minima
+  int* prefix;                       // [num_seqs + 1] units before a sequence
+  int4* sequence;                    // [num_seqs] past, first query, queries
   int* misc;  // [8] items, last row of the tile, whether this CTA combines, rows of the tile, the plan's weight
 
   template <class S>
@@ -65,10 +64,9 @@ struct Shared {
     };
     constexpr int R = S::kRows, W = S::kWarps, D = S::kHeadSize;
     // what has a fixed size comes first, so that its offsets are constants
-    take(s->query, R * D / 8), take(s->v_shift, D), take(s->raw, R * D), take(s->red, S::kRedSlots * R * S::kPitch);
+    take(s->query, R * D / 8), take(s->v_shift, D), take(s->raw, R * D), take(s->red, W * R * S::kPitch);
     take(s->row, R), take(s->first_extra, R), take(s->first_score, R), take(s->current_max, R), take(s->current_sum, R);
-    take(s->row_max, R), take(s->row_sum, R), take(s->row_past, R), take(s->row_min, R);
-    take(s->warp_max, W * R), take(s->warp_sum, W * R), take(s->warp_min, W * R), take(s->misc, 8);
+    take(s->row_max, R), take(s->row_sum, R), take(s->part, W * R), take(s->misc, 8);
     take(s->coef, W * S::kTiles * steps * 32), take(s->ab, R * slots), take(s->angle, W * slots);
     take(s->prefix, num_seqs + 1), take(s->sequence, num_seqs);
     return used;
@@ -189,9 +187,8 @@ struct Kernel {
   __device__ __forceinline__ void load_v(const Cursor& c, uint32_t (&v)[4][S::kVWords]) const;
 
   // attention_rows.cuh
-  __device__ __forceinline__ void prefetch_row() const;
-  template <class T>
-  __device__ void prepare_rows(bool with_current);
+  template <class T, class F>
+  __device__ void prepare_rows(bool with_current, const F& when_loaded);
   __device__ void start_rows();
 
   // attention_past.cuh
@@ -223,30 +220,30 @@ struct Kernel {
     const int begin = begin_of(cta), end = begin_of(cta + 1);
     if (begin >= end) return;
     s.misc[4] = plan.weight;  // by every thread: a warp sees at least its own
-    Cursor cursor;  // of the unit that is in registers or on its way there
+    Cursor cursor;            // of the unit that is in registers or on its way there
     cursor.next_unit = begin, cursor.segment = -1;
     cursor.unit = cursor.end = cursor.first = cursor.past = 0;
     uint32_t k[S::kKWords][4], v[4][S::kVWords], k_meta[4], v_meta[4];
-    item = decode_at(begin, end);
     advance(cursor, end);
     int now = cursor.segment, now_first = (cursor.first + cursor.unit) * kUnit;
-    prefetch_row();
-    if (now != INT_MAX) {
-      load_k(cursor, k);
-      load_meta(cursor, k_meta, v_meta);
-      load_v(cursor, v);
-    }
     uint4* coef = s.coef + warp * (NT * steps * 32);
     int segment = 0;
     for (int u = begin; u < end; ++segment) {
-      if (segment) item = decode_at(u, end);
+      item = decode_at(u, end);
       const bool with_current = item.end == item.units;
+      // The first pages, after the rows' own loads, which wait for what is ahead of them.
+      const auto start_pages = [&] {
+        if (segment || now == INT_MAX) return;
+        load_k(cursor, k);
+        load_meta(cursor, k_meta, v_meta);
+        load_v(cursor, v);
+      };
       if (a.dtype == kBFloat16)
-        prepare_rows<__nv_bfloat16>(with_current);
+        prepare_rows<__nv_bfloat16>(with_current, start_pages);
       else if (a.dtype == kFloat16)
-        prepare_rows<__half>(with_current);
+        prepare_rows<__half>(with_current, start_pages);
       else
-        prepare_rows<float>(with_current);
+        prepare_rows<float>(with_current, start_pages);
       if (segment == 0 && now != INT_MAX) advance(cursor, end);
       const int past = item.past, last_row = item.tile * kRows + rows - 1;
       // the last row of the tile hides the most of a window

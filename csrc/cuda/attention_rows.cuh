@@ -12,29 +12,11 @@ __device__ __forceinline__ int scale_exponent(float x) {
   return min(max((__float_as_int(x) >> 23) - (127 + 13), -80), 80);
 }
 
-// What prepare_rows will read of this warp's first row, while the numbers of pages are on their way.
+// Query rows as operands, coefficients of the shift, and the step's own tokens. Each warp calls when_loaded() once its
+// first row is here.
 template <int D, int NT>
-__device__ __forceinline__ void Kernel<D, NT>::prefetch_row() const {
-  const int row = min(item.tile * kRows + warp, item.queries * group - 1), head = item.head * group + row % group;
-  const int64_t token = item.query + row / group;
-  const int size = a.dtype == kFloat32 ? 4 : 2;
-  const auto fetch = [&](const void* base, int64_t first, int bytes) {
-    if (lane * 128 < bytes) prefetch(static_cast<const char*>(base) + first + lane * 128);
-  };
-  fetch(a.query, size * (token * a.query_stride[0] + head * a.query_stride[1]), size * D);
-  fetch(a.key, size * (token * a.key_stride[0] + item.head * a.key_stride[1]), size * D);
-  fetch(a.value, size * (token * a.value_stride[0] + item.head * a.value_stride[1]), size * D);
-  fetch(p.query_scale, 4 * item.head * D, 4 * D);
-  fetch(p.k_shift, 4 * item.head * D, 4 * D);
-  if (p.k_extra) fetch(p.k_extra, 4 * item.head * D, 4 * D);
-  fetch(p.slots, 0, 4 * slots);
-  fetch(p.slot_shift, 8 * item.head * slots, 8 * slots);
-}
-
-// Query rows as operands, coefficients of the shift, and the step's own tokens.
-template <int D, int NT>
-template <class T>
-__device__ void Kernel<D, NT>::prepare_rows(bool with_current) {
+template <class T, class F>
+__device__ void Kernel<D, NT>::prepare_rows(bool with_current, const F& when_loaded) {
   constexpr int N = D / 32, kBlock = D & -D;
   rows = min(item.queries * group - item.tile * kRows, kRows);
   const float* shift = p.k_shift + item.head * D;
@@ -46,6 +28,7 @@ __device__ void Kernel<D, NT>::prepare_rows(bool with_current) {
   for (int r = warp; r < kRows; r += kWarps) {
     __half* operand = reinterpret_cast<__half*>(s.query + r * (D / 8));
     if (r >= rows) {
+      if (r == warp) when_loaded();
       for (int i = lane; i < D; i += 32) operand[i] = __half();
       for (int i = lane; i < slots; i += 32) s.ab[r * slots + i] = {0, 0};
       if (lane == 0) {
@@ -85,6 +68,7 @@ __device__ void Kernel<D, NT>::prepare_rows(bool with_current) {
       saved[d] = raw[i];
     }
     __syncwarp();
+    if (r == warp) when_loaded();
     float size = 0;
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {

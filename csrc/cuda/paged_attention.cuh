@@ -60,15 +60,18 @@ cudaError_t launch(const WkvCudaAttention& a, const WkvCudaParams& p, cudaStream
   return cudaGetLastError();
 }
 
-// One row tile of 8 where the batch's mean query length needs no more, or shared memory does not hold two.
+// One row tile of 8 where the batch's mean query length needs no more, or registers or shared memory do not hold two.
 template <int D>
 cudaError_t launch_any(const WkvCudaAttention& a, const WkvCudaParams& p, cudaStream_t stream) {
-  const int64_t group = a.num_heads / p.num_kv_heads;
-  if (group * ((a.num_tokens + a.num_seqs - 1) / a.num_seqs) <= 8) return launch<D, 1>(a, p, stream);
-  int device = 0, most = 0;
-  if (cudaError_t e = cudaGetDevice(&device)) return e;
-  if (cudaError_t e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return e;
-  return shared_bytes<D, 2>(p, a.num_seqs) <= most ? launch<D, 2>(a, p, stream) : launch<D, 1>(a, p, stream);
+  if constexpr (D <= 128) {
+    const int64_t group = a.num_heads / p.num_kv_heads;
+    int device = 0, most = 0;
+    if (cudaError_t e = cudaGetDevice(&device)) return e;
+    if (cudaError_t e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return e;
+    if (group * ((a.num_tokens + a.num_seqs - 1) / a.num_seqs) > 8 && shared_bytes<D, 2>(p, a.num_seqs) <= most)
+      return launch<D, 2>(a, p, stream);
+  }
+  return launch<D, 1>(a, p, stream);
 }
 
 cudaError_t launch_64(const WkvCudaAttention&, const WkvCudaParams&, cudaStream_t);

@@ -37,8 +37,6 @@ __device__ __forceinline__ void load_words(const uint8_t* p, uint32_t* w) {
     asm volatile("ld.global.nc.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(w[0]) : "l"(p));
 }
 
-__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
-
 // Adds one; what a CTA wrote before is seen by the CTA that sees the sum, if barriers surround the call.
 __device__ __forceinline__ int count_arrival(int* counter) {
   int before;

@@ -31,8 +31,9 @@ int launch(const WkvCudaAttention& a, const WkvCudaParams& p) {
 template <int D>
 int launch_any(const WkvCudaAttention& a, const WkvCudaParams& p) {
   const int64_t group = a.num_heads / p.num_kv_heads;
-  const bool one = group * ((a.num_tokens + a.num_seqs - 1) / a.num_seqs) <= 8;
-  return one ? launch<D, 1>(a, p) : launch<D, 2>(a, p);
+  if constexpr (D <= 128)
+    if (group * ((a.num_tokens + a.num_seqs - 1) / a.num_seqs) > 8) return launch<D, 2>(a, p);
+  return launch<D, 1>(a, p);
 }
 
 }  // namespace wkvquant

@@ -181,7 +181,6 @@ inline void load_words(const uint8_t* p, uint32_t* w) {
   }
   memcpy(w, p, 4 * N);
 }
-inline void prefetch(const void*) {}
 inline int count_arrival(int* counter) { return (*counter)++; }
 }  // namespace wkvquant
 template <class F>
