@@ -47,7 +47,7 @@ def check(case: cases.Case, **options) -> None:
     error = (out[:tokens].double() - expected[:tokens]).norm() / expected[:tokens].norm()
     assert error < TOLERANCE[case.query.dtype]
     assert (out[:tokens].double() - expected[:tokens]).abs().max() < 8 * TOLERANCE[case.query.dtype]
-    assert (lse[:tokens] - expected_lse[:tokens]).abs().max() < 3e-3
+    assert (lse[:tokens] - expected_lse[:tokens]).abs().max() < 5e-3
 
 
 @pytest.mark.parametrize("head_size", native_cuda.HEAD_SIZES)

@@ -25,9 +25,9 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 HEAD_SIZES = (64, 96, 128, 256)
 CHUNK = 256  # csrc/cuda/attention_plan.cuh
 CHEBYSHEV = 16
-# Largest shift of a pair whose part of the scores may be rounded to fp16: an error of 2e-3 with 64 such pairs and a query
-# of ones, less than rounding q and k to bf16 makes.
-PLAIN = 16.0
+# Largest shift of a pair whose part of the scores may be rounded to fp16. With 64 such pairs and a query of ones the
+# scores' standard error is 2e-3; rounding the keys to bf16, as a bf16 cache does, makes one of 6e-3.
+PLAIN = 8.0
 SLOW = 5.0  # largest angle over half a chunk that 16 Chebyshev polynomials stand for; csrc/cpu/prepare.cpp
 
 
@@ -161,9 +161,11 @@ def _make(params: KVParams) -> Prepared:
     elif room := -fast.numel() % 8:
         fast, slow = torch.cat([fast, slow[:room]]), slow[room:]
     fast_steps, slow_steps = -(-fast.numel() // 8), -(-slow.numel() // 8)
+    steps = fast_steps + (slow_steps > 0)
     size = shift[:, : 2 * pairs].unflatten(-1, (2, pairs)).norm(dim=1).amax(0)
     fast = fast[size[fast].argsort(stable=True)]
-    plain_steps = int((size[fast] <= PLAIN).sum()) // 8 if size[fast[-1:]].gt(PLAIN).any() else fast_steps
+    plain = size[used] <= PLAIN
+    plain_steps = steps if plain.all() else int((size[fast] <= PLAIN).sum()) // 8
     slots = torch.full((8 * (fast_steps + slow_steps),), -1, dtype=torch.int64)
     slots[: fast.numel()] = fast
     slots[8 * fast_steps : 8 * fast_steps + slow.numel()] = slow
@@ -172,7 +174,7 @@ def _make(params: KVParams) -> Prepared:
     slot_shift = torch.stack([shift[:, slots], shift[:, (slots + pairs) % head_size]], -1)
     slot_shift[:, padding] = 0
     x = torch.arange(CHUNK // 2, dtype=torch.float64) + 0.5  # the other half of the chunk mirrors this one
-    functions = torch.zeros(CHUNK // 2, 16 * (fast_steps + (slow_steps > 0)), dtype=torch.float64)
+    functions = torch.zeros(CHUNK // 2, 16 * steps, dtype=torch.float64)
     functions[:, 0 : 2 * fast.numel() : 2] = (x[:, None] * theta[fast]).cos()
     functions[:, 1 : 2 * fast.numel() : 2] = (x[:, None] * theta[fast]).sin()
     chebyshev = torch.zeros(CHEBYSHEV, 16 * slow_steps, dtype=torch.float64)

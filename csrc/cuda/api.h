@@ -19,7 +19,8 @@ enum WkvDtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 // coefficients of the query at the centre of the chunk (csrc/cpu/prepare.cpp has the derivation). `slots` lists rotary
 // pairs, 0 and no shift where a slot is padding: first 8 * fast_steps pairs whose cos and sin are tabulated, then 8 *
 // slow_steps pairs that share one step of 16 Chebyshev polynomials, whose coefficients are one more product. Basis and
-// coefficients of the first plain_steps, those of small shifts, are rounded to fp16; the others are sums of two.
+// coefficients of the first plain_steps, those of small shifts, are rounded to fp16; the others are sums of two. The
+// step of the polynomials is a plain one only if all are.
 struct WkvCudaParams {
   const float* query_scale;  // [num_kv_heads, head_size] k_smooth over the norm of the Hadamard rotation
   const float* key_scale;    // [num_kv_heads, head_size] 1 / k_smooth over that norm
@@ -42,7 +43,7 @@ struct WkvCudaParams {
   int32_t hadamard;      // keys are rotated
   int32_t fast_steps;
   int32_t slow_steps;
-  int32_t plain_steps;  // of the fast ones
+  int32_t plain_steps;
 };
 
 struct WkvCudaCacheWrite {

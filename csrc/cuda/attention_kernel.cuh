@@ -195,6 +195,7 @@ struct Kernel {
   __device__ static __forceinline__ uint64_t angle_at(int chunk, int64_t turns);
   __device__ __forceinline__ void make_coefficients(int chunk, uint4* coef);
   __device__ __forceinline__ void scores(const uint32_t (&k)[S::kKWords][4], float (&c)[2][NT][4]) const;
+  template <int Steps>
   __device__ __forceinline__ void shift_scores(int first, const uint4* coef, float (&c)[2][NT][4]) const;
   __device__ __forceinline__ void softmax(int first, int past, int latest, uint32_t (&k_meta)[4], uint32_t (&v_meta)[4],
                                           float (&c)[2][NT][4], const float (&shift)[2][NT][4],
@@ -260,9 +261,18 @@ struct Kernel {
         float c[2][NT][4], shift[2][NT][4];
         uint32_t weights[2][NT][2];
         const bool more = cursor.segment != INT_MAX;
-        scores(k, c);
+        // Both products of the usual numbers of steps in one piece of code, so that they overlap.
+        if (steps == 3 && p.plain_steps == 3) {
+          shift_scores<3>(now_first, coef, shift);
+          scores(k, c);
+        } else if (steps == 4 && p.plain_steps == 4) {
+          shift_scores<4>(now_first, coef, shift);
+          scores(k, c);
+        } else {
+          shift_scores<0>(now_first, coef, shift);
+          scores(k, c);
+        }
         if (more) load_k(cursor, k);
-        shift_scores(now_first, coef, shift);
         softmax(now_first, past, latest, k_meta, v_meta, c, shift, weights);
         if (more) load_meta(cursor, k_meta, v_meta);
         output(v, weights);

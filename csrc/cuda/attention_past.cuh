@@ -51,8 +51,10 @@ __device__ __forceinline__ void Kernel<D, NT>::make_coefficients(int chunk, uint
     for (int i = 0; i < p.slow_steps; ++i) {
       const uint4 w = rotated(p.fast_steps + i);
       const uint4* chebyshev = reinterpret_cast<const uint4*>(p.chebyshev) + i * 64 + lane;
-      const uint4 high = __ldg(chebyshev), low = __ldg(chebyshev + 32);
+      const uint4 high = __ldg(chebyshev);
       mma(c, high.x, high.y, high.z, high.w, w.x, w.y);
+      if (p.plain_steps == steps) continue;
+      const uint4 low = __ldg(chebyshev + 32);
       mma(correction, high.x, high.y, high.z, high.w, w.z, w.w);
       mma(correction, low.x, low.y, low.z, low.w, w.x, w.y);
     }
@@ -98,15 +100,17 @@ __device__ __forceinline__ void Kernel<D, NT>::scores(const uint32_t (&k)[S::kKW
   }
 }
 
+// The shift's part of the scores of the unit from position `first`. Steps: how many there are, all plain; 0: any.
 template <int D, int NT>
+template <int Steps>
 __device__ __forceinline__ void Kernel<D, NT>::shift_scores(int first, const uint4* coef, float (&c)[2][NT][4]) const {
-  float correction[2][NT][4];
+  float other[2][NT][4];  // a second sum, so that chains of products are short
 #pragma unroll
   for (int x = 0; x < 2; ++x)
 #pragma unroll
     for (int n = 0; n < NT; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) c[x][n][i] = correction[x][n][i] = 0;
+      for (int i = 0; i < 4; ++i) c[x][n][i] = other[x][n][i] = 0;
   // The basis is tabulated for the second half of the chunk. Cosines and even polynomials are the same in the first,
   // sines and odd polynomials, the high halves of the coefficients, change sign, and tokens come in reverse order.
   const int unit = first / kUnit % (kChunk / kUnit);
@@ -114,54 +118,55 @@ __device__ __forceinline__ void Kernel<D, NT>::shift_scores(int first, const uin
   const uint32_t sign = mirror ? 0x80000000 : 0;
   const uint4* basis = reinterpret_cast<const uint4*>(p.basis) + (mirror ? 3 - unit : unit - 4) * (steps * 128) +
                        (mirror ? lane ^ 28 : lane);
-  const auto coefficients = [&](int step, int n) {
-    uint4 b = coef[(n * steps + step) * 32 + lane];
-    b.x ^= sign, b.y ^= sign, b.z ^= sign, b.w ^= sign;
-    return b;
-  };
   const auto add = [&](float (&to)[4], const uint4& w, uint32_t b0, uint32_t b1) {
-    mma(to, w.x, w.y, w.z, w.w, b0, b1);
+    mma(to, w.x, w.y, w.z, w.w, b0 ^ sign, b1 ^ sign);
   };
-  // Steps of small shifts: rounded to fp16. The two sums take turns, so that chains are short.
-  const auto plain = [&](int i, float (&to)[2][NT][4]) {
+  // The coefficients of polynomials are large sums: of them the low parts count.
+  const auto plain = [&](int i, float (&to)[2][NT][4], float (&low)[2][NT][4], bool polynomials) {
     const uint4 w[2] = {__ldg(basis + i * 128), __ldg(basis + i * 128 + 64)};
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-      const uint4 b = coefficients(i, n);
+      const uint4 b = coef[(n * steps + i) * 32 + lane];
 #pragma unroll
       for (int x = 0; x < 2; ++x) add(to[x][n], w[x], b.x, b.y);
+      if (polynomials)
+#pragma unroll
+        for (int x = 0; x < 2; ++x) add(low[x][n], w[x], b.z, b.w);
     }
   };
-  int i = 0;
+  if constexpr (Steps) {
+#pragma unroll
+    for (int i = 0; i + 1 < Steps; ++i) plain(i, i % 2 ? other : c, c, false);
+    plain(Steps - 1, c, other, true);
+  } else {
+    int i = 0;
 #pragma unroll 1
-  for (; i + 3 < p.plain_steps; i += 4)
-    plain(i, c), plain(i + 1, correction), plain(i + 2, c), plain(i + 3, correction);
+    for (; i < p.plain_steps; ++i) plain(i, c, other, i == p.fast_steps);
 #pragma unroll 1
-  for (; i < p.plain_steps; ++i) plain(i, c);
-#pragma unroll 1
-  for (; i < steps; ++i) {
-    uint4 high[2], low[2];
+    for (; i < steps; ++i) {
+      uint4 high[2], low[2];
 #pragma unroll
-    for (int x = 0; x < 2; ++x)
-      high[x] = __ldg(basis + i * 128 + x * 64), low[x] = __ldg(basis + i * 128 + x * 64 + 32);
+      for (int x = 0; x < 2; ++x)
+        high[x] = __ldg(basis + i * 128 + x * 64), low[x] = __ldg(basis + i * 128 + x * 64 + 32);
 #pragma unroll
-    for (int n = 0; n < NT; ++n) {
-      const uint4 b = coefficients(i, n);
+      for (int n = 0; n < NT; ++n) {
+        const uint4 b = coef[(n * steps + i) * 32 + lane];
 #pragma unroll
-      for (int x = 0; x < 2; ++x) add(c[x][n], high[x], b.x, b.y);
+        for (int x = 0; x < 2; ++x) add(c[x][n], high[x], b.x, b.y);
 #pragma unroll
-      for (int x = 0; x < 2; ++x) add(correction[x][n], high[x], b.z, b.w);
+        for (int x = 0; x < 2; ++x) add(other[x][n], high[x], b.z, b.w);
 #pragma unroll
-      for (int x = 0; x < 2; ++x) add(correction[x][n], low[x], b.x, b.y);
+        for (int x = 0; x < 2; ++x) add(other[x][n], low[x], b.x, b.y);
+      }
     }
   }
 #pragma unroll
   for (int n = 0; n < NT; ++n)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float one = c[0][n][i] + correction[0][n][i], other = c[1][n][i ^ 2] + correction[1][n][i ^ 2];
-      c[0][n][i] = mirror ? other : one;
-      c[1][n][i ^ 2] = mirror ? one : other;
+      const float one = c[0][n][i] + other[0][n][i], two = c[1][n][i ^ 2] + other[1][n][i ^ 2];
+      c[0][n][i] = mirror ? two : one;
+      c[1][n][i ^ 2] = mirror ? one : two;
     }
 }
 

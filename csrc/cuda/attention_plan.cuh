@@ -21,13 +21,15 @@ struct Plan {
   int units;       // of all items
   int ctas;        // that have any
   int weight;      // of an item, in units
-  int each, more;  // the first `more` CTAs have each + 1 of the line, the others `each`
+  int each, more;  // the line's length is ctas * each + more
 
-  __device__ int start(int cta) const { return cta * each + min(cta, more); }
+  __device__ int start(int cta) const { return cta * each + cta * more / ctas; }
   // The last CTA that starts at or before place `x`.
   __device__ int cta_of(int x) const {
-    const int before = more * (each + 1);
-    return x < before ? x / (each + 1) : more + (x - before) / each;
+    int cta = min(static_cast<int>(static_cast<float>(x) / (each + static_cast<float>(more) / ctas)), ctas - 1);
+    while (start(cta) > x) --cta;
+    while (cta + 1 < ctas && start(cta + 1) <= x) ++cta;
+    return cta;
   }
   __device__ int skipped(int units_of_item) const { return min(weight / 2, units_of_item); }
 };
