@@ -310,11 +310,13 @@ def _check_rows(name: str, tensor: torch.Tensor, rows: int, like: Prepared, head
         and shape[2] == like.head_size
         and tensor.dtype == dtype
         and tensor.stride(2) == 1
+        and tensor.stride(0) % 4 == tensor.stride(1) % 4 == 0
+        and tensor.data_ptr() % (4 * tensor.element_size()) == 0
         and tensor.device == like.device
     ):
         raise ValueError(
             f"{name} must be {dtype} [>= {rows}, {heads}, {like.head_size}] on {like.device} with a contiguous last "
-            f"dimension, got {_describe(tensor)}"
+            f"dimension and rows aligned to 4 elements, got {_describe(tensor)}"
         )
 
 

@@ -89,7 +89,7 @@ __device__ void Kernel<D, NT>::finish(bool with_current) {
       if (d == 0) write_lse(r, high, total);
     } else {
       *reinterpret_cast<float4*>(out + r * D + d) = x;
-      if (d == 0) out[kRows * D + r] = high, out[kRows * (D + 1) + r] = total;
+      if (d == 0) *reinterpret_cast<float2*>(out + kRows * D + 2 * r) = {high, total};
     }
   }
   if (!whole) combine();
@@ -107,72 +107,42 @@ __device__ void Kernel<D, NT>::combine() {
     int* counter = static_cast<int*>(a.workspace) + first;
     const bool is_last = count_arrival(counter) == parts - 1;
     s.misc[2] = is_last;
-    if (is_last) *counter = 0;
+    if (is_last) *counter = 0, acquire();
   }
   __syncthreads();
   if (!s.misc[2]) return;
-  // As many threads as there are share the parts of a row: there is nothing to it but the latency of the loads.
-  constexpr int kColumns = D / 4;
-  const int columns = rows * kColumns, splits = max(S::kThreads / columns, 1);
-  float4* share = reinterpret_cast<float4*>(s.red);  // [splits][columns]
+  constexpr int kBatch = 12;  // loads in flight: there is nothing to it but their latency
 #pragma unroll 1
-  for (int r = warp; r < rows; r += kWarps) {
-    float high = kLowest, weight = 0;
-#pragma unroll 1
-    for (int c = lane; c < parts; c += 32) {
-      const float* from = partial(first + c, c == 0) + kRows * D + r;
-      const float x = __ldcg(from), y = __ldcg(from + kRows), next = fmaxf(high, x);
-      weight = weight * exp2_fast(high - next) + y * exp2_fast(x - next);
-      high = next;
-    }
-    const float all = warp_max(high);
-    weight = warp_sum(weight * exp2_fast(high - all));
-    if (lane == 0) {
-      s.row_max[r] = all, s.row_sum[r] = weight;
-      write_lse(r, all, weight);
-    }
-  }
-  __syncthreads();
-#pragma unroll 1
-  for (int i = threadIdx.x; i < columns * splits; i += S::kThreads) {
-    const int split = i / columns, column = i - split * columns, r = column / kColumns, d = column % kColumns * 4;
-    const int end = parts * (split + 1) / splits;
-    const float high = s.row_max[r];
+  for (int i = threadIdx.x; i < rows * (D / 4); i += S::kThreads) {
+    const int r = i / (D / 4), d = i % (D / 4) * 4;
+    float high = kLowest, total = 0;
     float4 x = {0, 0, 0, 0};
-    constexpr int kBatch = 12;  // loads in flight
 #pragma unroll 1
-    for (int c = parts * split / splits; c < end; c += kBatch) {
-      float top_of_part[kBatch];
+    for (int c = 0; c < parts; c += kBatch) {
+      float2 state[kBatch];  // maximum, sum
       float4 y[kBatch];
 #pragma unroll
       for (int k = 0; k < kBatch; ++k) {
-        const int from = min(c + k, end - 1);
+        const int from = min(c + k, parts - 1);
         const float* part = partial(first + from, from == 0);
-        top_of_part[k] = c + k < end ? __ldcg(part + kRows * D + r) : kLowest;
+        state[k] = __ldcg(reinterpret_cast<const float2*>(part + kRows * D + 2 * r));
         y[k] = __ldcg(reinterpret_cast<const float4*>(part + r * D + d));
+        if (c + k >= parts) state[k].x = kLowest, state[k].y = 0;
       }
+      float next = high;
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) next = fmaxf(next, state[k].x);
+      const float keep = exp2_fast(high - next);
+      high = next, total *= keep, x.x *= keep, x.y *= keep, x.z *= keep, x.w *= keep;
 #pragma unroll
       for (int k = 0; k < kBatch; ++k) {
-        const float f = exp2_fast(top_of_part[k] - high);
+        const float f = c + k < parts ? exp2_fast(state[k].x - high) : 0;
+        total += f * state[k].y;
         x.x += f * y[k].x, x.y += f * y[k].y, x.z += f * y[k].z, x.w += f * y[k].w;
       }
     }
-    if (splits == 1)
-      write_row4(r, d, x, __fdividef(1, s.row_sum[r]));
-    else
-      share[i] = x;
-  }
-  if (splits == 1) return;
-  __syncthreads();
-  for (int i = threadIdx.x; i < columns; i += S::kThreads) {
-    float4 x = share[i];
-#pragma unroll 1
-    for (int k = 1; k < splits; ++k) {
-      const float4 y = share[k * columns + i];
-      x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
-    }
-    const int r = i / kColumns;
-    write_row4(r, i % kColumns * 4, x, __fdividef(1, s.row_sum[r]));
+    write_row4(r, d, x, __fdividef(1, total));
+    if (d == 0) write_lse(r, high, total);
   }
 }
 

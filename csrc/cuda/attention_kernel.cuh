@@ -49,7 +49,6 @@ struct Shared {
   float4* row;     // [rows] what turns products into scores: factor, total, factor of the shift, constant
   float *first_extra, *first_score;  // [rows] what position 0 has more, and its score
   float *current_max, *current_sum;  // [rows]
-  float *row_max, *row_sum;          // [rows] of all parts of an item
   float4* part;                      // [warps][rows] maximum, sum, sum of minima
   int* prefix;                       // [num_seqs + 1] units before a sequence
   int4* sequence;                    // [num_seqs] past, first query, queries
@@ -66,7 +65,7 @@ struct Shared {
     // what has a fixed size comes first, so that its offsets are constants
     take(s->query, R * D / 8), take(s->v_shift, D), take(s->raw, R * D), take(s->red, W * R * S::kPitch);
     take(s->row, R), take(s->first_extra, R), take(s->first_score, R), take(s->current_max, R), take(s->current_sum, R);
-    take(s->row_max, R), take(s->row_sum, R), take(s->part, W * R), take(s->misc, 8);
+    take(s->part, W * R), take(s->misc, 8);
     take(s->coef, W * S::kTiles * steps * 32), take(s->ab, R * slots), take(s->angle, W * slots);
     take(s->prefix, num_seqs + 1), take(s->sequence, num_seqs);
     return used;
@@ -80,8 +79,8 @@ int64_t shared_bytes(const WkvCudaParams& p, int num_seqs) {
   return Shared::carve<Shape<D, NT>>(&unused, nullptr, steps, slots, num_seqs);
 }
 
-// Partial results in the workspace: counters [kMaxCtas], then two slots a CTA of [rows][D] numerators, [rows] maxima
-// and [rows] sums. Slot 1 is of an item whose first units are this CTA's, slot 0 of one that began before.
+// Partial results in the workspace: counters [kMaxCtas], then two slots a CTA of [rows][D] numerators and
+// [rows] maxima and sums. Slot 1 is of an item whose first units are this CTA's, slot 0 of one that began before.
 constexpr int64_t kCounterBytes = kMaxCtas * sizeof(int);
 constexpr int64_t partial_floats(int rows, int d) { return static_cast<int64_t>(rows) * (d + 2); }
 

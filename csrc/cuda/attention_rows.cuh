@@ -17,19 +17,25 @@ __device__ __forceinline__ int scale_exponent(float x) {
 template <int D, int NT>
 template <class T, class F>
 __device__ void Kernel<D, NT>::prepare_rows(bool with_current, const F& when_loaded) {
-  constexpr int N = D / 32, kBlock = D & -D;
+  constexpr int N = groups_of_lane(D), kSlots = (D / 2 + 8 + 31) / 32;
+  const bool active = lane < D / 4;
   rows = min(item.queries * group - item.tile * kRows, kRows);
-  const float* shift = p.k_shift + item.head * D;
-  const T* keys = static_cast<const T*>(a.key) + item.query * a.key_stride[0] + item.head * a.key_stride[1] + lane;
+  const int64_t of_head = item.head * D + 4 * lane;  // in [heads, D]
+  const T* keys = static_cast<const T*>(a.key) + item.query * a.key_stride[0] + item.head * a.key_stride[1] + 4 * lane;
   const T* values =
-      static_cast<const T*>(a.value) + item.query * a.value_stride[0] + item.head * a.value_stride[1] + lane;
-  for (int i = threadIdx.x; i < D; i += S::kThreads) s.v_shift[i] = p.v_shift[item.head * D + i];
+      static_cast<const T*>(a.value) + item.query * a.value_stride[0] + item.head * a.value_stride[1] + 4 * lane;
+  const auto load_row = [&](const T* row, float (&to)[4 * N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (active) load4(row + 128 * i, to + 4 * i);
+  };
+  static_assert(S::kThreads >= D);
+  const float v_shift = threadIdx.x < D ? p.v_shift[item.head * D + threadIdx.x] : 0;
 #pragma unroll 1
   for (int r = warp; r < kRows; r += kWarps) {
-    __half* operand = reinterpret_cast<__half*>(s.query + r * (D / 8));
     if (r >= rows) {
       if (r == warp) when_loaded();
-      for (int i = lane; i < D; i += 32) operand[i] = __half();
+      if (lane < D / 8) s.query[r * (D / 8) + lane] = {0, 0, 0, 0};
       for (int i = lane; i < slots; i += 32) s.ab[r * slots + i] = {0, 0};
       if (lane == 0) {
         s.row[r] = {0, 0, 0, 0}, s.current_sum[r] = 0;
@@ -38,20 +44,20 @@ __device__ void Kernel<D, NT>::prepare_rows(bool with_current, const F& when_loa
       continue;
     }
     const int row = item.tile * kRows + r, own = row / group, head = item.head * group + row % group;
-    const T* query =
-        static_cast<const T*>(a.query) + (item.query + own) * a.query_stride[0] + head * a.query_stride[1] + lane;
-    constexpr int kSlots = (D / 2 + 8 + 31) / 32;  // of a lane
-    float raw[N], x[N], key[N], out[N], fixed_shift[N], largest = 0, fixed = 0, extra = 0;
+    float raw[4 * N] = {}, x[4 * N] = {}, key[4 * N] = {}, out[4 * N] = {}, shift[4 * N] = {}, more[4 * N] = {};
     int slot[kSlots];
     float2 slot_shift[kSlots], ab[kSlots];
-    float* saved = s.raw + r * D;
+    load_row(
+        static_cast<const T*>(a.query) + (item.query + own) * a.query_stride[0] + head * a.query_stride[1] + 4 * lane,
+        raw);
+    load_row(keys + own * a.key_stride[0], key);
+    load_row(values + own * a.value_stride[0], out);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      raw[i] = to_float(query[32 * i]) * (a.scale * kLog2e);
-      x[i] = p.query_scale[item.head * D + lane + 32 * i];
-      key[i] = to_float(keys[own * a.key_stride[0] + 32 * i]);
-      out[i] = to_float(values[own * a.value_stride[0] + 32 * i]);
-      fixed_shift[i] = lane + 32 * i >= 2 * p.rotary_pairs ? shift[lane + 32 * i] : 0;
+      if (!active) continue;
+      load4(p.query_scale + of_head + 128 * i, x + 4 * i);
+      if (4 * lane + 128 * i + 3 >= 2 * p.rotary_pairs) load4(p.k_shift + of_head + 128 * i, shift + 4 * i);
+      if (p.k_extra) load4(p.k_extra + of_head + 128 * i, more + 4 * i);
     }
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {
@@ -59,78 +65,81 @@ __device__ void Kernel<D, NT>::prepare_rows(bool with_current, const F& when_loa
       slot[i] = used ? p.slots[lane + 32 * i] : 0;
       slot_shift[i] = used ? p.slot_shift[item.head * slots + lane + 32 * i] : float2{0, 0};
     }
+    // scores of the step's own token, of the part of the shift that does not rotate, and of what position 0 has more
+    float high = 0, fixed = 0, extra = 0, size = 0, largest = 0, together = 0;
+    float* saved = s.raw + r * D + 4 * lane;
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const int d = lane + 32 * i;
+    for (int i = 0; i < 4 * N; ++i) {
+      raw[i] *= a.scale * kLog2e;
       x[i] *= raw[i];
-      fixed += raw[i] * fixed_shift[i];
-      if (p.k_extra) extra += raw[i] * p.k_extra[item.head * D + d];
-      saved[d] = raw[i];
+      high += raw[i] * key[i];
+      extra += raw[i] * more[i];
+      if (4 * lane + 128 * (i / 4) + i % 4 >= 2 * p.rotary_pairs) fixed += raw[i] * shift[i];
     }
+    const auto save = [&](const float (&from)[4 * N]) {
+#pragma unroll
+      for (int i = 0; i < N; ++i)
+        if (active)
+          *reinterpret_cast<float4*>(saved + 128 * i) = {from[4 * i], from[4 * i + 1], from[4 * i + 2],
+                                                         from[4 * i + 3]};
+    };
+    save(raw);
     __syncwarp();
     if (r == warp) when_loaded();
-    float size = 0;
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {
-      const float u = saved[slot[i]], v = saved[slot[i] + p.rotary_pairs];
+      const float u = s.raw[r * D + slot[i]], v = s.raw[r * D + slot[i] + p.rotary_pairs];
       ab[i] = {u * slot_shift[i].x + v * slot_shift[i].y, v * slot_shift[i].x - u * slot_shift[i].y};
       size += fabsf(ab[i].x) + fabsf(ab[i].y);
     }
-    const int f = scale_exponent(warp_sum(size));
+    if (p.hadamard) hadamard_groups<D>(x, lane);
+#pragma unroll
+    for (int i = 0; i < 4 * N; ++i) largest = fmaxf(largest, fabsf(x[i]));
+    const int e = scale_exponent(__int_as_float(__reduce_max_sync(kFull, __float_as_int(largest))));
+    const float unit = power_of_two(-e), back = lane % 2 ? 16.0f : 1.0f;  // dimensions 4 .. 7 of a word: over 16
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      __half h[4];
+#pragma unroll
+      for (int b = 0; b < 4; ++b) {
+        h[b] = __float2half_rn(x[4 * i + b] * (lane % 2 ? unit * 0.0625f : unit));
+        together += __half2float(h[b]) * back;
+      }
+      if (!active) continue;
+      __half2* word = reinterpret_cast<__half2*>(s.query + r * (D / 8) + lane / 2 + 16 * i) + lane % 2;
+      word[0] = __halves2half2(h[0], h[2]), word[2] = __halves2half2(h[1], h[3]);
+    }
+    together = warp_sum(together), size = warp_sum(size);
+    high = warp_sum(high), fixed = warp_sum(fixed), extra = warp_sum(extra);
+    const int f = scale_exponent(size);
     const float shrink = power_of_two(-f);
 #pragma unroll
     for (int i = 0; i < kSlots; ++i)
       if (lane + 32 * i < slots) s.ab[r * slots + lane + 32 * i] = {ab[i].x * shrink, ab[i].y * shrink};
-    if (p.hadamard) {
-      hadamard_lanes<32>(x, lane);
-      hadamard_registers<kBlock / 32>(x);
-    }
-#pragma unroll
-    for (int i = 0; i < N; ++i) largest = fmaxf(largest, fabsf(x[i]));
-    const int e = scale_exponent(warp_max(largest));
-    float together = 0;
-    const float unit = power_of_two(-e);
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const int d = lane + 32 * i, b = d % 8;
-      const __half h = __float2half_rn(x[i] * (b >= 4 ? unit * 0.0625f : unit));
-      operand[d - b + b / 2 + b % 2 * 4] = h;
-      together += __half2float(h) * (b >= 4 ? 16.0f : 1.0f);
-    }
-    together = warp_sum(together);
-    fixed = warp_sum(fixed);
-    extra = warp_sum(extra);
-    if (lane == 0) {
-      s.row[r] = {power_of_two(e + 24), together * power_of_two(e), power_of_two(f), fixed};
-      s.first_extra[r] = extra, s.first_score[r] = kLowest;
-    }
-    float high = kLowest, weight = 0;
-    if (with_current) {
-      high = 0;
-#pragma unroll
-      for (int i = 0; i < N; ++i) high += raw[i] * key[i];
-      high = warp_sum(high);
-      weight = 1;
+    float weight = 1;
+    if (with_current)
       for (int j = a.sliding_window ? max(own - a.sliding_window + 1, 0) : 0; j < own; ++j) {
-        float score = 0, value[N];
+        float other[4 * N] = {}, value[4 * N] = {}, score = 0;
+        load_row(keys + j * a.key_stride[0], other);
+        load_row(values + j * a.value_stride[0], value);
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-          score += raw[i] * to_float(keys[j * a.key_stride[0] + 32 * i]);
-          value[i] = to_float(values[j * a.value_stride[0] + 32 * i]);
-        }
+        for (int i = 0; i < 4 * N; ++i) score += raw[i] * other[i];
         score = warp_sum(score);
         const float next = fmaxf(high, score), keep = exp2_fast(high - next), take = exp2_fast(score - next);
         high = next;
         weight = weight * keep + take;
 #pragma unroll
-        for (int i = 0; i < N; ++i) out[i] = out[i] * keep + take * value[i];
+        for (int i = 0; i < 4 * N; ++i) out[i] = out[i] * keep + take * value[i];
       }
-    }
     __syncwarp();
-#pragma unroll
-    for (int i = 0; i < N; ++i) saved[lane + 32 * i] = out[i];
-    if (lane == 0) s.current_max[r] = high, s.current_sum[r] = weight;
+    save(out);
+    if (lane == 0) {
+      s.row[r] = {power_of_two(e + 24), together * power_of_two(e), power_of_two(f), fixed};
+      s.first_extra[r] = extra, s.first_score[r] = kLowest;
+      s.current_max[r] = with_current ? high : kLowest, s.current_sum[r] = with_current ? weight : 0;
+    }
   }
+  if (threadIdx.x < D) s.v_shift[threadIdx.x] = v_shift;
 }
 
 template <int D, int NT>

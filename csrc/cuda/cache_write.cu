@@ -2,28 +2,12 @@
 //
 // A warp takes one token over some of its heads, so that the angles are made once. Lane l holds dimensions
 // 4 (l + 32 i) .. + 3: half a K word (its pair lane has the other half) and one V halfword.
-#include <type_traits>
-
 #include "common.cuh"
 
 namespace wkvquant {
 namespace {
 
 constexpr int kWarps = 4;
-
-template <class T>
-__device__ __forceinline__ void load4(const T* p, float* x) {
-  T raw[4];
-  if (reinterpret_cast<uintptr_t>(p) % sizeof(raw) == 0) {
-    using Vector = typename std::conditional<sizeof(T) == 4, uint4, uint2>::type;
-    *reinterpret_cast<Vector*>(raw) = *reinterpret_cast<const Vector*>(p);
-  } else {
-#pragma unroll
-    for (int b = 0; b < 4; ++b) raw[b] = p[b];
-  }
-#pragma unroll
-  for (int b = 0; b < 4; ++b) x[b] = to_float(raw[b]);
-}
 
 // Order of floats as integers, and back: one instruction then finds the least or the largest of a warp.
 __device__ __forceinline__ int ordered(float x) {
@@ -61,8 +45,7 @@ template <int D, class T>
 __global__ void __launch_bounds__(kWarps * 32)
     cache_write(const __grid_constant__ WkvCudaCacheWrite a, const __grid_constant__ WkvCudaParams p,
                 int heads_per_warp) {
-  constexpr int kGroups = D / 4, N = (kGroups + 31) / 32, kLanes = kGroups < 32 ? kGroups : 32;
-  constexpr int kBlock = (D & -D) / 4;  // of the Hadamard rotation, in groups of four
+  constexpr int N = groups_of_lane(D), kLanes = D / 4 < 32 ? D / 4 : 32;
   const int lane = threadIdx.x % 32;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (token >= a.num_tokens) return;
@@ -114,19 +97,7 @@ __global__ void __launch_bounds__(kWarps * 32)
         v[i] -= (first_position ? p.v_first : p.v_shift)[head * D + d];
       }
     }
-    if (p.hadamard) {
-      // bits of the dimension: two inside a group of four, then the lane, then (head size 256) i
-#pragma unroll
-      for (int i = 0; i < N; ++i) hadamard_registers<4>(*reinterpret_cast<float (*)[4]>(k + 4 * i));
-      hadamard_lanes<(kBlock < 32 ? kBlock : 32)>(k, lane);
-      if constexpr (N == 2) {
-#pragma unroll
-        for (int b = 0; b < 4; ++b) {
-          const float x = k[b], y = k[4 + b];
-          k[b] = x + y, k[4 + b] = x - y;
-        }
-      }
-    }
+    if (p.hadamard) hadamard_groups<D>(k, lane);
     uint32_t k_codes[N], v_codes[N];
     const uint32_t k_meta = quantize<N>(k, active, k_codes), v_meta = quantize<N>(v, active, v_codes);
     uint8_t* page = a.kv_cache + block * a.block_stride + head * layout.nbytes();

@@ -69,4 +69,33 @@ __device__ __forceinline__ void hadamard_registers(float (&x)[N]) {
       }
 }
 
+// A warp over a row: lane l has elements 4 (l + 32 i) .. + 3, as x[4 i] .. x[4 i + 3].
+__host__ __device__ constexpr int groups_of_lane(int head_size) { return (head_size / 4 + 31) / 32; }
+
+// Four elements, aligned to their size.
+template <class T>
+__device__ __forceinline__ void load4(const T* p, float* x) {
+  struct alignas(4 * sizeof(T)) {
+    T x[4];
+  } raw = *reinterpret_cast<const decltype(raw)*>(p);
+#pragma unroll
+  for (int b = 0; b < 4; ++b) x[b] = to_float(raw.x[b]);
+}
+
+// Unnormalized Hadamard rotation of a row, in blocks of the largest power of two that divides it.
+template <int D>
+__device__ __forceinline__ void hadamard_groups(float (&x)[4 * groups_of_lane(D)], int lane) {
+  constexpr int kLanes = (D & -D) / 4 < 32 ? (D & -D) / 4 : 32, N = groups_of_lane(D);
+#pragma unroll
+  for (int i = 0; i < N; ++i) hadamard_registers<4>(*reinterpret_cast<float (*)[4]>(x + 4 * i));
+  hadamard_lanes<kLanes>(x, lane);
+  if constexpr (N == 2) {
+#pragma unroll
+    for (int b = 0; b < 4; ++b) {
+      const float y = x[b], z = x[4 + b];
+      x[b] = y + z, x[4 + b] = y - z;
+    }
+  }
+}
+
 }  // namespace wkvquant

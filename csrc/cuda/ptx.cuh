@@ -37,11 +37,13 @@ __device__ __forceinline__ void load_words(const uint8_t* p, uint32_t* w) {
     asm volatile("ld.global.nc.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(w[0]) : "l"(p));
 }
 
-// Adds one; what a CTA wrote before is seen by the CTA that sees the sum, if barriers surround the call.
+// Adds one. What the CTA wrote before a barrier before it is seen by a CTA that sees the sum and has called acquire().
 __device__ __forceinline__ int count_arrival(int* counter) {
   int before;
-  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  asm volatile("atom.add.release.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
   return before;
 }
+
+__device__ __forceinline__ void acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 }  // namespace wkvquant

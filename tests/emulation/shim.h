@@ -182,6 +182,7 @@ inline void load_words(const uint8_t* p, uint32_t* w) {
   memcpy(w, p, 4 * N);
 }
 inline int count_arrival(int* counter) { return (*counter)++; }
+inline void acquire() {}
 }  // namespace wkvquant
 template <class F>
 void run_grid(dim3 grid, int threads, F body) {
