@@ -111,7 +111,7 @@ __device__ void Kernel<D, NT>::combine() {
   }
   __syncthreads();
   if (!s.misc[2]) return;
-  constexpr int kBatch = 12;  // loads in flight: there is nothing to it but their latency
+  constexpr int kBatch = 10;  // loads in flight: there is nothing to it but their latency
 #pragma unroll 1
   for (int i = threadIdx.x; i < rows * (D / 4); i += S::kThreads) {
     const int r = i / (D / 4), d = i % (D / 4) * 4;
