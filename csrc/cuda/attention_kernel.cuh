@@ -179,6 +179,7 @@ struct Kernel {
   }
 
   // attention_load.cuh
+  __device__ __forceinline__ void enter(Cursor& c, const Item& x) const;
   __device__ __forceinline__ void advance(Cursor& c, int end_unit) const;
   __device__ __forceinline__ const uint8_t* slice(const Cursor& c, int page) const;
   __device__ __forceinline__ void load_k(const Cursor& c, uint32_t (&k)[S::kKWords][4]) const;
@@ -213,23 +214,25 @@ struct Kernel {
     const Plan plan = read_plan();
     const int cta = blockIdx.x;
     if (cta >= plan.ctas) return;
-    const auto begin_of = [&](int i) {
-      return i < plan.ctas ? unit_at(s.prefix, s.sequence, a.num_seqs, a.sliding_window, plan, plan.start(i))
-                           : plan.units;
-    };
-    const int begin = begin_of(cta), end = begin_of(cta + 1);
+    // lane 0: where this CTA begins; the others: the next one
+    const int next = cta + min(lane, 1), from = plan.start(next);
+    const int at = unit_at(s.prefix, s.sequence, a.num_seqs, a.sliding_window, plan, next < plan.ctas ? from : 0);
+    const int begin = __shfl_sync(kFull, at, 0);
+    const int end = cta + 1 < plan.ctas ? __shfl_sync(kFull, at, 1) : plan.units;
     if (begin >= end) return;
     s.misc[4] = plan.weight;  // by every thread: a warp sees at least its own
     Cursor cursor;            // of the unit that is in registers or on its way there
-    cursor.next_unit = begin, cursor.segment = -1;
-    cursor.unit = cursor.end = cursor.first = cursor.past = 0;
+    item = decode_at(begin, end);
+    cursor.segment = -1;
+    enter(cursor, item);
+    --cursor.unit;  // advance() goes to the first
     uint32_t k[S::kKWords][4], v[4][S::kVWords], k_meta[4], v_meta[4];
     advance(cursor, end);
     int now = cursor.segment, now_first = (cursor.first + cursor.unit) * kUnit;
     uint4* coef = s.coef + warp * (NT * steps * 32);
     int segment = 0;
     for (int u = begin; u < end; ++segment) {
-      item = decode_at(u, end);
+      if (segment) item = decode_at(u, end);
       const bool with_current = item.end == item.units;
       // The first pages, after the rows' own loads, which wait for what is ahead of them.
       const auto start_pages = [&] {

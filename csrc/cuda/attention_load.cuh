@@ -5,6 +5,17 @@
 
 namespace wkvquant {
 
+// This warp's share of the CTA's units of an item.
+template <int D, int NT>
+__device__ __forceinline__ void Kernel<D, NT>::enter(Cursor& c, const Item& x) const {
+  const int count = x.end - x.begin;
+  ++c.segment;
+  c.next_unit = x.u + x.end;
+  c.unit = x.begin + count * warp / kWarps;
+  c.end = x.begin + count * (warp + 1) / kWarps;
+  c.seq = x.seq, c.head = x.head, c.past = x.past, c.first = x.first;
+}
+
 template <int D, int NT>
 __device__ __forceinline__ void Kernel<D, NT>::advance(Cursor& c, int end_unit) const {
   ++c.unit;
@@ -13,13 +24,7 @@ __device__ __forceinline__ void Kernel<D, NT>::advance(Cursor& c, int end_unit) 
       c.segment = INT_MAX;
       return;
     }
-    const Item x = decode_at(c.next_unit, end_unit);
-    ++c.segment;
-    const int count = x.end - x.begin;
-    c.next_unit += count;
-    c.unit = x.begin + count * warp / kWarps;
-    c.end = x.begin + count * (warp + 1) / kWarps;
-    c.seq = x.seq, c.head = x.head, c.past = x.past, c.first = x.first;
+    enter(c, decode_at(c.next_unit, end_unit));
   }
   const int tile = min((c.first + c.unit) * (kUnit / kTile) + g / 4, (c.past - 1) / kTile);
   const int block = tiles_per_block(tile);
