@@ -551,6 +551,17 @@ def test_stored_bytes_of_a_current_token_do_not_matter(impl) -> None:
     assert not torch.equal(outs[0], out)
 
 
+def test_prefix_of_the_same_step_is_seen(impl) -> None:
+    """vLLM lets a sequence hit blocks that another one of the same step computes: they are written before any read."""
+    layer, cache = layer_with_params(), new_cache()
+    slots = [*range(32), 64]  # the second sequence has the first one's block, and one token in a block of its own
+    out, (q, k, v) = run_step(impl, layer, cache, [(0, 32), (32, 1)], slots, 0)
+    expected, table = torch.empty_like(out), torch.tensor([[0, 2]], dtype=torch.int32)
+    lens, starts = torch.tensor([33], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+    ops.paged_attention(q[32:], k[32:], v[32:], cache, table, lens, starts, layer.wkv_params, 0.125, expected)
+    torch.testing.assert_close(out[32], expected[0])
+
+
 def test_padding_is_left_alone(impl) -> None:
     layer, cache = layer_with_params(), new_cache()
     out, _ = run_step(impl, layer, cache, [(0, 3)], [0, 1, 2, -1, -1], 0, rows=6)

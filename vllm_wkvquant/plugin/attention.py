@@ -220,6 +220,8 @@ class WKVQuantImpl(AttentionImpl[WKVQuantMetadata]):
         if attn_metadata is None:  # a profiling run has no pages yet
             return output.fill_(0)
         m = attn_metadata
+        # first: a sequence may be given another's prefix from the cache in the very step that computes it
+        ops.cache_write(key, value, kv_cache, m.slot_mapping, m.positions, layer.wkv_params)
         ops.paged_attention(
             query,
             key,
@@ -233,5 +235,4 @@ class WKVQuantImpl(AttentionImpl[WKVQuantMetadata]):
             output,
             self.sliding_window,
         )
-        ops.cache_write(key, value, kv_cache, m.slot_mapping, m.positions, layer.wkv_params)
         return output
