@@ -1,4 +1,4 @@
-"""Random inputs of the two ops, for tests and benchmarks."""
+"""Random inputs of the ops, for tests and benchmarks."""
 
 import math
 from dataclasses import dataclass

@@ -50,6 +50,34 @@ def check(case: cases.Case, **options) -> None:
     assert (lse[:tokens] - expected_lse[:tokens]).abs().max() < 5e-3
 
 
+def check_past(case: cases.Case, **options) -> None:
+    """The same of `past_attention`, whose rows without past are zeros and -inf."""
+    case = to_gpu(case)
+    tokens = int(case.query_start_loc[-1])
+    out, lse = run_past(native_cuda.past_attention, case, **options)
+    expected, expected_lse = run_past(reference.past_attention, replace(case, query=case.query.double()), **options)
+    assert out[tokens:].isnan().all()
+    assert (lse[tokens:] == 7).all()
+    out, lse, expected, expected_lse = (x[:tokens] for x in (out, lse, expected, expected_lse))
+    nothing = expected_lse.isneginf()
+    assert torch.equal(lse.isneginf(), nothing)
+    assert not out[nothing].any()
+    assert (lse - expected_lse).masked_fill(nothing, 0).abs().max() < 3e-3
+    assert (out.double() - expected).norm() <= TOLERANCE[case.query.dtype] * expected.norm()
+    assert (out.double() - expected).abs().max() < 8 * TOLERANCE[case.query.dtype]
+
+
+def run_past(implementation, case: cases.Case, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) on the CPU."""
+    out = torch.full_like(case.query, math.nan)
+    lse = torch.full(case.query.shape[:2], 7.0, device=case.query.device)
+    implementation(
+        case.query, case.kv_cache, case.block_table, case.seq_lens, case.query_start_loc, case.params, case.scale, out,
+        lse, **options,
+    )  # fmt: skip
+    return out.cpu(), lse.cpu()
+
+
 @pytest.mark.parametrize("head_size", native_cuda.HEAD_SIZES)
 @pytest.mark.parametrize("group", [1, 3, 4, 7, 8, 16])
 def test_heads(head_size, group):
@@ -93,6 +121,21 @@ def test_query_len(query_len, group):
 def test_sliding_window(window, query_len):
     lengths = [(n, query_len) for n in (0, 5, 127, 128, 300, 1111)]
     check(cases.make_case(lengths, cases.make_params(2, 64), dtype=torch.float16), sliding_window=window)
+
+
+@pytest.mark.parametrize("head_size", native_cuda.HEAD_SIZES)
+@pytest.mark.parametrize("group", [1, 4, 7, 16])
+def test_past(head_size, group):
+    lengths = [(300, 40), (0, 20), (17, 33), (1, 1), (0, 0), (700, 65)]
+    check_past(cases.make_case(lengths, cases.make_params(2, head_size), group=group, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("window", [1, 2, 30, 128, 129, 400])
+def test_past_in_a_window(window):
+    """The later rows of a chunk see less of the past, or nothing."""
+    lengths = [(n, 40) for n in (0, 5, 127, 128, 300, 1111)]
+    case = cases.make_case(lengths, cases.make_params(2, 64), dtype=torch.float16)
+    check_past(case, sliding_window=window)
 
 
 @pytest.mark.parametrize("past", [8191, 131071])

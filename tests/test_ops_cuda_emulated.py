@@ -66,6 +66,16 @@ def test_query_len(emulated):
     test_ops_cuda.test_query_len(9, 4)
 
 
+@pytest.mark.parametrize(("head_size", "group"), [(64, 1), (96, 7), (128, 4), (256, 16)])
+def test_past(emulated, head_size, group):
+    test_ops_cuda.test_past(head_size, group)
+
+
+@pytest.mark.parametrize("window", [1, 30, 129])
+def test_past_in_a_window(emulated, window):
+    test_ops_cuda.test_past_in_a_window(window)
+
+
 def test_rotary(emulated):
     test_ops_cuda.test_rotary(32, 1e4, 1.35)
 

@@ -418,6 +418,41 @@ def paged_attention(
     lse: torch.Tensor | None = None,
 ) -> None:
     """`ops.paged_attention` on a GPU. Sequences whose queries lie beyond the rows of query are skipped."""
+    _attend(
+        query, (key, value), kv_cache, block_table, seq_lens, query_start_loc, params, scale, out, sliding_window, lse
+    )
+
+
+def past_attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    params: KVParams,
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    sliding_window: int = 0,
+) -> None:
+    """`ops.past_attention` on a GPU."""
+    _attend(query, None, kv_cache, block_table, seq_lens, query_start_loc, params, scale, out, sliding_window, lse)
+
+
+def _attend(
+    query: torch.Tensor,
+    current: tuple[torch.Tensor, torch.Tensor] | None,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    params: KVParams,
+    scale: float,
+    out: torch.Tensor,
+    sliding_window: int,
+    lse: torch.Tensor | None,
+) -> None:
+    """current: key and value of the step's tokens, or None for past tokens only."""
     like = prepare(params)
     kv_heads = like.num_kv_heads
     dtype = _dtype("query", query)
@@ -425,9 +460,9 @@ def paged_attention(
     rows, heads = query.shape[:2]
     _check(heads > 0 and heads % kv_heads == 0, f"{heads} query heads do not share {kv_heads} KV heads evenly")
     _check_rows("query", query, rows, like, heads, query.dtype)
-    rows = min(rows, key.shape[0], value.shape[0], out.shape[0])
-    _check_rows("key", key, rows, like, kv_heads, query.dtype)
-    _check_rows("value", value, rows, like, kv_heads, query.dtype)
+    rows = min(rows, out.shape[0], *(tensor.shape[0] for tensor in current or ()))
+    for name, tensor in zip(("key", "value"), current or (), strict=False):
+        _check_rows(name, tensor, rows, like, kv_heads, query.dtype)
     _check_rows("out", out, rows, like, heads, query.dtype)
     _check_cache(kv_cache, like)
     seqs = seq_lens.shape[0]
@@ -458,8 +493,8 @@ def paged_attention(
         stream = torch.cuda.current_stream().cuda_stream
         args = PagedAttention(
             query=query.data_ptr(),
-            key=key.data_ptr(),
-            value=value.data_ptr(),
+            key=None if current is None else current[0].data_ptr(),
+            value=None if current is None else current[1].data_ptr(),
             out=out.data_ptr(),
             lse=None if lse is None else lse.data_ptr(),
             kv_cache=kv_cache.data_ptr(),
@@ -468,8 +503,8 @@ def paged_attention(
             query_start_loc=query_start_loc.data_ptr(),
             workspace=_workspace(like.device, stream).data_ptr(),
             query_stride=query.stride()[:2],
-            key_stride=key.stride()[:2],
-            value_stride=value.stride()[:2],
+            key_stride=(0, 0) if current is None else current[0].stride()[:2],
+            value_stride=(0, 0) if current is None else current[1].stride()[:2],
             out_stride=out.stride()[:2],
             lse_stride=(0, 0) if lse is None else lse.stride(),
             block_table_stride=block_table.stride(0),

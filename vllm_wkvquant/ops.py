@@ -1,7 +1,8 @@
-"""The two operations of the cache, and the one table of their variants.
+"""The operations of the cache, and the one table of their variants.
 
     cache_write       new K/V -> page
     paged_attention   past tokens from the page, the step's own tokens as they came -> output
+    past_attention    past tokens from the page alone -> output and its log-sum-exp, for long prefill chunks on a GPU
 
 `TABLE[op][variant]` holds every implementation; tests and benchmarks iterate it. `reference` is the specification.
 vLLM's attention op is opaque to torch.compile, so these are plain functions and need no fake kernels.
@@ -21,6 +22,7 @@ logger = logging.getLogger("vllm.wkvquant")
 TABLE: dict[str, dict[str, Callable[..., None]]] = {
     "cache_write": {"reference": reference.cache_write},
     "paged_attention": {"reference": reference.paged_attention},
+    "past_attention": {"reference": reference.past_attention},
 }
 if native.available():
     TABLE["cache_write"]["cpp"] = native.cache_write
@@ -28,6 +30,7 @@ if native.available():
 if native_cuda.available():
     TABLE["cache_write"]["cuda"] = native_cuda.cache_write
     TABLE["paged_attention"]["cuda"] = native_cuda.paged_attention
+    TABLE["past_attention"]["cuda"] = native_cuda.past_attention
 
 
 @functools.cache
@@ -107,3 +110,26 @@ def paged_attention(
     implementation(
         query, key, value, kv_cache, block_table, seq_lens, query_start_loc, params, scale, out, sliding_window, lse
     )
+
+
+def past_attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    params: KVParams,
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    sliding_window: int = 0,
+    variant: str | None = None,
+) -> None:
+    """The part of `paged_attention` that is over past tokens, to be merged with attention over the step's own.
+
+    Arguments as there; T = query_start_loc[-1] tokens are the step's, none of them attended. out, lse: a row that sees
+    no past token gets zeros and -inf. A CPU has the reference alone: nothing there calls this.
+    """
+    variant = variant or default_variant(query.device.type, query.shape[-1])
+    implementation = TABLE["past_attention"]["reference" if variant == "cpp" else variant]
+    implementation(query, kv_cache, block_table, seq_lens, query_start_loc, params, scale, out, lse, sliding_window)

@@ -63,10 +63,10 @@ struct WkvCudaCacheWrite {
 
 struct WkvCudaAttention {
   const void* query;               // dtype [T, num_heads, head_size]
-  const void* key;                 // dtype [T, num_kv_heads, head_size]
-  const void* value;               // dtype [T, num_kv_heads, head_size]
+  const void* key;                 // dtype [T, num_kv_heads, head_size], or null: past tokens only
+  const void* value;               // the same
   void* out;                       // dtype [T, num_heads, head_size]
-  float* lse;                      // [T, num_heads] or null
+  float* lse;                      // [T, num_heads] or null; -inf (and 0 in out) where a row sees no token
   const uint8_t* kv_cache;         // [num_blocks, num_kv_heads, layout bytes], 16-byte aligned
   const int32_t* block_table;      // [num_seqs, max_blocks]
   const int32_t* seq_lens;         // [num_seqs]

@@ -13,11 +13,11 @@ static __device__ __noinline__ void store_row4(void* out, int dtype, int64_t at,
 }
 
 template <int D, int NT>
-__device__ void Kernel<D, NT>::write_row4(int r, int d, float4 x, float inverse) const {
+__device__ void Kernel<D, NT>::write_row4(int r, int d, float4 x, float sum_of_row) const {
   const int row = item.tile * kRows + r;
   const int64_t at =
       (item.query + row / group) * a.out_stride[0] + (item.head * group + row % group) * a.out_stride[1] + d;
-  store_row4(a.out, a.dtype, at, x, inverse);
+  store_row4(a.out, a.dtype, at, x, sum_of_row > 0 ? __fdividef(1, sum_of_row) : 0);
 }
 
 template <int D, int NT>
@@ -85,7 +85,7 @@ __device__ void Kernel<D, NT>::finish(bool with_current) {
       add(f, s.raw + r * D + d);
     }
     if (whole) {
-      write_row4(r, d, x, __fdividef(1, total));
+      write_row4(r, d, x, total);
       if (d == 0) write_lse(r, high, total);
     } else {
       *reinterpret_cast<float4*>(out + r * D + d) = x;
@@ -141,7 +141,7 @@ __device__ void Kernel<D, NT>::combine() {
         x.x += f * y[k].x, x.y += f * y[k].y, x.z += f * y[k].z, x.w += f * y[k].w;
       }
     }
-    write_row4(r, d, x, __fdividef(1, total));
+    write_row4(r, d, x, total);
     if (d == 0) write_lse(r, high, total);
   }
 }

@@ -203,7 +203,7 @@ struct Kernel {
   __device__ __forceinline__ void output(const uint32_t (&v)[4][S::kVWords], const uint32_t (&weights)[2][NT][2]);
 
   // attention_finish.cuh
-  __device__ void write_row4(int r, int d, float4 x, float inverse) const;
+  __device__ void write_row4(int r, int d, float4 x, float sum_of_row) const;
   __device__ void write_lse(int r, float top_of_row, float sum_of_row) const;
   __device__ float* partial(int cta, int slot) const;
   __device__ void finish(bool with_current);
@@ -233,7 +233,7 @@ struct Kernel {
     int segment = 0;
     for (int u = begin; u < end; ++segment) {
       if (segment) item = decode_at(u, end);
-      const bool with_current = item.end == item.units;
+      const bool with_current = a.key && item.end == item.units;
       // The first pages, after the rows' own loads, which wait for what is ahead of them.
       const auto start_pages = [&] {
         if (segment || now == INT_MAX) return;
@@ -289,7 +289,7 @@ struct Kernel {
       item = decode_at(u, end);
       u += item.end - item.begin;
       rows = min(item.queries * group - item.tile * kRows, kRows);
-      finish(item.end == item.units);
+      finish(a.key && item.end == item.units);
     }
   }
 };

@@ -50,8 +50,10 @@ __device__ void Kernel<D, NT>::prepare_rows(bool with_current, const F& when_loa
     load_row(
         static_cast<const T*>(a.query) + (item.query + own) * a.query_stride[0] + head * a.query_stride[1] + 4 * lane,
         raw);
-    load_row(keys + own * a.key_stride[0], key);
-    load_row(values + own * a.value_stride[0], out);
+    if (with_current) {
+      load_row(keys + own * a.key_stride[0], key);
+      load_row(values + own * a.value_stride[0], out);
+    }
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       if (!active) continue;
