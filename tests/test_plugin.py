@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import cases
 import pytest
 import torch
 from vllm.model_executor.layers.quantization import get_quantization_config
@@ -17,7 +18,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 import vllm_wkvquant
 from vllm_wkvquant import checkpoint, layout, ops, plugin
 from vllm_wkvquant.config import ConfigError, KVCacheConfig, RopeConfig
-from vllm_wkvquant.plugin import attention, quantization
+from vllm_wkvquant.plugin import attention, prefill, quantization
 
 PACKAGE = Path(vllm_wkvquant.__file__).parent
 
@@ -410,8 +411,12 @@ def builder(max_tokens: int = 16) -> attention.WKVQuantMetadataBuilder:
 def common(lengths: list, slots: list[int], **changes) -> SimpleNamespace:
     fields = {
         "num_actual_tokens": len(slots),
+        "num_reqs": len(lengths),
+        "max_query_len": max(n for _, n in lengths),
         "query_start_loc": torch.tensor([0] + [n for _, n in lengths]).cumsum(0).int(),
+        "query_start_loc_cpu": torch.tensor([0] + [n for _, n in lengths]).cumsum(0).int(),
         "seq_lens": torch.tensor([past + n for past, n in lengths], dtype=torch.int32),
+        "seq_lens_cpu_upper_bound": torch.tensor([past + n for past, n in lengths], dtype=torch.int32),
         "block_table_tensor": torch.arange(8, dtype=torch.int32).view(1, 8).repeat(len(lengths), 1),
         "slot_mapping": torch.tensor(slots),
         "causal": True,
@@ -436,7 +441,7 @@ def test_decode_is_captured_where_the_cuda_kernels_are(monkeypatch) -> None:
     params = [layer_with_params().wkv_params for _ in range(2)]
     reserved = []
     vllm_config = SimpleNamespace(
-        model_config=FakeModel(),
+        model_config=FakeModel(dtype=torch.bfloat16),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=16, max_num_seqs=5),
         compilation_config=SimpleNamespace(
             max_cudagraph_capture_size=24,
@@ -467,6 +472,124 @@ def test_unsupported_block_size_is_refused_by_name() -> None:
     vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=16))
     with pytest.raises(ValueError, match="block size 24 is not a multiple of 16"):
         attention.WKVQuantMetadataBuilder(spec, ["a"], vllm_config, torch.device("cpu"))
+
+
+# --- long chunks on a GPU
+
+
+def flash_stand_in(q, k, v, out, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, window_size, **options):
+    """What the plugin needs of flash_attn_varlen_func: causal attention of packed sequences, and its log-sum-exp."""
+    assert causal
+    assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+    lengths = cu_seqlens_q.diff()
+    assert options["max_seqlen_q"] == options["max_seqlen_k"] == lengths.max()
+    lse = torch.full((q.shape[1], q.shape[0]), torch.nan)
+    for first, n in zip(cu_seqlens_q.tolist(), lengths.tolist(), strict=False):
+        rows = slice(first, first + n)
+        keys, values = (x[rows].double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[rows].double(), keys) * softmax_scale
+        i, j = torch.arange(n)[:, None], torch.arange(n)
+        left = n if window_size is None else window_size[0]
+        scores = scores.masked_fill((j > i) | (j < i - left), -torch.inf)
+        out[rows] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values).to(out.dtype)
+        lse[:, rows] = scores.logsumexp(-1)
+    return (out, lse) if options["return_softmax_lse"] else out
+
+
+@pytest.fixture
+def gpu_builder(monkeypatch):
+    """The builder as with the CUDA kernels, but with a stand-in for FlashAttention and the ops of the CPU."""
+
+    def make(draft_tokens: int | None = None) -> attention.WKVQuantMetadataBuilder:
+        monkeypatch.setattr(attention, "_captures", lambda device_type, head_size: True)
+        monkeypatch.setattr(prefill, "flash_attention", lambda head_size, dtype: flash_stand_in)
+        speculative = SimpleNamespace(num_speculative_tokens=draft_tokens, parallel_drafting=False)
+        vllm_config = SimpleNamespace(
+            model_config=FakeModel(dtype=torch.bfloat16),
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=16, max_num_seqs=5),
+            parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+            speculative_config=speculative if draft_tokens else None,
+            compilation_config=SimpleNamespace(max_cudagraph_capture_size=8),
+        )
+        spec = SimpleNamespace(head_size=64, block_size=32)
+        return attention.WKVQuantMetadataBuilder(spec, [], vllm_config, torch.device("cpu"))
+
+    return make
+
+
+def chunked_case(lengths: list) -> tuple[cases.Case, SimpleNamespace]:
+    """Random inputs of sequences (past, new), and vLLM's metadata of them."""
+    case = cases.make_case(lengths, cases.make_params(2, 64))
+    return case, common(lengths, [-1] * sum(n for _, n in lengths), block_table_tensor=case.block_table)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [(40, 1), (77, 1), (90, 3), (64, 17), (100, 40), (0, 33)],
+        [(90, 5), (90, 5), (3, 1), (64, 16), (64, 20)],  # the second runner puts uniform decodes first
+        [(50, 60), (0, 20), (0, 2), (70, 0)],  # short ones after long ones, and padding
+        [(0, 40)],
+        [(0, 40), (33, 40)],
+        [(40, 1), (20, 16)],
+    ],
+)
+@pytest.mark.parametrize("window", [0, 1, 10, 50])
+def test_long_chunks_are_the_op(gpu_builder, lengths: list, window: int) -> None:
+    """Decodes through one op, chunks through FlashAttention and the past: together what one op gives for all."""
+    case, common_metadata = chunked_case(lengths)
+    metadata = gpu_builder().build(0, common_metadata)
+    assert (metadata.chunks is not None) == any(n > 16 for _, n in lengths)
+    out = torch.full(case.query.shape, 7.0)
+    impl = attention.WKVQuantImpl(8, 64, case.scale, 2, sliding_window=window)
+    layer = SimpleNamespace(wkv_params=case.params)
+    impl.forward(layer, case.query, case.key, case.value, case.kv_cache, metadata, out)
+    expected, _ = cases.run_attention(ops.paged_attention, case, sliding_window=window, variant="reference")
+    count = sum(n for _, n in lengths)
+    torch.testing.assert_close(out[:count], expected[:count], atol=1e-3, rtol=1e-3)
+    assert (out[count:] == 7).all()
+
+
+def test_chunks_without_past_skip_the_pages(gpu_builder, monkeypatch) -> None:
+    monkeypatch.setattr(ops, "past_attention", None)
+    case, common_metadata = chunked_case([(12, 1), (0, 20), (0, 30)])
+    metadata = gpu_builder().build(0, common_metadata)
+    assert not metadata.chunks.has_past
+    out = torch.empty_like(case.query)
+    impl, layer = attention.WKVQuantImpl(8, 64, case.scale, 2), SimpleNamespace(wkv_params=case.params)
+    impl.forward(layer, case.query, case.key, case.value, case.kv_cache, metadata, out)
+    expected, _ = cases.run_attention(ops.paged_attention, case, variant="reference")
+    torch.testing.assert_close(out[:51], expected[:51], atol=1e-3, rtol=1e-3)
+
+
+def test_steps_are_split_without_the_device() -> None:
+    """Tensors of the meta device have no values: whoever asks for one fails."""
+    lengths = [(3, 1), (5, 1), (9, 20), (0, 30)]
+    _, common_metadata = chunked_case(lengths)
+    for name in ("query_start_loc", "seq_lens", "block_table_tensor"):
+        setattr(common_metadata, name, getattr(common_metadata, name).to("meta"))
+    chunks = prefill.split_chunks(common_metadata, 16, flash_stand_in)
+    assert (chunks.first, chunks.num_tokens, chunks.num_seqs, chunks.max_query_len) == (2, 50, 2, 30)
+    assert chunks.has_past
+    assert chunks.seq_lens.shape == (2,)
+    assert chunks.query_start_loc.shape == (3,)
+    common_metadata.seq_lens_cpu_upper_bound = None  # not known: there may be a past
+    assert prefill.split_chunks(common_metadata, 16, flash_stand_in).has_past
+
+
+def test_decodes_and_drafts_are_no_chunks(gpu_builder) -> None:
+    """vLLM puts short queries first, those with drafts among them however many they are, and captures them whole."""
+    assert builder().reorder_batch_threshold is None
+    assert gpu_builder().reorder_batch_threshold == 16
+    assert gpu_builder(draft_tokens=3).reorder_batch_threshold == 16
+    b = gpu_builder(draft_tokens=20)
+    assert b.reorder_batch_threshold == 21
+    _, common_metadata = chunked_case([(30, 21), (8, 21)])
+    assert b.build(0, common_metadata).chunks is None
+
+
+def test_no_flash_attention_on_a_cpu() -> None:
+    assert prefill.flash_attention(64, torch.bfloat16) is None
 
 
 # --- impl

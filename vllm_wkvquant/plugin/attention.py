@@ -1,4 +1,4 @@
-"""Attention backend of the 4-bit cache: it lays out pages, finds positions, and calls the two ops."""
+"""Attention backend of the 4-bit cache: it lays out pages, finds positions, and calls the ops."""
 
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -18,6 +18,7 @@ from vllm.v1.attention.backend import (
 
 from vllm_wkvquant import ops
 from vllm_wkvquant.layout import HEAD_SIZES, TILE, PageLayout, token_bytes
+from vllm_wkvquant.plugin import prefill
 
 
 class WKVQuantBackend(AttentionBackend):
@@ -83,7 +84,10 @@ class WKVQuantBackend(AttentionBackend):
 
 @dataclass
 class WKVQuantMetadata(AttentionMetadata):
-    """Arguments of the ops for one step, on the device; see `ops`."""
+    """Arguments of the ops for one step, on the device; see `ops`.
+
+    query_start_loc, seq_lens and block_table are of the sequences before `chunks`, which is None on a CPU.
+    """
 
     num_actual_tokens: int
     query_start_loc: torch.Tensor
@@ -91,6 +95,7 @@ class WKVQuantMetadata(AttentionMetadata):
     block_table: torch.Tensor
     slot_mapping: torch.Tensor
     positions: torch.Tensor
+    chunks: prefill.Chunks | None
 
 
 def token_positions(
@@ -119,12 +124,16 @@ class WKVQuantMetadataBuilder(AttentionMetadataBuilder[WKVQuantMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         PageLayout(kv_cache_spec.head_size, kv_cache_spec.block_size)
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self._flash = None
         if _captures(device.type, kv_cache_spec.head_size):
             compilation = vllm_config.compilation_config
             tokens = max(tokens, compilation.max_cudagraph_capture_size or 0)
             for name in layer_names:
                 params = compilation.static_forward_context[name].wkv_params
                 ops.reserve(params, vllm_config.scheduler_config.max_num_seqs)
+            self._flash = prefill.flash_attention(kv_cache_spec.head_size, vllm_config.model_config.dtype)
+        if self._flash is not None:
+            self._init_reorder_batch_threshold(prefill.SHORT, supports_spec_as_decode=True)
         self._tokens = torch.arange(tokens, dtype=torch.int64, device=device)
         self._positions = torch.zeros_like(self._tokens)
 
@@ -146,13 +155,18 @@ class WKVQuantMetadataBuilder(AttentionMetadataBuilder[WKVQuantMetadata]):
             tokens = torch.arange(count, dtype=torch.int64, device=self.device)
             positions = torch.empty_like(tokens)
         token_positions(common.query_start_loc, common.seq_lens, tokens, positions)
+        chunks = None
+        if self._flash is not None and self.reorder_batch_threshold is not None:
+            chunks = prefill.split_chunks(common, self.reorder_batch_threshold, self._flash)
+        seqs = common.seq_lens.shape[0] if chunks is None else chunks.num_seqs
         return WKVQuantMetadata(
             num_actual_tokens=count,
-            query_start_loc=common.query_start_loc,
-            seq_lens=common.seq_lens,
-            block_table=common.block_table_tensor,
+            query_start_loc=common.query_start_loc[: seqs + 1],
+            seq_lens=common.seq_lens[:seqs],
+            block_table=common.block_table_tensor[:seqs],
             slot_mapping=common.slot_mapping[:count],
             positions=positions,
+            chunks=chunks,
         )
 
 
@@ -217,22 +231,29 @@ class WKVQuantImpl(AttentionImpl[WKVQuantMetadata]):
         """query, output: [>= T, num_heads, head_size]; key, value: [>= T, num_kv_heads, head_size]."""
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("wkvquant: fused output quantization is not supported by the 4-bit KV cache")
-        if attn_metadata is None:  # a profiling run has no pages yet
+        if attn_metadata is None:  # a profiling run has no pages yet; let it see the memory of prefill.attend
+            torch.empty_like(output)
             return output.fill_(0)
         m = attn_metadata
         # first: a sequence may be given another's prefix from the cache in the very step that computes it
         ops.cache_write(key, value, kv_cache, m.slot_mapping, m.positions, layer.wkv_params)
-        ops.paged_attention(
-            query,
-            key,
-            value,
-            kv_cache,
-            m.block_table,
-            m.seq_lens,
-            m.query_start_loc,
-            layer.wkv_params,
-            self.scale,
-            output,
-            self.sliding_window,
-        )
+        if m.chunks is not None:
+            prefill.attend(
+                m.chunks, query, key, value, kv_cache, layer.wkv_params, self.scale, output, self.sliding_window
+            )
+            query = query[: m.chunks.first]
+        if query.shape[0]:
+            ops.paged_attention(
+                query,
+                key,
+                value,
+                kv_cache,
+                m.block_table,
+                m.seq_lens,
+                m.query_start_loc,
+                layer.wkv_params,
+                self.scale,
+                output,
+                self.sliding_window,
+            )
         return output
