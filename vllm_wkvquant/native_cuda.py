@@ -23,7 +23,7 @@ from vllm_wkvquant.reference import KVParams, hadamard_block
 LIBRARY = Path(__file__).with_name("_wkvquant_cuda.so")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 HEAD_SIZES = (64, 96, 128, 256)
-CHUNK = 256  # csrc/cuda/attention_plan.cuh
+CHUNK = 256  # csrc/cuda/common.cuh
 CHEBYSHEV = 16
 # Largest shift of a pair whose part of the scores may be rounded to fp16. With 64 such pairs and a query of ones the
 # scores' standard error is 2e-3; rounding the keys to bf16, as a bf16 cache does, makes one of 6e-3.

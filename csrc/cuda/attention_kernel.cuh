@@ -10,11 +10,7 @@
 namespace wkvquant {
 
 constexpr int kItemWeight = 20;
-constexpr float kBoost = 4;
 constexpr float kSlack = 2;
-constexpr float kLowest = -1e30f;
-constexpr float kLog2e = 1.44269504088896341f;
-constexpr float kLn2 = 0.693147180559945309f;
 
 template <int D, int NT>
 struct Shape {
@@ -192,7 +188,6 @@ struct Kernel {
   __device__ void start_rows();
 
   // attention_past.cuh
-  __device__ static __forceinline__ uint64_t angle_at(int chunk, int64_t turns);
   __device__ __forceinline__ void make_coefficients(int chunk, uint4* coef);
   __device__ __forceinline__ void scores(const uint32_t (&k)[S::kKWords][4], float (&c)[2][NT][4]) const;
   template <int Steps>

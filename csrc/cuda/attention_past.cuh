@@ -5,32 +5,12 @@
 
 namespace wkvquant {
 
-__device__ __forceinline__ uint32_t pack_half2(float low, float high) {
-  const __half2 h = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&h);
-}
-
-// x as high and low fp16 parts, two at a time.
-__device__ __forceinline__ void split_half2(float a, float b, uint32_t& high, uint32_t& low) {
-  const __half2 h = __floats2half2_rn(a, b);
-  const float2 f = __half22float2(h);
-  high = *reinterpret_cast<const uint32_t*>(&h);
-  low = pack_half2(a - f.x, b - f.y);
-}
-
-// The angle at the chunk's centre, which is half a position before its position kChunk / 2.
-template <int D, int NT>
-__device__ __forceinline__ uint64_t Kernel<D, NT>::angle_at(int chunk, int64_t turns) {
-  return static_cast<uint64_t>(chunk * kChunk + kChunk / 2 - 1) * static_cast<uint64_t>(turns) +
-         static_cast<uint64_t>(turns >> 1);
-}
-
 // Coefficients of the basis for the chunk, as operand B.
 template <int D, int NT>
 __device__ __forceinline__ void Kernel<D, NT>::make_coefficients(int chunk, uint4* coef) {
   float2* angle = s.angle + warp * slots;
   __syncwarp();
-  for (int i = lane; i < slots; i += 32) angle[i] = cos_sin(angle_at(chunk, __ldg(p.slot_turns + i)));
+  for (int i = lane; i < slots; i += 32) angle[i] = cos_sin(chunk_angle(chunk, __ldg(p.slot_turns + i)));
   __syncwarp();
 #pragma unroll 1
   for (int n = 0; n < NT; ++n) {

@@ -5,16 +5,6 @@
 
 namespace wkvquant {
 
-constexpr int kChunk = 256;
-constexpr int kUnit = 32;
-
-// Division by a small constant, exact for numerators below 2^17 and divisors below 2^15.
-struct FastDivide {
-  uint32_t divisor, reciprocal;
-  __device__ explicit FastDivide(uint32_t d) : divisor(d), reciprocal(d == 1 ? 0 : 0xffffffffu / d + 1) {}
-  __device__ __forceinline__ uint32_t operator()(uint32_t n) const { return reciprocal ? __umulhi(n, reciprocal) : n; }
-};
-
 // CTAs share out a line on which every item takes its units and, before them, `weight` for its start and end. So a CTA
 // that begins a second item has fewer units. Where a CTA would begin just before or in such a gap, it begins after it.
 struct Plan {

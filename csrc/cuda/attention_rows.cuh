@@ -5,13 +5,6 @@
 
 namespace wkvquant {
 
-__device__ __forceinline__ float power_of_two(int e) { return __int_as_float((e + 127) << 23); }
-
-// Power of two that brings x to [2^13, 2^14), as its exponent.
-__device__ __forceinline__ int scale_exponent(float x) {
-  return min(max((__float_as_int(x) >> 23) - (127 + 13), -80), 80);
-}
-
 // Query rows as operands, coefficients of the shift, and the step's own tokens. Each warp calls when_loaded() once its
 // first row is here.
 template <int D, int NT>

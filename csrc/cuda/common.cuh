@@ -10,6 +10,12 @@
 namespace wkvquant {
 
 constexpr unsigned kFull = 0xffffffff;
+constexpr int kChunk = 256;  // tokens that share the coefficients of the shift
+constexpr int kUnit = 32;    // tokens of a softmax step
+constexpr float kBoost = 4;
+constexpr float kLowest = -1e30f;
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kLn2 = 0.693147180559945309f;
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
@@ -24,11 +30,44 @@ __device__ __forceinline__ void store_element(void* base, int dtype, int64_t ind
     static_cast<float*>(base)[index] = x;
 }
 
+// Division by a small constant, exact for numerators below 2^17 and divisors below 2^15.
+struct FastDivide {
+  uint32_t divisor, reciprocal;
+  __device__ explicit FastDivide(uint32_t d) : divisor(d), reciprocal(d == 1 ? 0 : 0xffffffffu / d + 1) {}
+  __device__ __forceinline__ uint32_t operator()(uint32_t n) const { return reciprocal ? __umulhi(n, reciprocal) : n; }
+};
+
+__device__ __forceinline__ float power_of_two(int e) { return __int_as_float((e + 127) << 23); }
+
+// Power of two that brings x to [2^13, 2^14), as its exponent.
+__device__ __forceinline__ int scale_exponent(float x) {
+  return min(max((__float_as_int(x) >> 23) - (127 + 13), -80), 80);
+}
+
+__device__ __forceinline__ uint32_t pack_half2(float low, float high) {
+  const __half2 h = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&h);
+}
+
+// x as high and low fp16 parts, two at a time.
+__device__ __forceinline__ void split_half2(float a, float b, uint32_t& high, uint32_t& low) {
+  const __half2 h = __floats2half2_rn(a, b);
+  const float2 f = __half22float2(h);
+  high = *reinterpret_cast<const uint32_t*>(&h);
+  low = pack_half2(a - f.x, b - f.y);
+}
+
 // cos and sin of an angle in units of 2^-64 turns.
 __device__ __forceinline__ float2 cos_sin(uint64_t angle) {
   float s, c;
   sincospif(static_cast<float>(static_cast<int32_t>(angle >> 32)) * 0x1p-31f, &s, &c);
   return {c, s};
+}
+
+// The angle at the chunk's centre, which is half a position before its position kChunk / 2.
+__device__ __forceinline__ uint64_t chunk_angle(int chunk, int64_t turns) {
+  return static_cast<uint64_t>(chunk * kChunk + kChunk / 2 - 1) * static_cast<uint64_t>(turns) +
+         static_cast<uint64_t>(turns >> 1);
 }
 
 __device__ __forceinline__ float warp_sum(float x) {
