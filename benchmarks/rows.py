@@ -53,13 +53,13 @@ class Row:
         return present
 
 
-def make_params(kv_heads: int, base: float = 1e4, rotating: bool = True) -> KVParams:
+def make_params(kv_heads: int, base: float = 1e4, rotating: bool = True, head_size: int = HEAD_SIZE) -> KVParams:
     """Smoothing around 1, rotated keys; a rotating shift of magnitude 5 on every pair and a sink at position 0."""
     g = torch.Generator().manual_seed(0)
-    inv_freq = [base ** (-2 * j / HEAD_SIZE) for j in range(HEAD_SIZE // 2)]
+    inv_freq = [base ** (-2 * j / head_size) for j in range(head_size // 2)]
 
     def normal(gain: float) -> torch.Tensor:
-        return gain * torch.randn(kv_heads, HEAD_SIZE, generator=g)
+        return gain * torch.randn(kv_heads, head_size, generator=g)
 
     smooth = torch.exp(normal(0.3))
     if not rotating:
