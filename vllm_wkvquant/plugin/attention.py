@@ -107,7 +107,7 @@ def token_positions(
     Padding after query_start_loc[-1] gets positions of no meaning, none negative.
     """
     ends = query_start_loc[1:]
-    seq = torch.searchsorted(ends, tokens, right=True).clamp_max_(ends.shape[0] - 1)
+    seq = torch.searchsorted(ends[:-1], tokens, right=True)  # what follows the last end is of the last sequence, too
     torch.add(tokens, (seq_lens - ends)[seq], out=out)
     out.clamp_min_(0)
 
