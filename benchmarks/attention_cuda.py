@@ -30,7 +30,10 @@ SCALE = HEAD_SIZE**-0.5
 BASE = 5e5  # of the rotary embedding, Llama 3's
 PAGE = 16  # of the other peers' caches, vLLM's default
 FILL = 8192  # tokens written at once
-SHAPES = "8x1x1024,8x1x8192,8x1x32768,8x16x8192,8x64x2048,8x8x32768,32x1x32768,32x8x32768,4x8x32768"
+SHAPES = (
+    "8x1x1024,8x16x1024,8x64x1024,8x1x8192,8x1x32768,8x1x131072,8x16x8192,8x64x2048,8x8x32768,"
+    "32x1x32768,32x8x32768,4x8x32768"
+)
 
 Call = Callable[[int], object]  # on a copy of the cache
 
