@@ -116,8 +116,7 @@ class WKVQuantMetadataBuilder(AttentionMetadataBuilder[WKVQuantMetadata]):
     """Positions live in one buffer for good, so that a replayed graph finds fresh values where it looked before.
 
     With the CUDA kernels, decode steps are captured whole: all that the ops read is either in buffers of vLLM's that
-    keep their address, or in this one, and what they allocate is reserved here, before the first capture. Capture and
-    replay by vLLM, of either version, have not run on a GPU; eager steps and replays of the ops themselves have.
+    keep their address, or in this one, and what they allocate is reserved here, before the first capture.
     """
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
