@@ -145,7 +145,8 @@ def stored_tokens(llm, result: Result) -> list:
     for layer in attention_layers(llm):
         block_size = layer.kv_cache.shape[2]
         slots = torch.tensor(result.blocks)[positions // block_size] * block_size + positions % block_size
-        out[extract_layer_index(layer.layer_name)] = layout.load(layer.kv_cache, slots, layer.head_size)
+        stored = layout.load(layer.kv_cache, slots.to(layer.kv_cache.device), layer.head_size)
+        out[extract_layer_index(layer.layer_name)] = tuple(tuple(x.cpu() for x in part) for part in stored)
     return [out[i] for i in range(len(out))]
 
 
