@@ -1,7 +1,8 @@
 """The GPU's part of attention.py: the CUDA kernels against FlashAttention 3 and the 4-bit caches of vLLM.
 
 Every time is the median over replays of a CUDA graph of many calls, each on the next of several copies of the cache,
-together larger than three times the L2 cache. Decode counts everything from roped q, k, v to the output but the write.
+together larger than three times the L2 cache. Decode counts everything from roped q, k, v to the output but the write;
+`write+decode` rows have both (max_error: against the two not overlapped).
 Our plan is in it, since every CTA makes it for itself; what a peer or a metadata builder makes once a step is a `plan`
 row.
 
@@ -156,6 +157,10 @@ class Decode:
                 slot = slots_of(cache.table[c, i], self.past, 1, cache.block)
                 cache.write(self.key[i : i + 1], self.value[i : i + 1], slot, position)
 
+    def slots(self, table: torch.Tensor, block_size: int) -> list[torch.Tensor]:
+        """int64 [batch] of this step's tokens, in every copy of `table` [copies, batch, max_blocks]."""
+        return [copy[:, self.past // block_size].long() * block_size + self.past % block_size for copy in table]
+
     def exact(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """fp64 attention of the first sequence and KV head; keys, values: [context, head_size]."""
         rows = query[0, : HEADS // self.kv_heads].double()
@@ -212,6 +217,28 @@ class Ours(Cache):
         )  # fmt: skip
         row.max_error = s.error(expected[0])
 
+    def measure_both(self, row: Row, kind: str) -> None:
+        """Write and decode, one after the other as the plugin calls them."""
+        s = self.step
+        params = s.params if kind == "rotating" else make_params(s.kv_heads, BASE, rotating=False).to("cuda")
+        slots, positions = s.slots(self.table, self.block), (s.seq_lens - 1).long()
+
+        def both(c: int) -> None:
+            native_cuda.cache_write(s.key, s.value, self.pages, slots[c], positions, params)
+            native_cuda.paged_attention(
+                s.query, s.key, s.value, self.pages, self.table[c], s.seq_lens, s.starts, params, SCALE, s.out,
+                after_write=True,
+            )  # fmt: skip
+
+        row.us = timed(both, s.copies)
+        row.options = f"block_size={self.block} shift={kind}"
+        both(0)
+        right = s.out.clone()
+        native_cuda.paged_attention(
+            s.query, s.key, s.value, self.pages, self.table[0], s.seq_lens, s.starts, params, SCALE, s.out
+        )
+        row.max_error = (right - s.out).abs().max().item()
+
 
 class Flash(Cache):
     """FlashAttention 3 on a bf16 cache, or on an fp8 one with an fp8 query."""
@@ -235,10 +262,13 @@ class Flash(Cache):
             causal=True, num_splits=splits,
         )  # fmt: skip
 
-    def measure(self, row: Row, fp8: bool, tries: list[int]) -> None:
+    def measure(self, row: Row, fp8: bool, tries: list[int], write: bool = False) -> None:
+        """write: the write of the step's tokens before it."""
+        from vllm import _custom_ops
         from vllm.vllm_flash_attn.flash_attn_interface import flash_attn_varlen_func
 
         s = self.step
+        slots, one = s.slots(self.table, self.block), torch.ones(1, device="cuda")
         dtype = torch.float8_e4m3fn if fp8 else DTYPE
         keys, values = (x.to(dtype).view(-1, self.block, s.kv_heads, HEAD_SIZE) for x in (self.keys, self.values))
         query, ones = s.query.to(dtype), torch.ones(s.batch, s.kv_heads, device="cuda")
@@ -246,11 +276,17 @@ class Flash(Cache):
 
         def attend_with(splits: int) -> Call:
             plan = self.plan(dtype, splits)
-            return lambda c: flash_attn_varlen_func(
-                q=query, k=keys, v=values, max_seqlen_q=1, cu_seqlens_q=s.starts, max_seqlen_k=s.context,
-                seqused_k=s.seq_lens, block_table=self.table[c], softmax_scale=SCALE, causal=True,
-                scheduler_metadata=plan, num_splits=splits, fa_version=3, **scales,
-            )  # fmt: skip
+
+            def attend(c: int) -> torch.Tensor:
+                if write:
+                    _custom_ops.reshape_and_cache_flash(s.key, s.value, keys, values, slots[c], "auto", one, one)
+                return flash_attn_varlen_func(
+                    q=query, k=keys, v=values, max_seqlen_q=1, cu_seqlens_q=s.starts, max_seqlen_k=s.context,
+                    seqused_k=s.seq_lens, block_table=self.table[c], softmax_scale=SCALE, causal=True,
+                    scheduler_metadata=plan, num_splits=splits, fa_version=3, **scales,
+                )  # fmt: skip
+
+            return attend
 
         row.us, best = min((timed(attend_with(splits), s.copies), splits) for splits in tries)
         row.options = f"page={self.block} num_splits={best}"
@@ -352,14 +388,20 @@ def decode_rows(kv_heads: int, batch: int, context: int, args: argparse.Namespac
     common = {"device": torch.cuda.get_device_name(), "batch": batch, "context": context, "num_kv_heads": kv_heads}
     found: list[Row] = []
 
-    def add(variant: str, token_bytes: int, measure: Callable[[Row], None]) -> None:
-        row = Row(op="decode", variant=variant, bytes=batch * step.past * token_bytes * kv_heads, **common)
+    def add(variant: str, token_bytes: int, measure: Callable[[Row], None], op: str = "decode") -> None:
+        row = Row(op=op, variant=variant, bytes=batch * step.past * token_bytes * kv_heads, **common)
         found.append(attempt(row, measure))
+
+    def add_both(variant: str, token_bytes: int, measure: Callable[[Row], None]) -> None:
+        add(variant, token_bytes, measure, "write+decode")
 
     ours = [Ours(step, block) for block in args.blocks]
     step.fill(list(ours))
     for cache, kind in itertools.product(ours, args.kinds):
         add("cuda", layout.token_bytes(HEAD_SIZE), lambda row, cache=cache, kind=kind: cache.measure(row, kind))
+        add_both(
+            "cuda", layout.token_bytes(HEAD_SIZE), lambda row, cache=cache, kind=kind: cache.measure_both(row, kind)
+        )
     del ours, cache
     if not args.no_peers:
         for page in args.pages:
@@ -371,6 +413,7 @@ def decode_rows(kv_heads: int, batch: int, context: int, args: argparse.Namespac
                     flash.measure(row, fp8, args.splits)
 
                 add(variant, HEAD_SIZE * (2 if fp8 else 4), measure_flash)
+            add_both("fa3-bf16", HEAD_SIZE * 4, lambda row, flash=flash: flash.measure(row, False, args.splits, True))
         plan = Row(op="plan", variant="fa3", **common)
 
         def measure_plan(row: Row) -> None:
@@ -390,16 +433,16 @@ def decode_rows(kv_heads: int, batch: int, context: int, args: argparse.Namespac
                 cache.measure(row)
 
             add(variant, token_bytes, measure_peer)
-    best: dict[str, float] = {}
+    best: dict[tuple[str, str], float] = {}
     for row in found:
-        if row.op == "decode" and row.us:
-            best[row.variant] = min(row.us, best.get(row.variant, row.us))
+        if row.us:
+            best[row.op, row.variant] = min(row.us, best.get((row.op, row.variant), row.us))
     for row in found:
         if row.us and row.bytes:
             row.gbps = row.bytes / row.us / 1e3
             row.read_fraction = row.gbps / peak
-            row.ratio_to_bf16 = best["fa3-bf16"] / row.us if "fa3-bf16" in best else None
-            row.ratio_to_fp8 = best["fa3-fp8"] / row.us if "fa3-fp8" in best else None
+            bf16, fp8 = best.get((row.op, "fa3-bf16")), best.get((row.op, "fa3-fp8"))
+            row.ratio_to_bf16, row.ratio_to_fp8 = bf16 and bf16 / row.us, fp8 and fp8 / row.us
     yield from found
 
 

@@ -233,6 +233,42 @@ def test_graph_replay():
         assert torch.equal(before, cache)
 
 
+def test_attention_that_overlaps_the_write_reads_what_it_wrote():
+    """A past that the write before the attention stores, a write of many tokens in a graph of many such steps."""
+    case = to_gpu(
+        cases.make_case([(4000, 1), (3000, 1)], cases.make_params(2, 128), dtype=torch.float16, block_size=64)
+    )
+    tokens = case.past_slots.shape[0]
+    key, value = torch.randn(2, tokens, 2, 128, device="cuda").half()
+    positions = torch.cat([torch.arange(4000), torch.arange(3000)]).cuda()
+    cache = torch.empty_like(case.kv_cache)
+    outs = torch.empty(30, *case.query.shape, dtype=torch.float16, device="cuda")
+
+    def step(out: torch.Tensor, sign: float, after_write: bool) -> None:
+        cache.fill_(255)
+        ops.cache_write(sign * key, value, cache, case.past_slots, positions, case.params, variant="cuda")
+        ops.paged_attention(
+            case.query, case.key, case.value, cache, case.block_table, case.seq_lens, case.query_start_loc,
+            case.params, case.scale, out, variant="cuda", after_write=after_write,
+        )  # fmt: skip
+
+    expected = torch.empty_like(outs[:2])
+    for i in range(2):
+        step(expected[i], 1 - 2 * i, after_write=False)
+    native_cuda.reserve(case.params, 2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i, out in enumerate(outs):
+            step(out, 1 - 2 * (i % 2), after_write=True)
+    for _ in range(5):
+        outs.fill_(math.nan)
+        graph.replay()
+        rows = int(case.query_start_loc[-1])
+        assert torch.equal(outs[0::2, :rows], expected[None, 0, :rows].expand(15, -1, -1, -1))
+        assert torch.equal(outs[1::2, :rows], expected[None, 1, :rows].expand(15, -1, -1, -1))
+    assert not torch.equal(expected[0, :rows], expected[1, :rows])
+
+
 def test_graphs_of_a_stream_that_never_ran():
     """vLLM warms up on one stream and captures on another; the order of replays is not that of captures."""
     params = cases.make_params(2, 128).to("cuda")

@@ -66,6 +66,7 @@ class PagedAttention(Structure):
         ("sliding_window", c_int32),
         ("scale", c_float),
         ("num_sms", c_int32),
+        ("after_write", c_int32),
     ]
 
 
@@ -416,11 +417,13 @@ def paged_attention(
     out: torch.Tensor,
     sliding_window: int = 0,
     lse: torch.Tensor | None = None,
+    after_write: bool = False,
 ) -> None:
     """`ops.paged_attention` on a GPU. Sequences whose queries lie beyond the rows of query are skipped."""
     _attend(
-        query, (key, value), kv_cache, block_table, seq_lens, query_start_loc, params, scale, out, sliding_window, lse
-    )
+        query, (key, value), kv_cache, block_table, seq_lens, query_start_loc, params, scale, out, sliding_window, lse,
+        after_write,
+    )  # fmt: skip
 
 
 def past_attention(
@@ -451,6 +454,7 @@ def _attend(
     out: torch.Tensor,
     sliding_window: int,
     lse: torch.Tensor | None,
+    after_write: bool = False,
 ) -> None:
     """current: key and value of the step's tokens, or None for past tokens only."""
     like = prepare(params)
@@ -519,6 +523,7 @@ def _attend(
             sliding_window=sliding_window,
             scale=scale,
             num_sms=_num_sms(like.device),
+            after_write=after_write,
         )
         status = library().wkvquant_cuda_paged_attention(byref(args), byref(like.fields), stream)
     if status:

@@ -95,6 +95,7 @@ def paged_attention(
     sliding_window: int = 0,
     lse: torch.Tensor | None = None,
     variant: str | None = None,
+    after_write: bool = False,
 ) -> None:
     """Causal attention of the step's queries over past tokens in the pages and the step's own raw keys and values.
 
@@ -104,12 +105,15 @@ def paged_attention(
     max_blocks]. seq_lens: int32 [num_seqs], tokens of each sequence including this step's. query_start_loc: int32
     [num_seqs + 1]. scale: factor on q . k. out: [>= T, num_heads, head_size] of query's dtype, written. sliding_window:
     a query sees the last `sliding_window` positions, itself included; 0 is all. lse: fp32 [>= T, num_heads], written
-    with the natural-log-sum-exp of the scaled scores where given. Rows at and after T are left alone.
+    with the natural-log-sum-exp of the scaled scores where given. Rows at and after T are left alone. after_write: the
+    call before it on this stream is the step's `cache_write`, and every argument is older than that: a GPU may start
+    one while the other still runs.
     """
-    implementation = TABLE["paged_attention"][variant or default_variant(query.device.type, query.shape[-1])]
-    implementation(
-        query, key, value, kv_cache, block_table, seq_lens, query_start_loc, params, scale, out, sliding_window, lse
-    )
+    variant = variant or default_variant(query.device.type, query.shape[-1])
+    TABLE["paged_attention"][variant](
+        query, key, value, kv_cache, block_table, seq_lens, query_start_loc, params, scale, out, sliding_window, lse,
+        **({"after_write": after_write} if variant == "cuda" else {}),
+    )  # fmt: skip
 
 
 def past_attention(

@@ -89,6 +89,9 @@ struct WkvCudaAttention {
   int32_t sliding_window;  // 0: none
   float scale;
   int32_t num_sms;
+  // The kernel before this one in the stream is the step's cache write, and nothing else that this one reads is of a
+  // kernel that may still run: it may begin before the write has ended, and waits for that itself.
+  int32_t after_write;
 };
 
 // Each returns a cudaError_t.

@@ -206,6 +206,7 @@ struct Kernel {
 
   __device__ void run() {
     make_plan();
+    wait_for_previous();
     const Plan plan = read_plan();
     const int cta = blockIdx.x;
     if (cta >= plan.ctas) return;

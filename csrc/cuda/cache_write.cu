@@ -3,6 +3,7 @@
 // A warp takes one token over some of its heads, so that the angles are made once. Lane l holds dimensions
 // 4 (l + 32 i) .. + 3: half a K word (its pair lane has the other half) and one V halfword.
 #include "common.cuh"
+#include "ptx.cuh"
 
 namespace wkvquant {
 namespace {
@@ -46,6 +47,7 @@ __global__ void __launch_bounds__(kWarps * 32)
     cache_write(const __grid_constant__ WkvCudaCacheWrite a, const __grid_constant__ WkvCudaParams p,
                 int heads_per_warp) {
   constexpr int N = groups_of_lane(D), kLanes = D / 4 < 32 ? D / 4 : 32;
+  allow_next();
   const int lane = threadIdx.x % 32;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (token >= a.num_tokens) return;

@@ -55,9 +55,19 @@ cudaError_t launch(const WkvCudaAttention& a, const WkvCudaParams& p, cudaStream
       return cudaGetLastError();
     allowed[device % 64] = bytes;
   }
-  paged_attention<D, NT>
-      <<<std::min(a.num_sms * Shape<D, NT>::kCtasPerSm, kMaxCtas), Shape<D, NT>::kThreads, bytes, stream>>>(a, p);
-  return cudaGetLastError();
+  int major = 0;
+  if (cudaError_t e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return e;
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = std::min(a.num_sms * Shape<D, NT>::kCtasPerSm, kMaxCtas);
+  config.blockDim = Shape<D, NT>::kThreads;
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = a.after_write && major >= 9;
+  return cudaLaunchKernelEx(&config, paged_attention<D, NT>, a, p);
 }
 
 // One row tile of 8 where the batch's mean query length needs no more, or registers or shared memory do not hold two.

@@ -37,6 +37,20 @@ __device__ __forceinline__ void load_words(const uint8_t* p, uint32_t* w) {
     asm volatile("ld.global.nc.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(w[0]) : "l"(p));
 }
 
+// Lets the stream's next kernel begin, if it was launched to do so.
+__device__ __forceinline__ void allow_next() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Waits for the stream's kernels before this one, if it was launched to begin before their end.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Adds one. What the CTA wrote before a barrier before it is seen by a CTA that sees the sum and has called acquire().
 __device__ __forceinline__ int count_arrival(int* counter) {
   int before;

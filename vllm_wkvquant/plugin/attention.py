@@ -254,5 +254,6 @@ class WKVQuantImpl(AttentionImpl[WKVQuantMetadata]):
                 self.scale,
                 output,
                 self.sliding_window,
+                after_write=m.chunks is None,
             )
         return output
