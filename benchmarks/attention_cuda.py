@@ -246,6 +246,7 @@ class Flash(Cache):
     def __init__(self, step: Decode, page: int) -> None:
         self.block = page
         super().__init__(step)
+        self.best: list[int] = []  # num_splits on a bf16 cache
         shape = (self.blocks * page, step.kv_heads, HEAD_SIZE)
         self.keys, self.values = (torch.zeros(shape, dtype=DTYPE, device="cuda") for _ in range(2))
 
@@ -290,6 +291,8 @@ class Flash(Cache):
 
         row.us, best = min((timed(attend_with(splits), s.copies), splits) for splits in tries)
         row.options = f"page={self.block} num_splits={best}"
+        if not fp8:
+            self.best = [best]
         s.out.copy_(attend_with(best)(0))
         slots = slots_of(self.table[0, 0], 0, s.context, self.block)
         seen = (x.view(-1, s.kv_heads, HEAD_SIZE)[slots, 0] for x in (keys, values))
@@ -413,7 +416,7 @@ def decode_rows(kv_heads: int, batch: int, context: int, args: argparse.Namespac
                     flash.measure(row, fp8, args.splits)
 
                 add(variant, HEAD_SIZE * (2 if fp8 else 4), measure_flash)
-            add_both("fa3-bf16", HEAD_SIZE * 4, lambda row, flash=flash: flash.measure(row, False, args.splits, True))
+            add_both("fa3-bf16", HEAD_SIZE * 4, lambda row, flash=flash: flash.measure(row, False, flash.best, True))
         plan = Row(op="plan", variant="fa3", **common)
 
         def measure_plan(row: Row) -> None:
