@@ -123,19 +123,97 @@ def test_sliding_window(window, query_len):
     check(cases.make_case(lengths, cases.make_params(2, 64), dtype=torch.float16), sliding_window=window)
 
 
+# Of these head sizes, 16-bit queries of 64 rows a KV head and more in the mean have a kernel of their own.
+PREFILL_HEAD_SIZES = (64, 96, 128)
+
+
 @pytest.mark.parametrize("head_size", native_cuda.HEAD_SIZES)
-@pytest.mark.parametrize("group", [1, 4, 7, 16])
-def test_past(head_size, group):
-    lengths = [(300, 40), (0, 20), (17, 33), (1, 1), (0, 0), (700, 65)]
+@pytest.mark.parametrize("group", [1, 4, 16])
+def test_short_queries_over_the_past(head_size, group):
+    lengths = [(300, 3), (0, 2), (17, 5), (1, 1), (0, 0), (700, 2)]
     check_past(cases.make_case(lengths, cases.make_params(2, head_size), group=group, dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize("window", [1, 2, 30, 128, 129, 400])
-def test_past_in_a_window(window):
-    """The later rows of a chunk see less of the past, or nothing."""
+@pytest.mark.parametrize(("head_size", "dtype"), [(256, torch.bfloat16), (128, torch.float32)])
+def test_long_queries_of_another_kind_over_the_past(head_size, dtype):
+    check_past(cases.make_case([(300, 80), (0, 20)], cases.make_params(1, head_size), dtype=dtype))
+
+
+@pytest.mark.parametrize("head_size", PREFILL_HEAD_SIZES)
+@pytest.mark.parametrize("group", [1, 3, 4, 7, 8, 16])
+def test_prefill(head_size, group):
+    """Tiles of rows that end in the middle, short queries among long ones, and sequences without past or query."""
+    lengths = [(300, 80), (0, 70), (17, 64), (1, 90), (0, 0), (700, 65), (5, 1), (513, 150)]
+    check_past(cases.make_case(lengths, cases.make_params(2, head_size), group=group, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("block_size", [16, 32, 48, 64, 128])
+def test_prefill_over_page_boundaries(dtype, block_size):
+    lengths = [(n, 33) for n in (1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1000)]
+    case = cases.make_case(lengths, cases.make_params(2, 128), group=2, block_size=block_size, dtype=dtype)
+    check_past(case)
+
+
+@pytest.mark.parametrize("window", [1, 2, 30, 64, 128, 129, 400])
+@pytest.mark.parametrize("head_size", PREFILL_HEAD_SIZES)
+def test_prefill_in_a_window(window, head_size):
+    """The later rows of a chunk see less of the past, or nothing; pages before the window may be others', or gone."""
     lengths = [(n, 40) for n in (0, 5, 127, 128, 300, 1111)]
-    case = cases.make_case(lengths, cases.make_params(2, 64), dtype=torch.float16)
+    case = cases.make_case(lengths, cases.make_params(2, head_size), dtype=torch.float16, block_size=16)
+    unused = torch.isin(torch.arange(len(case.kv_cache)), case.block_table, invert=True).nonzero()  # full of NaN
+    gone = (1111 - window + 1) // 16
+    case.block_table[-1, :gone] = -1
+    case.block_table[-1, gone - 1] = int(unused[0])  # in one unit with the window's first page
     check_past(case, sliding_window=window)
+
+
+@pytest.mark.parametrize("kind", ["rotating", "static", "none"])
+@pytest.mark.parametrize("hadamard", [True, False])
+@pytest.mark.parametrize("head_size", PREFILL_HEAD_SIZES)
+def test_parameters_of_a_prefill(kind, hadamard, head_size):
+    params = cases.make_params(2, head_size, kind=kind, hadamard=hadamard)
+    check_past(cases.make_case([(700, 40), (64, 20)], params, dtype=torch.float16))
+
+
+@pytest.mark.parametrize(
+    ("rotary_dim", "base", "scaling"), [(32, 1e4, 1.0), (64, 1e6, 1.0), (128, 5e5, 1.35), (8, 1e4, 1.0)]
+)
+def test_rotary_of_a_prefill(rotary_dim, base, scaling):
+    params = cases.make_params(2, 128, rotary_dim=rotary_dim, base=base, scaling=scaling)
+    check_past(cases.make_case([(900, 30), (3, 50)], params, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("shift", [1.0, 5.0, 20.0, 200.0])
+@pytest.mark.parametrize("base", [1e4, 5e5])
+def test_shift_of_a_prefill(shift, base):
+    """Products with low parts are left out where they do not matter, and nowhere else: scores reach a thousand."""
+    params = cases.make_params(1, 128, shift=shift, base=base)
+    case = cases.make_case([(1500, 70)], params, group=1, dtype=torch.float16, query_gain=2.0)
+    case = to_gpu(case)
+    lse = run_past(native_cuda.past_attention, case)[1]
+    expected = run_past(reference.past_attention, replace(case, query=case.query.double()))[1]
+    assert (lse[:70] - expected[:70]).abs().max() < 3e-3
+
+
+def test_prefill_far_from_the_start():
+    params = cases.make_params(1, 128, base=5e5)
+    case = cases.make_case([(131071, 70)], params, group=1, dtype=torch.float16, block_size=64)
+    check_past(case, sliding_window=500)
+
+
+def test_prefill_of_many_sequences():
+    g = torch.Generator().manual_seed(3)
+    lengths = [tuple(int(x) for x in torch.randint(0, n, (2,), generator=g)) for n in (130,) * 40]
+    check_past(cases.make_case(lengths, cases.make_params(1, 64), dtype=torch.float16, block_size=16))
+
+
+def test_prefill_repeats_bit_for_bit():
+    case = to_gpu(cases.make_case([(3000, 200), (777, 99)], cases.make_params(4, 128), dtype=torch.float16))
+    first = run_past(native_cuda.past_attention, case)
+    for _ in range(20):
+        again = run_past(native_cuda.past_attention, case)
+        assert all(torch.equal(x[:299], y[:299]) for x, y in zip(first, again, strict=True))
 
 
 @pytest.mark.parametrize("past", [8191, 131071])

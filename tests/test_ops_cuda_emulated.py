@@ -66,14 +66,51 @@ def test_query_len(emulated):
     test_ops_cuda.test_query_len(9, 4)
 
 
-@pytest.mark.parametrize(("head_size", "group"), [(64, 1), (96, 7), (128, 4), (256, 16)])
-def test_past(emulated, head_size, group):
-    test_ops_cuda.test_past(head_size, group)
+@pytest.mark.parametrize(("head_size", "group"), [(64, 1), (96, 4), (128, 16), (256, 4)])
+def test_short_queries_over_the_past(emulated, head_size, group):
+    test_ops_cuda.test_short_queries_over_the_past(head_size, group)
 
 
-@pytest.mark.parametrize("window", [1, 30, 129])
-def test_past_in_a_window(emulated, window):
-    test_ops_cuda.test_past_in_a_window(window)
+@pytest.mark.parametrize(("head_size", "dtype"), [(256, torch.bfloat16), (128, torch.float32)])
+def test_long_queries_of_another_kind_over_the_past(emulated, head_size, dtype):
+    test_ops_cuda.test_long_queries_of_another_kind_over_the_past(head_size, dtype)
+
+
+@pytest.mark.parametrize(("head_size", "group"), [(64, 1), (64, 16), (96, 7), (128, 4)])
+def test_prefill(emulated, head_size, group):
+    test_ops_cuda.test_prefill(head_size, group)
+
+
+@pytest.mark.parametrize("block_size", [16, 48, 64])
+def test_prefill_over_page_boundaries(emulated, block_size):
+    test_ops_cuda.test_prefill_over_page_boundaries(torch.float16, block_size)
+
+
+@pytest.mark.parametrize(("window", "head_size"), [(1, 128), (30, 96), (64, 128), (129, 64)])
+def test_prefill_in_a_window(emulated, window, head_size):
+    test_ops_cuda.test_prefill_in_a_window(window, head_size)
+
+
+@pytest.mark.parametrize("kind", ["rotating", "static", "none"])
+def test_parameters_of_a_prefill(emulated, kind):
+    test_ops_cuda.test_parameters_of_a_prefill(kind, kind != "static", 96)
+
+
+def test_rotary_of_a_prefill(emulated):
+    test_ops_cuda.test_rotary_of_a_prefill(32, 1e4, 1.35)
+
+
+@pytest.mark.parametrize("shift", [1.0, 5.0, 20.0, 200.0])
+def test_shift_of_a_prefill(emulated, shift):
+    test_ops_cuda.test_shift_of_a_prefill(shift, 1e4)
+
+
+def test_prefill_far_from_the_start(emulated):
+    test_ops_cuda.test_prefill_far_from_the_start()
+
+
+def test_prefill_of_many_sequences(emulated):
+    test_ops_cuda.test_prefill_of_many_sequences()
 
 
 def test_rotary(emulated):

@@ -5,13 +5,6 @@
 
 namespace wkvquant {
 
-static __device__ __noinline__ void store_row4(void* out, int dtype, int64_t at, float4 x, float factor) {
-  store_element(out, dtype, at, x.x * factor);
-  store_element(out, dtype, at + 1, x.y * factor);
-  store_element(out, dtype, at + 2, x.z * factor);
-  store_element(out, dtype, at + 3, x.w * factor);
-}
-
 template <int D, int NT>
 __device__ void Kernel<D, NT>::write_row4(int r, int d, float4 x, float sum_of_row) const {
   const int row = item.tile * kRows + r;

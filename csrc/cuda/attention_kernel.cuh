@@ -77,12 +77,12 @@ int64_t shared_bytes(const WkvCudaParams& p, int num_seqs) {
 
 // Partial results in the workspace: counters [kMaxCtas], then two slots a CTA of [rows][D] numerators and
 // [rows] maxima and sums. Slot 1 is of an item whose first units are this CTA's, slot 0 of one that began before.
-constexpr int64_t kCounterBytes = kMaxCtas * sizeof(int);
 constexpr int64_t partial_floats(int rows, int d) { return static_cast<int64_t>(rows) * (d + 2); }
 
 template <int D, int NT>
 struct Kernel {
   using S = Shape<D, NT>;
+  static_assert(2 * partial_floats(S::kRows, D) * sizeof(float) <= kCtaBytes);
   static constexpr int kWarps = S::kWarps, kRows = S::kRows;
 
   const WkvCudaAttention& a;

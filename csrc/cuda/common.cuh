@@ -10,8 +10,10 @@
 namespace wkvquant {
 
 constexpr unsigned kFull = 0xffffffff;
-constexpr int kChunk = 256;  // tokens that share the coefficients of the shift
-constexpr int kUnit = 32;    // tokens of a softmax step
+constexpr int kChunk = 256;                                  // tokens that share the coefficients of the shift
+constexpr int kUnit = 32;                                    // tokens of a softmax step
+constexpr int64_t kCounterBytes = kMaxCtas * sizeof(int);    // at the start of the workspace, then of each CTA
+constexpr int64_t kCtaBytes = 2 * kMaxRows * (256 + 2) * 4;  // two partial results, or rotary pairs of a prefill's tile
 constexpr float kBoost = 4;
 constexpr float kLowest = -1e30f;
 constexpr float kLog2e = 1.44269504088896341f;
@@ -28,6 +30,13 @@ __device__ __forceinline__ void store_element(void* base, int dtype, int64_t ind
     static_cast<__half*>(base)[index] = __float2half(x);
   else
     static_cast<float*>(base)[index] = x;
+}
+
+inline __device__ __noinline__ void store_row4(void* out, int dtype, int64_t at, float4 x, float factor) {
+  store_element(out, dtype, at, x.x * factor);
+  store_element(out, dtype, at + 1, x.y * factor);
+  store_element(out, dtype, at + 2, x.z * factor);
+  store_element(out, dtype, at + 3, x.w * factor);
 }
 
 // Division by a small constant, exact for numerators below 2^17 and divisors below 2^15.

@@ -33,6 +33,7 @@
 #include "attention_load.cuh"
 #include "attention_past.cuh"
 #include "attention_rows.cuh"
+#include "launch.cuh"
 
 namespace wkvquant {
 
@@ -46,16 +47,9 @@ __global__ void __launch_bounds__(Shape<D, NT>::kThreads, Shape<D, NT>::kCtasPer
 template <int D, int NT>
 cudaError_t launch(const WkvCudaAttention& a, const WkvCudaParams& p, cudaStream_t stream) {
   const int64_t bytes = shared_bytes<D, NT>(p, a.num_seqs);
-  static int64_t allowed[64] = {};
-  int device = 0;
+  if (cudaError_t e = allow_shared<paged_attention<D, NT>>(bytes)) return e;
+  int device = 0, major = 0;
   if (cudaError_t e = cudaGetDevice(&device)) return e;
-  if (bytes > allowed[device % 64]) {
-    if (cudaError_t e = cudaFuncSetAttribute(paged_attention<D, NT>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(bytes)))
-      return cudaGetLastError();
-    allowed[device % 64] = bytes;
-  }
-  int major = 0;
   if (cudaError_t e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return e;
   cudaLaunchAttribute overlap = {};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;

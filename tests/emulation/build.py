@@ -12,6 +12,7 @@ def sources() -> str:
     """The kernels without ptx.cuh, whose functions shim.h has, and without launches."""
     names = ("common", "attention_plan", "attention_kernel")
     names += ("attention_load", "attention_rows", "attention_past", "attention_finish")
+    names += ("prefill_kernel", "prefill_rows", "prefill_past")
     attention = "".join((CSRC / f"cuda/{name}.cuh").read_text() for name in names)
     write = (CSRC / "cuda/cache_write.cu").read_text()
     write = re.sub(
@@ -33,5 +34,6 @@ def build(folder: Path) -> Path:
     library = folder / "emulated.so"
     includes = [f"-I{path}" for path in (folder, HERE, Path(header).parent, CSRC, CSRC / "cuda")]
     flags = ["-std=c++17", "-O2", "-march=native", "-w", "-fPIC", "-shared", "-U_FORTIFY_SOURCE"]
+    flags.append("-fno-strict-aliasing")  # as device code is compiled
     subprocess.run(["g++", *flags, *includes, str(HERE / "kernels.cpp"), "-o", str(library)], check=True)
     return library
