@@ -6,9 +6,13 @@ together larger than three times the L2 cache. Decode counts everything from rop
 Our plan is in it, since every CTA makes it for itself; what a peer or a metadata builder makes once a step is a `plan`
 row.
 
+Prefill is a chunk of one sequence over its past: `cuda` is what the plugin does, FlashAttention over the chunk, our
+kernel over the past and vLLM's merge; `cuda-past` our kernel alone; `fa3-bf16` FlashAttention 3 over all of it.
+
 bytes of decode are those of past tokens, which must be read; read_fraction is bytes over time over B, the better of a
 2 GiB device copy (read + written) and a 2 GiB read-only reduction in the same process, the `bandwidth` rows. max_error
-is against an fp64 reference over what the variant's cache holds, for the first sequence and KV head. A peer that fails
+is against an fp64 reference over what the variant's cache holds, for the first sequence and KV head (prefill: and
+its first queries). A peer that fails
 gives a row with an `error` and no time.
 """
 
@@ -50,6 +54,7 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--pages", type=ints, default=[16, 128], help="page sizes of FlashAttention's cache to try")
     group.add_argument("--splits", type=ints, default=[0, 2, 4, 8, 16, 32], help="num_splits of FlashAttention to try")
     group.add_argument("--kinds", type=lambda s: s.split(","), default=["rotating"], help="shifts: rotating, none")
+    group.add_argument("--prefills", default="8x2048x32768", help="KV heads x chunk x past")
     group.add_argument("--writes", type=ints, default=[1, 64, 8192], help="tokens of a cache write")
     group.add_argument("--no-peers", action="store_true", help="ours alone, where vLLM is not installed")
 
@@ -449,6 +454,132 @@ def decode_rows(kv_heads: int, batch: int, context: int, args: argparse.Namespac
     yield from found
 
 
+class Prefill:
+    """Inputs of a step that computes a chunk of one sequence over its past, which both our pages and bf16 ones hold."""
+
+    block = 64
+    checked = 64  # queries whose error is looked at
+
+    def __init__(self, kv_heads: int, count: int, past: int) -> None:
+        self.kv_heads, self.count, self.past, self.context = kv_heads, count, past, past + count
+        self.params = make_params(kv_heads, BASE).to("cuda")
+        self.query = torch.randn(count, HEADS, HEAD_SIZE, device="cuda").to(DTYPE)
+        self.key, self.value = random_kv(self.params, torch.arange(past, self.context, device="cuda"))
+        self.seq_lens = torch.tensor([self.context], dtype=torch.int32, device="cuda")
+        self.starts = torch.tensor([0, count], dtype=torch.int32, device="cuda")
+        self.out = torch.empty_like(self.query)
+        blocks = math.ceil(self.context / self.block)
+        self.table = torch.randperm(blocks, device="cuda").int()[None]
+        token = layout.token_bytes(HEAD_SIZE)
+        self.pages = torch.empty(blocks, kv_heads, self.block, token, dtype=torch.uint8, device="cuda")
+        pages = math.ceil(self.context / PAGE)
+        self.raw_table = torch.randperm(pages, device="cuda").int()[None]
+        shape = (pages * PAGE, kv_heads, HEAD_SIZE)
+        self.keys, self.values = (torch.zeros(shape, dtype=DTYPE, device="cuda") for _ in range(2))
+        for first in range(0, past, FILL):
+            positions = torch.arange(first, min(first + FILL, past), device="cuda")
+            key, value = random_kv(self.params, positions)
+            slots = slots_of(self.table[0], first, len(positions), self.block)
+            native_cuda.cache_write(key, value, self.pages, slots, positions, self.params)
+            slots = slots_of(self.raw_table[0], first, len(positions), PAGE)
+            self.keys[slots], self.values[slots] = key, value
+        slots = slots_of(self.raw_table[0], past, count, PAGE)
+        self.keys[slots], self.values[slots] = self.key, self.value
+
+    def parameters(self, kind: str) -> reference.KVParams:
+        return self.params if kind == "rotating" else make_params(self.kv_heads, BASE, rotating=False).to("cuda")
+
+    def error(self, expected: torch.Tensor) -> float:
+        return (self.out[: len(expected), : expected.shape[1]].double() - expected).abs().max().item()
+
+    def measure_past(self, row: Row, kind: str) -> None:
+        params = self.parameters(kind)
+        lse = torch.empty(HEADS, self.count, device="cuda")
+
+        def attend(c: int) -> None:
+            native_cuda.past_attention(
+                self.query, self.pages, self.table, self.seq_lens, self.starts, params, SCALE, self.out, lse.T
+            )
+
+        row.us = timed(attend, 1)
+        row.options = f"block_size={self.block} shift={kind}"
+
+    def measure(self, row: Row, kind: str) -> None:
+        from vllm.vllm_flash_attn.flash_attn_interface import flash_attn_varlen_func
+
+        from vllm_wkvquant.plugin import prefill
+
+        params = self.parameters(kind)
+        chunks = prefill.Chunks(
+            flash=functools.partial(flash_attn_varlen_func, fa_version=3), first=0, num_tokens=self.count, num_seqs=0,
+            max_query_len=self.count, has_past=self.past > 0, query_start_loc=self.starts, seq_lens=self.seq_lens,
+            block_table=self.table,
+        )  # fmt: skip
+
+        def attend(c: int) -> None:
+            prefill.attend(chunks, self.query, self.key, self.value, self.pages, params, SCALE, self.out, 0)
+
+        row.us = timed(attend, 1)
+        row.options = f"block_size={self.block} shift={kind}"
+        attend(0)
+        n, group = min(self.checked, self.count), HEADS // self.kv_heads
+        first = {name: tensor[:1] for name in PER_HEAD if (tensor := getattr(params, name)) is not None}
+        expected = torch.empty(n, group, HEAD_SIZE, dtype=torch.float64, device="cuda")
+        reference.paged_attention(
+            self.query[:n, :group], self.key[:n, :1], self.value[:n, :1], self.pages[:, :1], self.table,
+            self.seq_lens - self.count + n, self.starts.clamp_max(n), replace(params, **first), SCALE, expected,
+        )  # fmt: skip
+        row.max_error = self.error(expected)
+
+    def measure_flash(self, row: Row) -> None:
+        from vllm.vllm_flash_attn.flash_attn_interface import flash_attn_varlen_func
+
+        keys, values = (x.view(-1, PAGE, self.kv_heads, HEAD_SIZE) for x in (self.keys, self.values))
+
+        def attend(c: int) -> None:
+            flash_attn_varlen_func(
+                q=self.query, k=keys, v=values, out=self.out, cu_seqlens_q=self.starts, max_seqlen_q=self.count,
+                seqused_k=self.seq_lens, max_seqlen_k=self.context, block_table=self.raw_table, softmax_scale=SCALE,
+                causal=True, fa_version=3,
+            )  # fmt: skip
+
+        row.us = timed(attend, 1)
+        row.options = f"page={PAGE}"
+        attend(0)
+        n, group = min(self.checked, self.count), HEADS // self.kv_heads
+        slots = slots_of(self.raw_table[0], 0, self.past + n, PAGE)
+        seen = (x[slots, 0].double() for x in (self.keys, self.values))
+        rows = self.query[:n, :group].double()
+        scores = torch.einsum("qhd,kd->hqk", rows, next(seen)) * SCALE
+        hidden = torch.ones(n, self.past + n, dtype=torch.bool, device="cuda").triu(self.past + 1)
+        weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
+        row.max_error = self.error(torch.einsum("hqk,kd->qhd", weights, next(seen)))
+
+
+def prefill_rows(kv_heads: int, count: int, past: int, args: argparse.Namespace) -> Iterator[Row]:
+    """Ours with and without FlashAttention over the chunk, then the peer."""
+    step = Prefill(kv_heads, count, past)
+    found: list[Row] = []
+
+    def add(variant: str, measure: Callable[[Row], None]) -> None:
+        row = Row(
+            op="prefill", variant=variant, device=torch.cuda.get_device_name(), batch=1, query_len=count,
+            context=step.context, num_kv_heads=kv_heads,
+        )  # fmt: skip
+        found.append(attempt(row, measure))
+
+    for kind in ("rotating", "none"):
+        add("cuda-past", lambda row, kind=kind: step.measure_past(row, kind))
+        if not args.no_peers:
+            add("cuda", lambda row, kind=kind: step.measure(row, kind))
+    if not args.no_peers:
+        add("fa3-bf16", step.measure_flash)
+    bf16 = next((row.us for row in found if row.variant == "fa3-bf16"), None)
+    for row in found:
+        row.ratio_to_bf16 = bf16 / row.us if bf16 and row.us and row.variant != "cuda-past" else None
+    yield from found
+
+
 def plan_row(batch: int, context: int) -> Row:
     """Positions of a step's tokens, which the plugin's metadata builder computes once a step on the device."""
     row = Row(
@@ -518,6 +649,9 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
     peak = max(row.gbps for row in measured)
     for tokens in args.writes if args.op in ("write", "all") else []:
         yield from write_rows(tokens, not args.no_peers)
+    for shape in filter(None, args.prefills.split(",") if args.op in ("prefill", "all") else []):
+        yield from prefill_rows(*(int(x) for x in shape.split("x")), args)
+        torch.cuda.empty_cache()
     for shape in filter(None, args.shapes.split(",") if args.op in ("decode", "all") else []):
         kv_heads, batch, context = (int(x) for x in shape.split("x"))
         if not args.no_peers:
