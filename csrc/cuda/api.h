@@ -98,8 +98,8 @@ struct WkvCudaAttention {
 WKV_API int wkvquant_cuda_cache_write(const WkvCudaCacheWrite*, const WkvCudaParams*, void* stream);
 WKV_API int wkvquant_cuda_paged_attention(const WkvCudaAttention*, const WkvCudaParams*, void* stream);
 WKV_API int64_t wkvquant_cuda_workspace();
-// Dynamic shared memory of a CTA; `tiles`: row tiles of 8, 1 or 2 for decodes, 16 for prefills. -1 where there is no such
-// kernel.
+// Dynamic shared memory of a CTA; `tiles`: row tiles of 8, 1 or 2 for decodes, 16 for prefills. -1 where there is no
+// such kernel.
 WKV_API int64_t wkvquant_cuda_shared_bytes(const WkvCudaParams*, int tiles, int num_seqs);
 WKV_API int64_t wkvquant_cuda_sizeof(int which);  // 0: WkvCudaParams, 1: WkvCudaCacheWrite, 2: WkvCudaAttention
 WKV_API int32_t wkvquant_cuda_max_seqs();
