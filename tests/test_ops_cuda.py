@@ -318,13 +318,14 @@ def test_attention_that_overlaps_the_write_reads_what_it_wrote():
     )
     tokens = case.past_slots.shape[0]
     key, value = torch.randn(2, tokens, 2, 128, device="cuda").half()
+    keys = key, -key
     positions = torch.cat([torch.arange(4000), torch.arange(3000)]).cuda()
     cache = torch.empty_like(case.kv_cache)
     outs = torch.empty(30, *case.query.shape, dtype=torch.float16, device="cuda")
 
-    def step(out: torch.Tensor, sign: float, after_write: bool) -> None:
+    def step(out: torch.Tensor, key: torch.Tensor, after_write: bool) -> None:
         cache.fill_(255)
-        ops.cache_write(sign * key, value, cache, case.past_slots, positions, case.params, variant="cuda")
+        ops.cache_write(key, value, cache, case.past_slots, positions, case.params, variant="cuda")
         ops.paged_attention(
             case.query, case.key, case.value, cache, case.block_table, case.seq_lens, case.query_start_loc,
             case.params, case.scale, out, variant="cuda", after_write=after_write,
@@ -332,12 +333,12 @@ def test_attention_that_overlaps_the_write_reads_what_it_wrote():
 
     expected = torch.empty_like(outs[:2])
     for i in range(2):
-        step(expected[i], 1 - 2 * i, after_write=False)
+        step(expected[i], keys[i], after_write=False)
     native_cuda.reserve(case.params, 2)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for i, out in enumerate(outs):
-            step(out, 1 - 2 * (i % 2), after_write=True)
+            step(out, keys[i % 2], after_write=True)
     for _ in range(5):
         outs.fill_(math.nan)
         graph.replay()
