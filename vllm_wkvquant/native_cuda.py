@@ -23,6 +23,7 @@ from vllm_wkvquant.reference import KVParams, hadamard_block
 LIBRARY = Path(__file__).with_name("_wkvquant_cuda.so")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 HEAD_SIZES = (64, 96, 128, 256)
+SHARED_256 = 160 << 10  # sm_80 and sm_90 have more, sm_86 and sm_89 99 KiB; the tables of a usual layer fit
 CHUNK = 256  # csrc/cuda/common.cuh
 CHEBYSHEV = 16
 # Largest shift of a pair whose part of the scores may be rounded to fp16. With 64 such pairs and a query of ones the
@@ -92,14 +93,20 @@ def library() -> Any:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Served:
+    """What tensors of a call must fit: the layer that its params are of."""
+
+    device: torch.device
+    num_kv_heads: int
+    head_size: int
+
+
+@dataclass(frozen=True)
+class Prepared(Served):
     """The kernels' tables of one layer; `tensors` keeps alive what `fields` points to."""
 
     fields: Params
     tensors: dict[str, torch.Tensor]
-    device: torch.device
-    num_kv_heads: int
-    head_size: int
 
 
 def _chebyshev_coefficients(half_angles: torch.Tensor) -> torch.Tensor:
@@ -134,23 +141,12 @@ def _operand_a(rows: torch.Tensor, other: torch.Tensor, matrix: torch.Tensor) ->
 def _make(params: KVParams) -> Prepared:
     device = params.k_smooth.device
     heads, head_size = params.k_smooth.shape
-    _check(
-        head_size in HEAD_SIZES,
-        f"head size {head_size} is not supported by the CUDA kernels; supported: {list(HEAD_SIZES)}",
-    )
+    check_params(params, HEAD_SIZES, "CUDA")
     host = params.to("cpu")
-    _check((params.k_first is None) == (params.v_first is None), "params.k_first and params.v_first go together")
-    for name in ("k_smooth", "k_shift", "v_shift", "k_first", "v_first"):
-        tensor = getattr(params, name)
-        _check(
-            tensor is None or (tensor.shape == (heads, head_size) and tensor.device == device),
-            f"params.{name} must be [{heads}, {head_size}] on {device}",
-        )
     norm = 1 / math.sqrt(hadamard_block(head_size)) if params.key_hadamard else 1.0
     shift = host.k_shift.double()
     turns = host.rope_turns if host.rope_turns is not None else torch.empty(0, dtype=torch.int64)
     pairs = turns.shape[0]
-    _check(2 * pairs <= head_size, f"{pairs} rotary pairs do not fit the head size {head_size}")
     shift[:, : 2 * pairs] *= params.rope_scaling
     theta = turns.double() * (2 * math.pi / 2.0**64)
     used = ((shift[:, :pairs] != 0) | (shift[:, pairs : 2 * pairs] != 0)).any(0)
@@ -214,7 +210,7 @@ def _make(params: KVParams) -> Prepared:
         slow_steps=slow_steps,
         plain_steps=plain_steps,
     )
-    return Prepared(fields, tensors, device, heads, head_size)
+    return Prepared(device, heads, head_size, fields, tensors)
 
 
 # id(params) -> (reference that says whether it is still that object, tables)
@@ -241,7 +237,15 @@ def refusal(head_size: int) -> str | None:
         return "they need compute capability 8.0"
     if head_size not in HEAD_SIZES:
         return f"they have head sizes {list(HEAD_SIZES)}, not {head_size}"
+    if head_size == 256 and _shared_memory(torch.device("cuda")) < SHARED_256:
+        return f"they need {SHARED_256 >> 10} KiB of shared memory for head size 256"
     return None
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Most bytes of a CTA."""
+    properties: Any = torch.cuda.get_device_properties(device)  # the stubs lack the field
+    return int(properties.shared_memory_per_block_optin)
 
 
 # A workspace must start as zeros and serve one stream. Memory made while a stream captures would be zeroed by the
@@ -277,8 +281,7 @@ def reserve(params: KVParams, max_seqs: int) -> None:
     tables = prepare(params)
     device = tables.device
     needed = library().wkvquant_cuda_shared_bytes(byref(tables.fields), 1, max_seqs)
-    properties: Any = torch.cuda.get_device_properties(device)  # the stubs lack the field
-    most = properties.shared_memory_per_block_optin
+    most = _shared_memory(device)
     _check(
         needed <= most,
         f"the CUDA kernels need {needed} bytes of shared memory for {max_seqs} sequences, {device} has {most}; allow "
@@ -302,7 +305,26 @@ def _describe(tensor: torch.Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
 
 
-def _check_rows(name: str, tensor: torch.Tensor, rows: int, like: Prepared, heads: int, dtype: torch.dtype) -> None:
+def check_params(params: KVParams, head_sizes: tuple[int, ...], kernels: str) -> None:
+    """Raise ValueError where kernels of some head sizes do not take `params`."""
+    heads, head_size = params.k_smooth.shape
+    device = params.k_smooth.device
+    _check(
+        head_size in head_sizes,
+        f"head size {head_size} is not supported by the {kernels} kernels; supported: {list(head_sizes)}",
+    )
+    _check((params.k_first is None) == (params.v_first is None), "params.k_first and params.v_first go together")
+    for name in ("k_smooth", "k_shift", "v_shift", "k_first", "v_first"):
+        tensor = getattr(params, name)
+        _check(
+            tensor is None or (tensor.shape == (heads, head_size) and tensor.device == device),
+            f"params.{name} must be [{heads}, {head_size}] on {device}",
+        )
+    pairs = 0 if params.rope_turns is None else params.rope_turns.shape[0]
+    _check(2 * pairs <= head_size, f"{pairs} rotary pairs do not fit the head size {head_size}")
+
+
+def _check_rows(name: str, tensor: torch.Tensor, rows: int, like: Served, heads: int, dtype: torch.dtype) -> None:
     shape = tensor.shape
     if not (
         len(shape) == 3
@@ -332,7 +354,7 @@ def _check_ints(name: str, tensor: torch.Tensor, dtype: torch.dtype, rows: int, 
         raise ValueError(f"{name} must be contiguous {dtype} [>= {rows}] on {device}, got {_describe(tensor)}")
 
 
-def _check_cache(kv_cache: torch.Tensor, like: Prepared) -> None:
+def _check_cache(kv_cache: torch.Tensor, like: Served) -> None:
     expected = token_bytes(like.head_size)
     shape = kv_cache.shape
     if not (
@@ -355,11 +377,76 @@ def _check_cache(kv_cache: torch.Tensor, like: Prepared) -> None:
         )
 
 
-def _dtype(name: str, tensor: torch.Tensor) -> int:
-    code = DTYPES.get(tensor.dtype)
-    if code is None:
+def _check_dtype(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype not in DTYPES:
         raise ValueError(f"{name} has dtype {tensor.dtype}; supported: {[str(d) for d in DTYPES]}")
-    return code
+
+
+def check_write(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    positions: torch.Tensor,
+    like: Served,
+) -> None:
+    """Raise ValueError where arguments of `cache_write` do not fit each other."""
+    tokens = slot_mapping.shape[0]
+    _check_dtype("key", key)
+    _check_rows("key", key, tokens, like, like.num_kv_heads, key.dtype)
+    _check_rows("value", value, tokens, like, like.num_kv_heads, key.dtype)
+    _check_ints("slot_mapping", slot_mapping, torch.int64, tokens, like.device)
+    _check_ints("positions", positions, torch.int64, tokens, like.device)
+    _check_cache(kv_cache, like)
+
+
+def check_attention(
+    query: torch.Tensor,
+    current: tuple[torch.Tensor, torch.Tensor] | None,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    out: torch.Tensor,
+    sliding_window: int,
+    lse: torch.Tensor | None,
+    like: Served,
+) -> int:
+    """The rows that a call has. Raises ValueError where its arguments do not fit each other."""
+    kv_heads = like.num_kv_heads
+    _check_dtype("query", query)
+    _check(query.ndim == 3, f"query must be [T, num_heads, head_size], got {_describe(query)}")
+    rows, heads = query.shape[:2]
+    _check(heads > 0 and heads % kv_heads == 0, f"{heads} query heads do not share {kv_heads} KV heads evenly")
+    _check_rows("query", query, rows, like, heads, query.dtype)
+    rows = min(rows, out.shape[0], *(tensor.shape[0] for tensor in current or ()))
+    for name, tensor in zip(("key", "value"), current or (), strict=False):
+        _check_rows(name, tensor, rows, like, kv_heads, query.dtype)
+    _check_rows("out", out, rows, like, heads, query.dtype)
+    _check_cache(kv_cache, like)
+    seqs = seq_lens.shape[0]
+    _check_ints("seq_lens", seq_lens, torch.int32, seqs, like.device)
+    _check_ints("query_start_loc", query_start_loc, torch.int32, seqs + 1, like.device)
+    if not (
+        block_table.ndim == 2
+        and block_table.shape[0] >= seqs
+        and block_table.dtype == torch.int32
+        and block_table.stride(1) == 1
+        and block_table.device == like.device
+    ):
+        raise ValueError(
+            f"block_table must be int32 [>= {seqs}, max_blocks] on {like.device}, got {_describe(block_table)}"
+        )
+    _check(sliding_window >= 0, f"sliding_window {sliding_window} is negative")
+    if lse is not None and not (
+        lse.ndim == 2
+        and lse.shape[0] >= rows
+        and lse.shape[1] == heads
+        and lse.dtype == torch.float32
+        and lse.device == like.device
+    ):
+        raise ValueError(f"lse must be fp32 [>= {rows}, {heads}] on {like.device}, got {_describe(lse)}")
+    return int(rows)
 
 
 def _raise(op: str, status: int) -> None:
@@ -376,13 +463,7 @@ def cache_write(
 ) -> None:
     """`ops.cache_write` on a GPU. Slots beyond the last block are skipped."""
     like = prepare(params)
-    tokens = slot_mapping.shape[0]
-    dtype = _dtype("key", key)
-    _check_rows("key", key, tokens, like, like.num_kv_heads, key.dtype)
-    _check_rows("value", value, tokens, like, like.num_kv_heads, key.dtype)
-    _check_ints("slot_mapping", slot_mapping, torch.int64, tokens, like.device)
-    _check_ints("positions", positions, torch.int64, tokens, like.device)
-    _check_cache(kv_cache, like)
+    check_write(key, value, kv_cache, slot_mapping, positions, like)
     args = CacheWrite(
         key=key.data_ptr(),
         value=value.data_ptr(),
@@ -393,9 +474,9 @@ def cache_write(
         value_stride=value.stride()[:2],
         block_stride=kv_cache.stride(0),
         num_blocks=kv_cache.shape[0],
-        num_tokens=tokens,
+        num_tokens=slot_mapping.shape[0],
         block_size=kv_cache.shape[2],
-        dtype=dtype,
+        dtype=DTYPES[key.dtype],
     )
     with torch.cuda.device(like.device):
         stream = torch.cuda.current_stream().cuda_stream
@@ -458,41 +539,11 @@ def _attend(
 ) -> None:
     """current: key and value of the step's tokens, or None for past tokens only."""
     like = prepare(params)
-    kv_heads = like.num_kv_heads
-    dtype = _dtype("query", query)
-    _check(query.ndim == 3, f"query must be [T, num_heads, head_size], got {_describe(query)}")
-    rows, heads = query.shape[:2]
-    _check(heads > 0 and heads % kv_heads == 0, f"{heads} query heads do not share {kv_heads} KV heads evenly")
-    _check_rows("query", query, rows, like, heads, query.dtype)
-    rows = min(rows, out.shape[0], *(tensor.shape[0] for tensor in current or ()))
-    for name, tensor in zip(("key", "value"), current or (), strict=False):
-        _check_rows(name, tensor, rows, like, kv_heads, query.dtype)
-    _check_rows("out", out, rows, like, heads, query.dtype)
-    _check_cache(kv_cache, like)
-    seqs = seq_lens.shape[0]
-    most = library().wkvquant_cuda_max_seqs()
+    rows = check_attention(
+        query, current, kv_cache, block_table, seq_lens, query_start_loc, out, sliding_window, lse, like
+    )
+    seqs, most = seq_lens.shape[0], library().wkvquant_cuda_max_seqs()
     _check(seqs <= most, f"{seqs} sequences are more than the {most} that the CUDA kernels take")
-    _check_ints("seq_lens", seq_lens, torch.int32, seqs, like.device)
-    _check_ints("query_start_loc", query_start_loc, torch.int32, seqs + 1, like.device)
-    if not (
-        block_table.ndim == 2
-        and block_table.shape[0] >= seqs
-        and block_table.dtype == torch.int32
-        and block_table.stride(1) == 1
-        and block_table.device == like.device
-    ):
-        raise ValueError(
-            f"block_table must be int32 [>= {seqs}, max_blocks] on {like.device}, got {_describe(block_table)}"
-        )
-    _check(sliding_window >= 0, f"sliding_window {sliding_window} is negative")
-    if lse is not None and not (
-        lse.ndim == 2
-        and lse.shape[0] >= rows
-        and lse.shape[1] == heads
-        and lse.dtype == torch.float32
-        and lse.device == like.device
-    ):
-        raise ValueError(f"lse must be fp32 [>= {rows}, {heads}] on {like.device}, got {_describe(lse)}")
     with torch.cuda.device(like.device):
         stream = torch.cuda.current_stream().cuda_stream
         args = PagedAttention(
@@ -517,9 +568,9 @@ def _attend(
             num_tokens=rows,
             max_blocks=block_table.shape[1],
             num_seqs=seqs,
-            num_heads=heads,
+            num_heads=query.shape[1],
             block_size=kv_cache.shape[2],
-            dtype=dtype,
+            dtype=DTYPES[query.dtype],
             sliding_window=sliding_window,
             scale=scale,
             num_sms=_num_sms(like.device),
