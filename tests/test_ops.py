@@ -33,7 +33,7 @@ def implementations(op: str) -> Iterator[tuple[str, Callable[..., None]]]:
             for isa in native.isas():
                 with using(isa):
                     yield f"cpp/{isa}", function
-        elif variant not in ("reference", "cuda"):
+        elif variant not in ("reference", *ops.CAPTURED):
             yield variant, function
 
 

@@ -436,7 +436,7 @@ def test_positions_keep_their_address() -> None:
     assert b.build(0, common([(0, 40)], list(range(40)))).positions.tolist() == list(range(40))
 
 
-def test_decode_is_captured_where_the_cuda_kernels_are(monkeypatch) -> None:
+def test_decode_is_captured_where_kernels_of_a_gpu_are(monkeypatch) -> None:
     """UNIFORM_BATCH with them, after every layer's needs were reserved; NEVER with the reference."""
     params = [layer_with_params().wkv_params for _ in range(2)]
     reserved = []
@@ -450,7 +450,11 @@ def test_decode_is_captured_where_the_cuda_kernels_are(monkeypatch) -> None:
     )
     spec = SimpleNamespace(head_size=64, block_size=32)
     monkeypatch.setattr(ops, "reserve", lambda p, max_seqs: reserved.append((p, max_seqs)))
-    for variant, support, first in (("reference", "NEVER", 16), ("cuda", "UNIFORM_BATCH", 24)):
+    for variant, support, first in (
+        ("reference", "NEVER", 16),
+        ("cuda", "UNIFORM_BATCH", 24),
+        ("triton", "UNIFORM_BATCH", 24),
+    ):
         monkeypatch.setattr(ops, "default_variant", lambda device_type, head_size, variant=variant: variant)
         b = attention.WKVQuantMetadataBuilder(spec, ["a", "b"], vllm_config, torch.device("cpu"))
         assert b.get_cudagraph_support(vllm_config, spec).name == support
@@ -458,7 +462,7 @@ def test_decode_is_captured_where_the_cuda_kernels_are(monkeypatch) -> None:
         # a larger batch leaves the captured positions where they are
         assert b.build(0, common([(0, 40)], list(range(40)))).positions.data_ptr() != address
         assert b.build(0, common([(0, first)], list(range(first)))).positions.data_ptr() == address
-    assert [(id(p), n) for p, n in reserved] == [(id(p), 5) for p in params]
+    assert [(id(p), n) for p, n in reserved] == 2 * [(id(p), 5) for p in params]
 
 
 def test_non_causal_attention_is_refused() -> None:

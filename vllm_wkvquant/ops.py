@@ -17,6 +17,11 @@ import torch
 from vllm_wkvquant import native, native_cuda, reference
 from vllm_wkvquant.reference import KVParams
 
+try:
+    from vllm_wkvquant import native_triton
+except ModuleNotFoundError:  # triton comes with torch's builds for GPUs alone
+    native_triton = None  # type: ignore[assignment]
+
 logger = logging.getLogger("vllm.wkvquant")
 
 TABLE: dict[str, dict[str, Callable[..., None]]] = {
@@ -31,6 +36,11 @@ if native_cuda.available():
     TABLE["cache_write"]["cuda"] = native_cuda.cache_write
     TABLE["paged_attention"]["cuda"] = native_cuda.paged_attention
     TABLE["past_attention"]["cuda"] = native_cuda.past_attention
+if native_triton is not None:
+    TABLE["cache_write"]["triton"] = native_triton.cache_write
+    TABLE["paged_attention"]["triton"] = native_triton.paged_attention
+    TABLE["past_attention"]["triton"] = native_triton.past_attention
+CAPTURED = ("cuda", "triton")  # variants whose calls can be captured into a graph
 
 
 @functools.cache
@@ -46,7 +56,11 @@ def default_variant(device_type: str, head_size: int) -> str:
             major, minor = torch.cuda.get_device_capability()
             logger.info("4-bit KV cache on cuda: compiled kernels, compute capability %d.%d", major, minor)
             return "cuda"
-        how = refusal
+        other = "triton is not installed" if native_triton is None else native_triton.refusal()
+        if other is None:
+            logger.info("4-bit KV cache on cuda: Triton's kernels; faster ones: %s", refusal)
+            return "triton"
+        how = f"{refusal}; {other}"
     logger.warning("4-bit KV cache on %s: slow reference; compiled kernels: %s", device_type, how)
     return "reference"
 
@@ -54,10 +68,14 @@ def default_variant(device_type: str, head_size: int) -> str:
 def reserve(params: KVParams, max_seqs: int) -> None:
     """Make what the default variant would make on its first call with `params`, so that calls can be captured.
 
-    max_seqs: sequences of the largest call. Raises ValueError where the device cannot hold them.
+    max_seqs: sequences of the largest call. Raises ValueError where the device cannot hold them. `triton` compiles a
+    kernel in the first call of its shapes, which must come before the capture all the same.
     """
-    if default_variant(params.k_smooth.device.type, params.k_smooth.shape[1]) == "cuda":
+    variant = default_variant(params.k_smooth.device.type, params.k_smooth.shape[1])
+    if variant == "cuda":
         native_cuda.reserve(params, max_seqs)
+    elif variant == "triton":
+        native_triton.prepare(params)
 
 
 def cache_write(

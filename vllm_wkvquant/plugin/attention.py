@@ -115,7 +115,7 @@ def token_positions(
 class WKVQuantMetadataBuilder(AttentionMetadataBuilder[WKVQuantMetadata]):
     """Positions live in one buffer for good, so that a replayed graph finds fresh values where it looked before.
 
-    With the CUDA kernels, decode steps are captured whole: all that the ops read is either in buffers of vLLM's that
+    With a GPU's kernels, decode steps are captured whole: all that the ops read is either in buffers of vLLM's that
     keep their address, or in this one, and what they allocate is reserved here, before the first capture.
     """
 
@@ -170,8 +170,8 @@ class WKVQuantMetadataBuilder(AttentionMetadataBuilder[WKVQuantMetadata]):
 
 
 def _captures(device_type: str, head_size: int) -> bool:
-    """Whether steps can be captured: the CUDA kernels have fixed grids, the reference walks sequences on the host."""
-    return ops.default_variant(device_type, head_size) == "cuda"
+    """Whether steps can be captured: a GPU's kernels have fixed grids, the reference walks sequences on the host."""
+    return ops.default_variant(device_type, head_size) in ops.CAPTURED
 
 
 class WKVQuantImpl(AttentionImpl[WKVQuantMetadata]):
