@@ -49,9 +49,12 @@ def check(reference: ReferenceLlama, result: Result, stored: list, starts: list[
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_generation_equals_the_specification(smollm2, mode: str, monkeypatch) -> None:
+@pytest.mark.parametrize("variant", ops.CAPTURED)
+def test_generation_equals_the_specification(smollm2, mode: str, variant: str, monkeypatch) -> None:
     """Prompts together, one longer than a step; then again, when their first tokens are in the cache of prefixes."""
-    assert ops.default_variant("cuda", 64) == "cuda"
+    if variant not in ops.TABLE["paged_attention"]:
+        pytest.skip(f"this build lacks {variant}")
+    monkeypatch.setattr(ops, "default_variant", lambda device_type, head_size: variant)
     past = []
     attend = prefill.attend
     monkeypatch.setattr(prefill, "attend", lambda chunks, *args: (past.append(chunks.has_past), attend(chunks, *args)))
