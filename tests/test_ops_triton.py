@@ -47,9 +47,8 @@ def triton():
 @pytest.mark.skipif(ON_GPU or native_triton.INTERPRETED, reason="the kernels' tests run in this process")
 def test_interpreted():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600
-    )
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     print(result.stdout)
     assert result.returncode == 0, result.stdout
     assert " passed" in result.stdout
