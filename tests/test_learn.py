@@ -1,5 +1,6 @@
 """Learned weights and cache parameters: gradients, agreement with what is stored, and that learning learns."""
 
+import contextlib
 import dataclasses
 import itertools
 
@@ -175,6 +176,22 @@ def test_the_paper_learns(model, tmp_path, monkeypatch) -> None:
     params = Checkpoint(tmp_path / "out").kv_params(0)
     assert params.k_first is not None
     torch.testing.assert_close(params.k_first, params.k_shift, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("recipe", "summed"), [("best", 7), ("paper", 0)])
+def test_inputs_are_squared_only_for_a_searched_clip(model, tmp_path, monkeypatch, recipe: str, summed: int) -> None:
+    seen = []
+    original = pipeline.input_squares
+
+    @contextlib.contextmanager
+    def spy(*args):
+        with original(*args) as squares:
+            yield squares
+        seen.append(len(squares))
+
+    monkeypatch.setattr(pipeline, "input_squares", spy)
+    pipeline.quantize(settings(model, tmp_path / "out", recipe=recipe))
+    assert seen == [summed, summed]
 
 
 def test_folding_learned_smoothing_keeps_the_function(model, tmp_path, monkeypatch) -> None:

@@ -35,15 +35,16 @@ class LearnedWeight:
         group_size: int,
         scale_dtype: torch.dtype,
         learning: Learning,
-        importance: torch.Tensor,
+        importance: torch.Tensor | None,
     ) -> None:
-        """importance: fp32 [in], mean square of the layer's input channels."""
+        """importance: fp32 [in], mean square of the layer's input channels, where the clip is searched."""
         self.weight, self.group_size, self.scale_dtype = weight.float(), group_size, scale_dtype
         self.sigmoid = learning.clip == "sigmoid"
         shape = weight.shape[0], weight.shape[1] // group_size
         if self.sigmoid:
             clip = torch.full(shape, SIGMOID_INIT, device=weight.device)
         else:
+            assert importance is not None
             clip = search_clip(self.weight, importance, group_size, scale_dtype)
         self.low, self.high = clip.clone().requires_grad_(), clip.clone().requires_grad_()
         self.offset = None

@@ -281,7 +281,7 @@ def learn_block(
     learning, block, train = recipe.learning, runner.block, plan.windows.statistics
     assert learning is not None
     captured: list[QKV] = []
-    with input_squares(block, family.linears) as squares:
+    with input_squares(block, family.linears if learning.clip == "searched" else ()) as squares:
         for window in reference[:train]:
             runner(window, captured=captured if learning.cache else None)
     weights = {
@@ -290,7 +290,7 @@ def learn_block(
             adapter.group_sizes[name.rpartition(".")[2]],
             adapter.dtype,
             learning,
-            squares[name],
+            squares.get(name),
         )
         for name in family.linears
     }
