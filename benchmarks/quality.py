@@ -13,10 +13,11 @@ share of tokens whose likeliest successor is FP16's. bits: of a KV element, with
 first to the last quarter of the window.
 
 One line a row is appended to OUT.jsonl, after each pass over a text. Rows that are there, of the same model, text,
-windows, device, type and KV parameters, are not computed again; after a change of the code give a new file.
+windows, device, type and weights, are not computed again; after a change of the code give a new file.
 """
 
 import argparse
+import functools
 import gc
 import hashlib
 import json
@@ -33,7 +34,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from vllm_wkvquant.checkpoint import Checkpoint, read_config
+from vllm_wkvquant.checkpoint import Checkpoint, ShardedTensors, read_config
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.evaluate import (
     Scored,
@@ -56,9 +57,20 @@ TABLE_WIDTH = 240  # columns; a table that is cut is of no use
 SAME = ("vocab_size", "hidden_size", "num_hidden_layers")  # of a model and its checkpoint
 
 
+@functools.cache
+def files_digest(path: Path) -> str:
+    """Of the config and the weights of a checkpoint directory, read once in a process."""
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    for file in sorted(set(ShardedTensors(path).files.values())):
+        with (path / file).open("rb") as f:
+            while part := f.read(1 << 24):
+                digest.update(part)
+    return digest.hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Quantized:
-    """A checkpoint under its name, its caches, and a digest of its KV parameters."""
+    """A checkpoint under its name, its caches, and a digest of its files."""
 
     name: str
     ckpt: Checkpoint
@@ -73,11 +85,7 @@ class Quantized:
         differing = [key for key in SAME if ckpt.config.get(key) != model.get(key)]
         if differing:
             raise ConfigError(f"{path} is not a checkpoint of this model: its {differing[0]} differs")
-        digest = hashlib.sha256()
-        for layer in range(ckpt.kv.num_hidden_layers):
-            for tensor in ckpt.kv_tensors(layer).values():
-                digest.update(tensor.numpy().tobytes())
-        return cls(name, ckpt, variants(ckpt, window, device), digest.hexdigest()[:16])
+        return cls(name, ckpt, variants(ckpt, window, device), files_digest(path))
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,7 @@ class Results:
         """The fields that make a row this one. quantized: None for FP16, which has no checkpoint."""
         own = {"text": text.name, "text_sha256": text.digest, "windows": len(text.windows)}
         of = (quantized.name, quantized.digest) if quantized else (None, None)
-        return self.settings | own | {"checkpoint": of[0], "kv_sha256": of[1], "row": row}
+        return self.settings | own | {"checkpoint": of[0], "checkpoint_sha256": of[1], "row": row}
 
     def find(self, text: Text, quantized: Quantized | None, row: str) -> dict[str, Any] | None:
         """The row, if it was computed."""
@@ -343,7 +351,8 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError("nothing to score; give --text NAME=FILE or --python-stdlib N")
         texts = [Text.open(name, path, args.model, args.window, args.windows) for name, path in files]
     device = device_name(args.device)
-    settings = {"model": args.model.name, "window": args.window, "device": device, "dtype": args.dtype}
+    model = {"model": args.model.name, "model_sha256": files_digest(args.model)}
+    settings = model | {"window": args.window, "device": device, "dtype": args.dtype}
     results = Results(args.json, settings)
     rows = args.row or known
     measure(args.model, texts, checkpoints, rows, results, args.device, getattr(torch, args.dtype))

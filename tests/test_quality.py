@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import quality
 import torch
 from models import save_text, tiny_model
+from safetensors.torch import load_file, save_file
 
 from vllm_wkvquant import cli, evaluate
 
@@ -112,6 +114,31 @@ def test_rows_of_the_file_are_not_computed_again(
     # another window is another row
     with pytest.raises(AssertionError, match="nothing was missing"):
         quality.main(arguments(folder, out, "--row", "kv2", "--window", 33))
+
+
+def test_rows_are_of_these_weights(folder: Path, tmp_path: Path) -> None:
+    """Other weights under the same names are measured again: of the checkpoint its rows, of the model all."""
+    for name in ("model", "ckpt"):
+        shutil.copytree(folder / name, tmp_path / name)
+    shutil.copy(folder / "text.txt", tmp_path / "text.txt")
+    out = tmp_path / "out.jsonl"
+
+    def measured(change: str = "") -> list[str]:
+        """Rows added once a norm of the model or the checkpoint is doubled."""
+        if change:
+            file = next((tmp_path / change).glob("*.safetensors"))
+            tensors = load_file(file)
+            tensors["model.norm.weight"] *= 2
+            save_file(tensors, file, metadata={"format": "pt"})
+        quality.files_digest.cache_clear()
+        before = len(read(out)) if out.is_file() else 0
+        assert quality.main(arguments(tmp_path, out, "--row", "W4")) == 0
+        return [row["row"] for row in read(out)[before:]]
+
+    assert measured() == ["FP16", "W4"]
+    assert measured() == []
+    assert measured("ckpt") == ["W4"]
+    assert measured("model") == ["FP16", "W4"]
 
 
 def test_python_sources_are_a_text(folder: Path, tmp_path: Path) -> None:
