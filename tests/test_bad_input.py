@@ -242,9 +242,9 @@ def test_size_of_shards(model: Path, text: Path, tmp_path: Path, capsys: pytest.
 
 
 def test_little_disk(refused: Callable[..., str], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_wkvquant.quantize import pipeline
+    from vllm_wkvquant.quantize import plan
 
-    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100_000}))
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100_000}))
     assert refused(model) == (
         f"{tmp_path} has 0.0001 GB free, this run needs about 0.00087 GB; free some space, choose another output "
         f"directory, or lower --samples or --seq-len"

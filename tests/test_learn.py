@@ -10,7 +10,8 @@ from models import save_text, tiny_model
 
 from vllm_wkvquant import reference
 from vllm_wkvquant.checkpoint import Checkpoint
-from vllm_wkvquant.quantize import learn, pipeline
+from vllm_wkvquant.quantize import blocks, learn, pipeline
+from vllm_wkvquant.quantize.plan import Settings, preflight
 from vllm_wkvquant.quantize.recipes import BEST, PAPER, RECIPES, Learning, Smoothing
 from vllm_wkvquant.quantize.weights import (
     WEIGHT_QMAX,
@@ -129,9 +130,9 @@ def model(tmp_path_factory):
     return tiny_model(root / "model", "qwen2", head_size=64, key_bias=3.0, num_layers=2), save_text(root / "calib.txt")
 
 
-def settings(model, out, **options) -> pipeline.Settings:
+def settings(model, out, **options) -> Settings:
     path, text = model
-    return pipeline.Settings(path, out, text, samples=12, seq_len=48, **options)
+    return Settings(path, out, text, samples=12, seq_len=48, **options)
 
 
 def run(model, out, monkeypatch, learning: Learning | None, **recipe) -> dict:
@@ -169,7 +170,7 @@ def test_the_paper_learns(model, tmp_path, monkeypatch) -> None:
         assert all((a != b).any() for a, b in zip(before, block.parameters(), strict=True))
         return losses
 
-    monkeypatch.setattr(pipeline, "learn", spy)
+    monkeypatch.setattr(blocks, "learn", spy)
     report = run(model, tmp_path / "out", monkeypatch, dataclasses.replace(PAPER.learning, followers=1), paper=True)
     assert seen == [2, 1]
     assert report["smoothing"] == "learned"
@@ -181,7 +182,7 @@ def test_the_paper_learns(model, tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize(("recipe", "summed"), [("best", 7), ("paper", 0)])
 def test_inputs_are_squared_only_for_a_searched_clip(model, tmp_path, monkeypatch, recipe: str, summed: int) -> None:
     seen = []
-    original = pipeline.input_squares
+    original = blocks.input_squares
 
     @contextlib.contextmanager
     def spy(*args):
@@ -189,7 +190,7 @@ def test_inputs_are_squared_only_for_a_searched_clip(model, tmp_path, monkeypatc
             yield squares
         seen.append(len(squares))
 
-    monkeypatch.setattr(pipeline, "input_squares", spy)
+    monkeypatch.setattr(blocks, "input_squares", spy)
     pipeline.quantize(settings(model, tmp_path / "out", recipe=recipe))
     assert seen == [summed, summed]
 
@@ -197,9 +198,9 @@ def test_inputs_are_squared_only_for_a_searched_clip(model, tmp_path, monkeypatc
 def test_folding_learned_smoothing_keeps_the_function(model, tmp_path, monkeypatch) -> None:
     """Without rounding, weights folded with any smoothing of V give the block's own output."""
     s = settings(model, tmp_path / "out", recipe="paper")
-    plan = pipeline.preflight(s)
+    plan = preflight(s)
     block = plan.adapter.load_block(0, torch.float32, "cpu")
-    runner = pipeline.BlockRunner(plan, block, 48)
+    runner = blocks.BlockRunner(plan, block, 48)
     monkeypatch.setattr(FakeQuantize, "apply", lambda weight, *_: weight)
     family = plan.adapter.family
     assert PAPER.learning

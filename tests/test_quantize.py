@@ -22,11 +22,12 @@ from vllm_wkvquant.checkpoint import KV_PARAMS, Checkpoint, kv_tensor_name
 from vllm_wkvquant.config import KVCacheConfig, RopeConfig
 from vllm_wkvquant.evaluate import ATTENTION, SimulatedCache, load_quantized
 from vllm_wkvquant.inspect import inspect
-from vllm_wkvquant.quantize import attention, kv, pipeline
+from vllm_wkvquant.quantize import attention, blocks, kv
 from vllm_wkvquant.quantize.adapters import group_size
 from vllm_wkvquant.quantize.calibration import SKIPPED, read_windows
 from vllm_wkvquant.quantize.fold import fold_value
-from vllm_wkvquant.quantize.pipeline import REFERENCE, Settings, quantize
+from vllm_wkvquant.quantize.pipeline import quantize
+from vllm_wkvquant.quantize.plan import Settings, preflight
 from vllm_wkvquant.quantize.recipes import RECIPES, SEARCHED, Smoothing
 from vllm_wkvquant.quantize.weights import round_to_nearest
 from vllm_wkvquant.reference import fake_quantize
@@ -108,11 +109,11 @@ def test_reference_pass_gives_the_whole_models_logits(tmp_path: Path, text: Path
     model = tiny_model(tmp_path / "model", "qwen2", head_size=128, key_bias=30.0)
     s = settings(model, tmp_path / "out", text)
     with torch.inference_mode():
-        plan = pipeline.preflight(s)
-        hidden = pipeline.first_hidden(plan)
+        plan = preflight(s)
+        hidden = blocks.first_hidden(plan)
         for layer in range(plan.adapter.num_layers):
-            _, _, hidden = pipeline.quantize_block(plan, layer, hidden)
-        streamed = plan.adapter.load_head(torch.float32, "cpu")(hidden[REFERENCE])
+            _, _, hidden = blocks.quantize_block(plan, layer, hidden)
+        streamed = plan.adapter.load_head(torch.float32, "cpu")(hidden[blocks.REFERENCE])
     quantize(s)
     whole = load_quantized(Checkpoint(tmp_path / "out"), SimulatedCache(), torch.float32, "cpu")
     whole.config._attn_implementation = "sdpa"
@@ -201,8 +202,8 @@ def test_calibration_in_16_bits_agrees(recipe: str, tmp_path: Path, text: Path) 
     for dtype in ("float32", "bfloat16"):
         quantize(settings(model, tmp_path / dtype, text, dtype=dtype, recipe=recipe))
     exact, rounded = (Checkpoint(tmp_path / dtype).kv_params(1) for dtype in ("float32", "bfloat16"))
-    assert pipeline.relative_error(rounded.k_shift, exact.k_shift) < 0.2
-    assert pipeline.relative_error(rounded.v_shift, exact.v_shift) < 0.2
+    assert blocks.relative_error(rounded.k_shift, exact.k_shift) < 0.2
+    assert blocks.relative_error(rounded.v_shift, exact.v_shift) < 0.2
 
 
 def test_same_seed_same_bytes(tmp_path: Path, text: Path) -> None:
@@ -340,7 +341,7 @@ def test_first_position_is_calibrated_on_what_begins_a_sequence(tmp_path: Path, 
         whole(windows.first_tokens()[:, None])
     # position 0 is not rotated; the first block's keys feel no rounding but that of k_proj itself
     k_first = Checkpoint(tmp_path / "out").kv_tensors(0)["k_first"]
-    assert pipeline.relative_error(k_first.flatten(), captured[0][:, 0].mean(0)) < 0.2
+    assert blocks.relative_error(k_first.flatten(), captured[0][:, 0].mean(0)) < 0.2
 
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     bos = tokenizer.token_to_id("\x01")
@@ -427,13 +428,13 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path, text: Path) -> 
     expected = contents(tmp_path / "whole")
 
     writes = 4  # per block: tensors, report, hidden states, run.json
-    blocks = torch.randperm(layers, generator=torch.Generator().manual_seed(7))[:3].sort().values.tolist()
+    stops = torch.randperm(layers, generator=torch.Generator().manual_seed(7))[:3].sort().values.tolist()
     steps = torch.randint(1, writes + 1, (3,), generator=torch.Generator().manual_seed(8)).tolist()
     out = tmp_path / "out"
     partial = tmp_path / "out.wkvquant-partial"
     command = ["quantize", common[0], str(out), *common[1:]]
     done = 0
-    for i, (block, step) in enumerate([*zip(blocks, steps, strict=True), (layers, 2)]):
+    for i, (block, step) in enumerate([*zip(stops, steps, strict=True), (layers, 2)]):
         call = (block - done) * writes + step
         resume = ["--resume"] if i else []
         run = subprocess.run(

@@ -58,7 +58,8 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_quantize(args: argparse.Namespace) -> int:
     """Run `wkvquant quantize`; returns the exit status."""
-    from vllm_wkvquant.quantize.pipeline import Settings, quantize
+    from vllm_wkvquant.quantize.pipeline import quantize
+    from vllm_wkvquant.quantize.plan import Settings
 
     settings = Settings(
         model=args.model,

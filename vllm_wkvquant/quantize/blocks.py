@@ -1,0 +1,266 @@
+"""One decoder block: every run of the model goes through it, and its weights and cache parameters are found on the way.
+
+Runs: the reference (4-bit weights, 16-bit cache) on all calibration windows; on the held-out ones, each candidate (the
+same weights, a simulated 4-bit cache); and, where weights are learned, the exact one (16-bit weights and cache) on all.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch.func import functional_call
+
+from vllm_wkvquant.checkpoint import KV_PARAMS
+from vllm_wkvquant.quantize import kv
+from vllm_wkvquant.quantize.adapters import ModelAdapter
+from vllm_wkvquant.quantize.attention import QKV
+from vllm_wkvquant.quantize.calibration import SKIPPED
+from vllm_wkvquant.quantize.fold import fold_value
+from vllm_wkvquant.quantize.learn import LearnedBlock, LearnedCache, LearnedWeight, learn
+from vllm_wkvquant.quantize.plan import Plan
+from vllm_wkvquant.quantize.recipes import LEARNED, SEARCHED, Smoothing
+from vllm_wkvquant.quantize.weights import round_to_nearest
+from vllm_wkvquant.reference import KVParams, fake_quantize
+
+REFERENCE = "reference"
+EXACT = "exact"
+FIRST = "first"
+
+
+def first_hidden(plan: Plan) -> dict[str, torch.Tensor]:
+    """Embeddings: the reference's, and the exact run's if there is one, on all windows [N, T, hidden], the reference's
+    on tokens at position 0 [B, 1, hidden], and each candidate's on the held-out windows."""
+    embedding = plan.adapter.load_embedding().to(plan.adapter.dtype)
+    dtype = getattr(torch, plan.settings.dtype)
+    hidden = torch.nn.functional.embedding(plan.windows.tokens, embedding).to(dtype)
+    held_out = hidden[plan.windows.statistics :]
+    first = torch.nn.functional.embedding(plan.windows.first_tokens()[:, None], embedding).to(dtype)
+    runs = {REFERENCE: hidden, FIRST: first} | {name: held_out.clone() for name in plan.recipe.candidates}
+    return runs | ({EXACT: hidden.clone()} if plan.recipe.learning else {})
+
+
+class BlockRunner:
+    """Runs one decoder block over windows that live on the CPU."""
+
+    def __init__(self, plan: Plan, block: torch.nn.Module, seq_len: int) -> None:
+        self.attention, self.block = plan.attention, block
+        self.device = plan.settings.device
+        position = torch.arange(seq_len, device=self.device)[None]
+        dtype = getattr(torch, plan.settings.dtype)
+        rotary = plan.adapter.rotary.to(self.device)
+        self.rope = rotary(torch.empty(0, dtype=dtype, device=self.device), position)
+
+    def __call__(
+        self, window: torch.Tensor, params: KVParams | None = None, captured: list[QKV] | None = None
+    ) -> torch.Tensor:
+        """[T, hidden] -> [T, hidden], both on the CPU. params: simulate the cache; captured: keep q, k, v there."""
+        self.attention.cache = None if params is None else partial(fake_quantize, params=params)
+        self.attention.captured = captured
+        return self.run(self.block, {}, window).cpu()
+
+    def run(self, block: torch.nn.Module, weights: dict[str, torch.Tensor], window: torch.Tensor) -> torch.Tensor:
+        """A block with some of its parameters replaced, by name: [T, hidden] -> [T, hidden] on the device."""
+        x = window.to(self.device)[None]
+        return functional_call(block, weights, (x,), {"attention_mask": None, "position_embeddings": self.rope})[0]
+
+    def first(self, tokens: torch.Tensor) -> tuple[torch.Tensor, QKV]:
+        """Tokens that are sequences of their own: [B, 1, hidden] -> [B, 1, hidden] on the CPU, and their q, k, v."""
+        self.attention.cache, self.attention.captured = None, []
+        cosine, sine = self.rope
+        rope = cosine[:, :1], sine[:, :1]
+        after = self.block(tokens.to(self.device), attention_mask=None, position_embeddings=rope).cpu()
+        return after, self.attention.captured[0]
+
+
+def quantize_block(
+    plan: Plan, layer: int, hidden: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, torch.Tensor]]:
+    """One block: its tensors for the checkpoint (each candidate's k_smooth), its report, the hidden states after it."""
+    adapter, recipe, windows = plan.adapter, plan.recipe, plan.windows
+    block = adapter.load_block(layer, getattr(torch, plan.settings.dtype), plan.settings.device)
+    runner = BlockRunner(plan, block, windows.tokens.shape[1])
+    reference = hidden[REFERENCE]
+
+    exact = torch.stack([runner(w) for w in hidden[EXACT]]) if recipe.learning else None
+
+    v_proj, o_proj = (block.get_submodule(n) for n in (adapter.family.v_proj, adapter.family.o_proj))
+    norm = block.get_submodule(adapter.family.attention_norm)
+    v_smooth = torch.ones(adapter.num_kv_heads, adapter.head_size, device=plan.settings.device)
+    if recipe.value_balance:
+        v_smooth = balance_value(plan, norm, v_proj, o_proj, reference[: windows.statistics])
+    fold_value(v_proj, o_proj, v_smooth, recipe.value_hadamard)  # type: ignore[arg-type]
+
+    learned = learn_block(plan, layer, runner, reference, exact) if exact is not None else None
+    tensors, weight_error = quantize_weights(adapter, layer, block, learned)
+
+    captured: list[QKV] = []
+    after = torch.empty_like(reference)
+    for i, window in enumerate(reference):
+        after[i] = runner(window, captured=captured if i < windows.statistics else None)
+    first, firsts = runner.first(hidden[FIRST])
+    statistics = kv.collect(captured, firsts, plan.kv, recipe.first_shift)
+    if learned and learned.cache:
+        statistics = replace(statistics, **learned.cache.shifts())
+        params = {LEARNED: learned.cache.params()}
+    else:
+        params = layer_params(plan, statistics, captured, o_proj.weight)  # type: ignore[arg-type]
+    out = {REFERENCE: after, FIRST: first} | ({EXACT: exact} if exact is not None else {})
+    errors = {}
+    target = after[windows.statistics :]
+    for name, candidate in params.items():
+        out[name] = torch.stack([runner(window, params=candidate) for window in hidden[name]])
+        errors[name] = relative_error(out[name][:, SKIPPED:], target[:, SKIPPED:])
+        tensors[f"{name}.k_smooth"] = candidate.k_smooth.cpu()
+    tensors |= {p: getattr(statistics, p).cpu() for p in KV_PARAMS if p != "k_smooth"}
+    report: dict[str, Any] = {
+        "weight_error": weight_error,
+        "hidden_error": errors,
+        "k_shift_max": statistics.k_shift.abs().max().item(),
+        "k_deviation_max": statistics.k_deviation.max().item(),
+    }
+    if learned:
+        report["loss"] = learned.losses
+    return tensors, report, out
+
+
+def learn_block(
+    plan: Plan, layer: int, runner: BlockRunner, reference: torch.Tensor, exact: torch.Tensor
+) -> LearnedBlock:
+    """What the recipe learns of a block, learned.
+
+    reference: the block's input; exact: the 16-bit model's output after it; both [N, T, hidden].
+    """
+    adapter, recipe, family = plan.adapter, plan.recipe, plan.adapter.family
+    learning, block, train = recipe.learning, runner.block, plan.windows.statistics
+    assert learning is not None
+    captured: list[QKV] = []
+    with input_squares(block, family.linears if learning.clip == "searched" else ()) as squares:
+        for window in reference[:train]:
+            runner(window, captured=captured if learning.cache else None)
+    weights = {
+        name: LearnedWeight(
+            block.get_submodule(name).weight,  # type: ignore[arg-type]
+            adapter.group_sizes[name.rpartition(".")[2]],
+            adapter.dtype,
+            learning,
+            squares.get(name),
+        )
+        for name in family.linears
+    }
+    cache = None
+    if learning.cache:
+        _, k, v = captured[0]
+        statistics = kv.collect(captured, (k[:1], k[:1], v[:1]), plan.kv, first_shift=False)
+        smooth = kv.smoothing_factors(recipe.smoothings[0], statistics, plan.kv.rope.rotary_dim)
+        cache = LearnedCache(KVParams.build(plan.kv, smooth, statistics.k_shift, statistics.v_shift))
+    learned = LearnedBlock(weights, cache, block, family.v_proj, family.o_proj)
+
+    dtype, device = getattr(torch, plan.settings.dtype), plan.settings.device
+    last = min(layer + learning.followers, adapter.num_layers - 1)
+    followers = [adapter.load_block(i, dtype, device) for i in range(layer + 1, last + 1)]
+    targets = [exact[:train]]
+    for follower in followers:
+        targets.append(torch.stack([runner.run(follower, {}, w).cpu() for w in targets[-1]]))
+
+    def forward(weights: dict[str, torch.Tensor], window: torch.Tensor) -> list[torch.Tensor]:
+        plan.attention.cache = cache.fake if cache else None
+        out = [runner.run(block, weights, window)]
+        plan.attention.cache = None
+        for follower in followers:
+            out.append(runner.run(follower, {}, out[-1]))
+        return out
+
+    plan.attention.captured = None
+    learned.losses = learn(learning, learned, forward, reference[:train], targets, plan.settings.seed + layer)
+    return learned
+
+
+@contextlib.contextmanager
+def input_squares(block: torch.nn.Module, linears: tuple[str, ...]) -> Iterator[dict[str, torch.Tensor]]:
+    """Sums the squares of the input channels of linear layers while it lasts: fp32 [in] by module path."""
+    squares: dict[str, torch.Tensor] = {}
+
+    def add(name: str, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        square = args[0].float().flatten(0, -2)[SKIPPED:].square().sum(0)
+        squares[name] = squares[name] + square if name in squares else square
+
+    hooks = [block.get_submodule(n).register_forward_pre_hook(partial(add, n)) for n in linears]
+    try:
+        yield squares
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def balance_value(
+    plan: Plan, norm: torch.nn.Module, v_proj: torch.nn.Module, o_proj: torch.nn.Module, windows: torch.Tensor
+) -> torch.Tensor:
+    """s_v fp32 [H, D]: (rms of V / norm of o_proj's columns) ** value_balance, normalized per head.
+
+    Dividing by s_v spreads the range evenly; the error of channel c then reaches the output times s_v[c] |column c|.
+    """
+    heads, size = plan.adapter.num_kv_heads, plan.adapter.head_size
+    squares = torch.zeros(heads, size, device=plan.settings.device)
+    for window in windows:
+        value = v_proj(norm(window.to(plan.settings.device)))[SKIPPED:].float().view(-1, heads, size)
+        squares += (value - value.mean(0)).square().mean(0)
+    columns = o_proj.weight.float().square().sum(0).view(heads, -1, size).sum(1)  # type: ignore[operator]
+    ratio = (squares / windows.shape[0] / columns.clamp_min(1e-12)).sqrt()
+    return kv.normalize(ratio**plan.recipe.value_balance)
+
+
+def quantize_weights(
+    adapter: ModelAdapter, layer: int, block: torch.nn.Module, learned: LearnedBlock | None
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Round a block's linear layers in place, to nearest or as learned; returns all its tensors by checkpoint name, and
+    each layer's error."""
+    prefix = adapter.block_prefix(layer)
+    codes = {}
+    if learned:
+        learned.fold()
+        codes = learned.quantize()
+    tensors, errors = {}, {}
+    quantized_names = {f"{name}.weight" for name in adapter.family.linears}
+    for name, parameter in block.named_parameters():
+        if name not in quantized_names:  # norms and biases: run what is stored
+            tensors[prefix + name] = parameter.to(adapter.dtype).cpu()
+            parameter.data = parameter.to(adapter.dtype).to(parameter.dtype)
+    for name in adapter.family.linears:
+        linear: Any = block.get_submodule(name)
+        quantized = codes.get(name) or round_to_nearest(
+            linear.weight, adapter.group_sizes[name.rpartition(".")[2]], adapter.dtype
+        )
+        weight = quantized.dequantize()
+        errors[name] = relative_error(weight, linear.weight)
+        linear.weight.data = weight.to(linear.weight.dtype)
+        tensors |= {f"{prefix}{name}.{suffix}": t for suffix, t in quantized.pack().items()}
+    return tensors, errors
+
+
+def relative_error(x: torch.Tensor, exact: torch.Tensor) -> float:
+    """|x - exact| / |exact|."""
+    return ((x.float() - exact.float()).norm() / exact.float().norm().clamp_min(1e-30)).item()
+
+
+def layer_params(
+    plan: Plan, statistics: kv.KVStatistics, captured: list[QKV], o_proj: torch.Tensor
+) -> dict[str, KVParams]:
+    """Each candidate's parameters of one layer, by its name."""
+
+    def build(k_smooth: torch.Tensor) -> KVParams:
+        return KVParams.build(plan.kv, k_smooth, **{p: getattr(statistics, p) for p in KV_PARAMS if p != "k_smooth"})
+
+    def factors(smoothing: Smoothing) -> torch.Tensor:
+        return kv.smoothing_factors(smoothing, statistics, plan.kv.rope.rotary_dim)
+
+    params = {s.name: build(factors(s)) for s in plan.recipe.smoothings}
+    if plan.recipe.search:
+        grid = torch.stack([factors(s) for s in plan.recipe.search])
+        best = kv.search(
+            [build(s) for s in grid], captured, o_proj, plan.attention.scale, plan.attention.sliding_window
+        )
+        params[SEARCHED] = build(grid[best, torch.arange(best.numel(), device=grid.device)])
+    return params

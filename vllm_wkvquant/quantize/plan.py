@@ -1,0 +1,127 @@
+"""What `wkvquant quantize` was asked for, and everything that can be checked before long work."""
+
+import hashlib
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import vllm_wkvquant
+from vllm_wkvquant.config import ConfigError, KVCacheConfig
+from vllm_wkvquant.quantize.adapters import ModelAdapter
+from vllm_wkvquant.quantize.attention import ATTENTION, CalibrationAttention
+from vllm_wkvquant.quantize.calibration import SKIPPED, Windows, read_windows
+from vllm_wkvquant.quantize.recipes import Recipe, find_recipe
+from vllm_wkvquant.quantize.state import check_output
+
+DEFAULT_SEQ_LEN = 2048
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Arguments of `wkvquant quantize`. seq_len None: 2048, or fewer where the model has fewer positions."""
+
+    model: Path
+    out: Path
+    calib_text: Path
+    recipe: str = "rtn"
+    samples: int = 32
+    seq_len: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"
+    shard_size: int = 5 * 10**9
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has passed every check."""
+
+    settings: Settings
+    recipe: Recipe
+    adapter: ModelAdapter
+    attention: CalibrationAttention
+    windows: Windows
+    kv: KVCacheConfig
+
+
+def preflight(settings: Settings) -> Plan:
+    """Everything that can be refused before long work. Raises ConfigError."""
+    recipe = find_recipe(settings.recipe)
+    check_output(settings.out, settings.resume)
+    if settings.device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {settings.device} is neither cpu nor cuda")
+    if settings.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu")
+    attention = CalibrationAttention()
+    adapter = ModelAdapter(settings.model, ATTENTION)
+    limit = int(adapter.config.max_position_embeddings)
+    seq_len = min(DEFAULT_SEQ_LEN, limit) if settings.seq_len is None else settings.seq_len
+    if not 2 * SKIPPED <= seq_len <= limit:
+        raise ConfigError(
+            f"--seq-len {seq_len} is outside {2 * SKIPPED} .. {limit}, the positions that the model knows"
+        )
+    if settings.samples < 4:
+        raise ConfigError(f"--samples {settings.samples} is too few: at least 4, of which 2 are held out")
+    windows = read_windows(settings.model, settings.calib_text, settings.samples, seq_len, settings.seed)
+    kv_config = KVCacheConfig(
+        head_size=adapter.head_size,
+        num_kv_heads=adapter.num_kv_heads,
+        num_hidden_layers=adapter.num_layers,
+        key_shift=recipe.key_shift,
+        key_hadamard=recipe.key_hadamard,
+        value_hadamard=recipe.value_hadamard,
+        rope=adapter.rope,
+    )
+    plan = Plan(settings, recipe, adapter, attention, windows, kv_config)
+    check_disk(plan)
+    return plan
+
+
+def check_disk(plan: Plan) -> None:
+    """Raise ConfigError unless the file system has room for the checkpoint and the state of the run."""
+    adapter, windows = plan.adapter, plan.windows
+    block = adapter.numel(adapter.block_names(0)) * adapter.num_layers
+    # 4-bit codes with a 16-bit scale and a zero point per group of at least 32, held twice: as state and as shards
+    checkpoint = 2 * int(block * (0.5 + 2.5 / min(adapter.group_sizes.values()))) + 2 * adapter.numel(
+        adapter.outer_names()
+    )
+    runs = windows.tokens.shape[0] * (2 if plan.recipe.learning else 1)
+    runs += windows.held_out * len(plan.recipe.candidates)
+    hidden = 2 * 4 * runs * windows.tokens.shape[1] * adapter.config.hidden_size
+    existing = next(p for p in (plan.settings.out.absolute(), *plan.settings.out.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free < checkpoint + hidden:
+        raise ConfigError(
+            f"{existing} has {free / 1e9:.2g} GB free, this run needs about {(checkpoint + hidden) / 1e9:.2g} GB; "
+            f"free some space, choose another output directory, or lower --samples or --seq-len"
+        )
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def fingerprint(plan: Plan) -> dict[str, Any]:
+    """What the bytes of the result depend on; a resumed run must agree with the interrupted one in all of it."""
+    settings, model = plan.settings, plan.settings.model
+    files = sorted({*plan.adapter.tensors.files.values()})
+    stats = [(f, (model / f).stat().st_size, (model / f).stat().st_mtime_ns) for f in files]
+    return {
+        "version": vllm_wkvquant.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "recipe": settings.recipe,
+        "samples": settings.samples,
+        "seq_len": plan.windows.tokens.shape[1],
+        "seed": settings.seed,
+        "device": settings.device,
+        "dtype": settings.dtype,
+        "config.json": _digest(model / "config.json"),
+        "calibration tokens": hashlib.sha256(plan.windows.tokens.numpy().tobytes()).hexdigest()[:16],
+        "weight files": hashlib.sha256(repr(stats).encode()).hexdigest()[:16],
+    }
