@@ -112,7 +112,7 @@ def test_reference_pass_gives_the_whole_models_logits(tmp_path: Path, text: Path
         plan = preflight(s)
         hidden = blocks.first_hidden(plan)
         for layer in range(plan.adapter.num_layers):
-            _, _, hidden = blocks.quantize_block(plan, layer, hidden)
+            blocks.quantize_block(plan, layer, hidden)
         streamed = plan.adapter.load_head(torch.float32, "cpu")(hidden[blocks.REFERENCE])
     quantize(s)
     whole = load_quantized(Checkpoint(tmp_path / "out"), SimulatedCache(), torch.float32, "cpu")
@@ -313,7 +313,7 @@ def test_statistics(scaling: float) -> None:
     keys[0][:SKIPPED] = values[:SKIPPED] = 1e6  # massive activations, which no statistic may see
     firsts = queries[:3], keys[0][:3] + torch.randn(3, 2, 64), values[:3] + torch.randn(3, 2, 64)
     windows = [(queries, k, values) for k in keys]
-    found = kv.collect(windows, firsts, config, first_shift=True)
+    found = kv.collect(windows, firsts, config)
     torch.testing.assert_close(found.k_shift, bias, rtol=0, atol=1e-3)
     turned = torch.stack([reference.rotate(n, positions, turns, scaling) for n in noise])
     torch.testing.assert_close(found.k_deviation, turned[:, SKIPPED:].abs().amax((0, 1)), rtol=0, atol=1e-3)
@@ -321,7 +321,7 @@ def test_statistics(scaling: float) -> None:
     torch.testing.assert_close(found.v_shift, values[SKIPPED:].mean(0))
     torch.testing.assert_close(found.k_first, firsts[1].mean(0))
     torch.testing.assert_close(found.v_first, firsts[2].mean(0))
-    plain = kv.collect(windows, firsts, config, first_shift=False)
+    plain = kv.collect(windows, None, config)
     torch.testing.assert_close(plain.k_first, reference.rotate(found.k_shift[None], positions[:1], turns, scaling)[0])
     torch.testing.assert_close(plain.v_first, found.v_shift)
 

@@ -39,15 +39,16 @@ def first_hidden(plan: Plan) -> dict[str, torch.Tensor]:
     held_out = hidden[plan.windows.statistics :]
     first = torch.nn.functional.embedding(plan.windows.first_tokens()[:, None], embedding).to(dtype)
     runs = {REFERENCE: hidden, FIRST: first} | {name: held_out.clone() for name in plan.recipe.candidates}
-    return runs | ({EXACT: hidden.clone()} if plan.recipe.learning else {})
+    runs |= {EXACT: hidden.clone()} if plan.recipe.learning else {}
+    return {name: run.to(plan.storage) for name, run in runs.items()}
 
 
 class BlockRunner:
-    """Runs one decoder block over windows that live on the CPU."""
+    """Runs one decoder block over windows that are kept on the CPU or on the device (`Plan.storage`)."""
 
     def __init__(self, plan: Plan, block: torch.nn.Module, seq_len: int) -> None:
         self.attention, self.block = plan.attention, block
-        self.device = plan.settings.device
+        self.device, self.storage = plan.settings.device, plan.storage
         position = torch.arange(seq_len, device=self.device)[None]
         dtype = getattr(torch, plan.settings.dtype)
         rotary = plan.adapter.rotary.to(self.device)
@@ -56,10 +57,23 @@ class BlockRunner:
     def __call__(
         self, window: torch.Tensor, params: KVParams | None = None, captured: list[QKV] | None = None
     ) -> torch.Tensor:
-        """[T, hidden] -> [T, hidden], both on the CPU. params: simulate the cache; captured: keep q, k, v there."""
+        """[T, hidden] -> [T, hidden], both in storage. params: simulate the cache; captured: add q, k, v to it."""
         self.attention.cache = None if params is None else partial(fake_quantize, params=params)
-        self.attention.captured = captured
-        return self.run(self.block, {}, window).cpu()
+        self.attention.captured = None if captured is None else []
+        after = self.run(self.block, {}, window).to(self.storage)
+        if captured is not None:
+            captured += [(q.to(self.storage), k.to(self.storage), v.to(self.storage)) for q, k, v in self.seen()]
+        return after
+
+    def seen(self) -> list[QKV]:
+        """What attention has captured, which it captures no longer."""
+        captured, self.attention.captured = self.attention.captured or [], None
+        return captured
+
+    def advance(self, run: torch.Tensor, params: KVParams | None = None) -> None:
+        """Take windows [N, T, hidden] past the block, in place."""
+        for i, window in enumerate(run):
+            run[i] = self(window, params)
 
     def run(self, block: torch.nn.Module, weights: dict[str, torch.Tensor], window: torch.Tensor) -> torch.Tensor:
         """A block with some of its parameters replaced, by name: [T, hidden] -> [T, hidden] on the device."""
@@ -67,52 +81,49 @@ class BlockRunner:
         return functional_call(block, weights, (x,), {"attention_mask": None, "position_embeddings": self.rope})[0]
 
     def first(self, tokens: torch.Tensor) -> tuple[torch.Tensor, QKV]:
-        """Tokens that are sequences of their own: [B, 1, hidden] -> [B, 1, hidden] on the CPU, and their q, k, v."""
+        """Tokens that are sequences of their own: [B, 1, hidden] -> [B, 1, hidden] in storage; their q, k, v."""
         self.attention.cache, self.attention.captured = None, []
         cosine, sine = self.rope
         rope = cosine[:, :1], sine[:, :1]
-        after = self.block(tokens.to(self.device), attention_mask=None, position_embeddings=rope).cpu()
-        return after, self.attention.captured[0]
+        after = self.block(tokens.to(self.device), attention_mask=None, position_embeddings=rope).to(self.storage)
+        return after, self.seen()[0]
 
 
 def quantize_block(
     plan: Plan, layer: int, hidden: dict[str, torch.Tensor]
-) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, torch.Tensor]]:
-    """One block: its tensors for the checkpoint (each candidate's k_smooth), its report, the hidden states after it."""
-    adapter, recipe, windows = plan.adapter, plan.recipe, plan.windows
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """One block: its tensors for the checkpoint (each candidate's k_smooth) and its report; takes `hidden` past it."""
+    adapter, recipe, train = plan.adapter, plan.recipe, plan.windows.statistics
     block = adapter.load_block(layer, getattr(torch, plan.settings.dtype), plan.settings.device)
-    runner = BlockRunner(plan, block, windows.tokens.shape[1])
+    runner = BlockRunner(plan, block, plan.windows.tokens.shape[1])
     reference = hidden[REFERENCE]
-
-    exact = torch.stack([runner(w) for w in hidden[EXACT]]) if recipe.learning else None
+    if recipe.learning:
+        runner.advance(hidden[EXACT])
 
     v_proj, o_proj = (block.get_submodule(n) for n in (adapter.family.v_proj, adapter.family.o_proj))
     norm = block.get_submodule(adapter.family.attention_norm)
     v_smooth = torch.ones(adapter.num_kv_heads, adapter.head_size, device=plan.settings.device)
     if recipe.value_balance:
-        v_smooth = balance_value(plan, norm, v_proj, o_proj, reference[: windows.statistics])
+        v_smooth = balance_value(plan, norm, v_proj, o_proj, reference[:train])
     fold_value(v_proj, o_proj, v_smooth, recipe.value_hadamard)  # type: ignore[arg-type]
 
-    learned = learn_block(plan, layer, runner, reference, exact) if exact is not None else None
+    learned = learn_block(plan, layer, runner, reference, hidden[EXACT]) if recipe.learning else None
     tensors, weight_error = quantize_weights(adapter, layer, block, learned)
 
     captured: list[QKV] = []
-    after = torch.empty_like(reference)
     for i, window in enumerate(reference):
-        after[i] = runner(window, captured=captured if i < windows.statistics else None)
-    first, firsts = runner.first(hidden[FIRST])
-    statistics = kv.collect(captured, firsts, plan.kv, recipe.first_shift)
+        reference[i] = runner(window, captured=captured if i < train else None)
+    hidden[FIRST], firsts = runner.first(hidden[FIRST])
+    statistics = kv.collect(captured, firsts if recipe.first_shift else None, plan.kv, plan.settings.device)
     if learned and learned.cache:
         statistics = replace(statistics, **learned.cache.shifts())
         params = {LEARNED: learned.cache.params()}
     else:
         params = layer_params(plan, statistics, captured, o_proj.weight)  # type: ignore[arg-type]
-    out = {REFERENCE: after, FIRST: first} | ({EXACT: exact} if exact is not None else {})
     errors = {}
-    target = after[windows.statistics :]
     for name, candidate in params.items():
-        out[name] = torch.stack([runner(window, params=candidate) for window in hidden[name]])
-        errors[name] = relative_error(out[name][:, SKIPPED:], target[:, SKIPPED:])
+        runner.advance(hidden[name], candidate)
+        errors[name] = relative_error(hidden[name][:, SKIPPED:], reference[train:, SKIPPED:])
         tensors[f"{name}.k_smooth"] = candidate.k_smooth.cpu()
     tensors |= {p: getattr(statistics, p).cpu() for p in KV_PARAMS if p != "k_smooth"}
     report: dict[str, Any] = {
@@ -123,7 +134,7 @@ def quantize_block(
     }
     if learned:
         report["loss"] = learned.losses
-    return tensors, report, out
+    return tensors, report
 
 
 def learn_block(
@@ -152,10 +163,10 @@ def learn_block(
     }
     cache = None
     if learning.cache:
-        _, k, v = captured[0]
-        statistics = kv.collect(captured, (k[:1], k[:1], v[:1]), plan.kv, first_shift=False)
+        statistics = kv.collect(captured, None, plan.kv, plan.settings.device)
         smooth = kv.smoothing_factors(recipe.smoothings[0], statistics, plan.kv.rope.rotary_dim)
         cache = LearnedCache(KVParams.build(plan.kv, smooth, statistics.k_shift, statistics.v_shift))
+    del captured
     learned = LearnedBlock(weights, cache, block, family.v_proj, family.o_proj)
 
     dtype, device = getattr(torch, plan.settings.dtype), plan.settings.device
@@ -163,7 +174,7 @@ def learn_block(
     followers = [adapter.load_block(i, dtype, device) for i in range(layer + 1, last + 1)]
     targets = [exact[:train]]
     for follower in followers:
-        targets.append(torch.stack([runner.run(follower, {}, w).cpu() for w in targets[-1]]))
+        targets.append(torch.stack([runner.run(follower, {}, w).to(plan.storage) for w in targets[-1]]))
 
     def forward(weights: dict[str, torch.Tensor], window: torch.Tensor) -> list[torch.Tensor]:
         plan.attention.cache = cache.fake if cache else None
@@ -173,7 +184,6 @@ def learn_block(
             out.append(runner.run(follower, {}, out[-1]))
         return out
 
-    plan.attention.captured = None
     learned.losses = learn(learning, learned, forward, reference[:train], targets, plan.settings.seed + layer)
     return learned
 

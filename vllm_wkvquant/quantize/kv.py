@@ -31,33 +31,35 @@ class KVStatistics:
     v_first: torch.Tensor
 
 
-def collect(windows: list[QKV], firsts: QKV, config: KVCacheConfig, first_shift: bool) -> KVStatistics:
+def collect(windows: list[QKV], firsts: QKV | None, config: KVCacheConfig, device: str = "cpu") -> KVStatistics:
     """Statistics of captured windows, under the shift that `config` asks for.
 
-    firsts: tokens at position 0, [B, ...]. first_shift: whether that position has shifts of its own.
+    windows: anywhere; one at a time is brought to `device`. firsts: tokens at position 0, [B, ...], or None where that
+    position has no shifts of its own.
     """
     length, heads, size = windows[0][1].shape
-    positions = torch.arange(length, device=windows[0][1].device)
-    keys = [k.float() for _, k, _ in windows]
-    zeros = torch.zeros(heads, size, device=positions.device)
-    rotating = config.key_shift == "rotating"
-    if config.key_shift == "none":
-        k_shift = zeros
-    else:
-        turns = rope_turns(config.rope.inv_freq).to(positions.device)
-        unrotated = [rotate(k, -positions, turns, 1 / config.rope.attention_scaling) if rotating else k for k in keys]
-        k_shift = torch.stack([k[SKIPPED:].mean(0) for k in unrotated]).mean(0)
-    v_shift = torch.stack([v[SKIPPED:].float().mean(0) for _, _, v in windows]).mean(0)
+    positions = torch.arange(length, device=device)
+    zeros = torch.zeros(heads, size, device=device)
+    turns = rope_turns(config.rope.inv_freq).to(device)
+    k_means, v_means, q_squares = [], [], []
+    for q, k, v in windows:
+        key = k.to(device).float()
+        if config.key_shift == "rotating":
+            key = rotate(key, -positions, turns, 1 / config.rope.attention_scaling)
+        k_means.append(key[SKIPPED:].mean(0))
+        v_means.append(v.to(device)[SKIPPED:].float().mean(0))
+        q_squares.append(q.to(device)[SKIPPED:].float().unflatten(1, (heads, -1)).square().mean((0, 2)))
+    k_shift = zeros if config.key_shift == "none" else torch.stack(k_means).mean(0)
+    v_shift = torch.stack(v_means).mean(0)
     known = key_shift_at(positions, KVParams.build(config, zeros + 1, k_shift, zeros))
-    deviations = [(k - known)[SKIPPED:] for k in keys]
-    queries = [q[SKIPPED:].float().unflatten(1, (heads, -1)) for q, _, _ in windows]
+    deviations = [(k.to(device).float() - known)[SKIPPED:].abs().amax(0) for _, k, _ in windows]
     return KVStatistics(
         k_shift=k_shift,
-        k_deviation=torch.stack([d.abs().amax(0) for d in deviations]).amax(0),
-        q_rms=torch.stack([q.square().mean((0, 2)) for q in queries]).mean(0).sqrt(),
+        k_deviation=torch.stack(deviations).amax(0),
+        q_rms=torch.stack(q_squares).mean(0).sqrt(),
         v_shift=v_shift,
-        k_first=firsts[1].float().mean(0) if first_shift else known[0].clone(),
-        v_first=firsts[2].float().mean(0) if first_shift else v_shift.clone(),
+        k_first=known[0].clone() if firsts is None else firsts[1].float().mean(0),
+        v_first=v_shift.clone() if firsts is None else firsts[2].float().mean(0),
     )
 
 
@@ -111,7 +113,8 @@ def search(
     columns = o_proj.float().unflatten(1, (heads, -1)).transpose(0, 1)  # [H, hidden, g * D]
     gram = columns.transpose(1, 2) @ columns
     errors = torch.zeros(len(candidates), heads, dtype=torch.float64, device=o_proj.device)
-    for q, k, v in windows[:SEARCH_WINDOWS]:
+    for window in windows[:SEARCH_WINDOWS]:
+        q, k, v = (x.to(o_proj.device) for x in window)
         exact = past_only_attention(q, k, v, k.float(), v.float(), scale, sliding_window)
         for i, params in enumerate(candidates):
             errors[i] += attention_error((q, k, v), params, exact, gram, scale, sliding_window)

@@ -32,10 +32,10 @@ def quantize(settings: Settings, progress: Progress = lambda done, total, note: 
     layers = plan.adapter.num_layers
     try:
         state = RunState(settings.out, fingerprint(plan))
-        hidden = state.hidden() if state.blocks_done else first_hidden(plan)
+        hidden = state.hidden(plan.storage) if state.blocks_done else first_hidden(plan)
         progress(state.blocks_done, layers, "")
         for layer in range(state.blocks_done, layers):
-            tensors, report, hidden = quantize_block(plan, layer, hidden)
+            tensors, report = quantize_block(plan, layer, hidden)
             state.commit(tensors, report, hidden)
             losses = report.get("loss")
             progress(layer + 1, layers, f"loss {losses[0]:.3g} -> {losses[-1]:.3g}" if losses else "")

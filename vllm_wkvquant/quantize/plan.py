@@ -39,7 +39,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that has passed every check."""
+    """A run that has passed every check. storage: device of hidden states and captured q, k, v between uses."""
 
     settings: Settings
     recipe: Recipe
@@ -47,6 +47,7 @@ class Plan:
     attention: CalibrationAttention
     windows: Windows
     kv: KVCacheConfig
+    storage: str = "cpu"
 
 
 def preflight(settings: Settings) -> Plan:
