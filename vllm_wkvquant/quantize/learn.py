@@ -283,36 +283,51 @@ def learn(
     inputs: [N, T, hidden] windows; targets: the same after the block and after each follower, whose losses are
     averaged.
     """
-    loss_function = LOSSES[learning.loss]
-    parameters, direct = block.parameters(), block.cache.parameters() if block.cache else []
+    parameters, of_cache = block.parameters(), len(block.cache.parameters()) if block.cache else 0
     steps = learning.epochs * -(-inputs.shape[0] // learning.batch)
     optimizer: SignDescent | AdamW
     if learning.optimizer == "sign":
         optimizer = SignDescent(parameters, learning.rate, steps)
     else:
-        optimizer = AdamW(parameters, len(direct), learning)
-    losses = []
+        optimizer = AdamW(parameters, of_cache, learning)
+    losses: list[float] = []
     for batch in batches(inputs.shape[0], learning, seed):
-        with torch.enable_grad():
-            fake = block.fake()
-        # the graph of the weights is walked once a step, that of the block once a window: memory holds one window
-        leaves = {name: t.detach().to(block.dtype).requires_grad_() for name, t in fake.items()}
-        sources = [*leaves.values(), *direct]
-        sums = [torch.zeros_like(t, dtype=torch.float32) for t in sources]
-        for i in batch:
-            with torch.enable_grad():
-                outputs = forward(leaves, inputs[i])
-                parts = [loss_function(o, t[i].to(o.device)) for o, t in zip(outputs, targets, strict=True)]
-                loss = torch.stack(parts).mean()
-            for total, part in zip(sums, torch.autograd.grad(loss, sources, allow_unused=True), strict=True):
-                if part is not None:
-                    total += part
-            losses.append(loss.item())
-        gradients = torch.autograd.grad([*fake.values()], parameters, sums[: len(fake)], allow_unused=True)
-        by_cache = [None] * (len(parameters) - len(direct)) + sums[len(fake) :]
-        optimizer.step([_sum(a, b) for a, b in zip(gradients, by_cache, strict=True)])
+        windows = [(inputs[i], [t[i] for t in targets]) for i in batch]
+        gradients, parts = batch_gradients(block, forward, LOSSES[learning.loss], windows)
+        optimizer.step(gradients)
+        del gradients  # as large as the block
         block.project()
+        losses += parts
     return torch.tensor(losses).view(learning.epochs, -1).mean(1).tolist()
+
+
+def batch_gradients(
+    block: LearnedBlock,
+    forward: Forward,
+    loss_function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    windows: list[tuple[torch.Tensor, list[torch.Tensor]]],
+) -> tuple[list[torch.Tensor], list[float]]:
+    """Gradients of the sum of the losses of windows, (input, targets) each, by `block.parameters()`; their losses."""
+    parameters, direct = block.parameters(), block.cache.parameters() if block.cache else []
+    with torch.enable_grad():
+        fake = block.fake()
+    # the graph of the weights is walked once a step, that of the block once a window: memory holds one window
+    leaves = {name: t.detach().to(block.dtype).requires_grad_() for name, t in fake.items()}
+    sources = [*leaves.values(), *direct]
+    sums = [torch.zeros_like(t, dtype=torch.float32) for t in sources]
+    losses = []
+    for window, targets in windows:
+        with torch.enable_grad():
+            outputs = forward(leaves, window)
+            parts = [loss_function(o, t.to(o.device)) for o, t in zip(outputs, targets, strict=True)]
+            loss = torch.stack(parts).mean()
+        for total, part in zip(sums, torch.autograd.grad(loss, sources, allow_unused=True), strict=True):
+            if part is not None:
+                total += part
+        losses.append(loss.item())
+    gradients = torch.autograd.grad([*fake.values()], parameters, sums[: len(fake)], allow_unused=True)
+    by_cache = [None] * (len(parameters) - len(direct)) + sums[len(fake) :]
+    return [_sum(a, b) for a, b in zip(gradients, by_cache, strict=True)], losses
 
 
 def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor:
