@@ -171,6 +171,7 @@ def test_the_paper_learns(model, tmp_path, monkeypatch) -> None:
         return losses
 
     monkeypatch.setattr(blocks, "learn", spy)
+    monkeypatch.setattr(pipeline, "estimate", lambda plan: None)  # it learns, too
     report = run(model, tmp_path / "out", monkeypatch, dataclasses.replace(PAPER.learning, followers=1), paper=True)
     assert seen == [2, 1]
     assert report["smoothing"] == "learned"
@@ -191,6 +192,7 @@ def test_inputs_are_squared_only_for_a_searched_clip(model, tmp_path, monkeypatc
         seen.append(len(squares))
 
     monkeypatch.setattr(blocks, "input_squares", spy)
+    monkeypatch.setattr(pipeline, "estimate", lambda plan: None)
     pipeline.quantize(settings(model, tmp_path / "out", recipe=recipe))
     assert seen == [summed, summed]
 

@@ -4,6 +4,7 @@ import argparse
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -12,6 +13,9 @@ from rich.table import Table
 import vllm_wkvquant
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.quantize.recipes import RECIPES
+
+if TYPE_CHECKING:
+    from vllm_wkvquant.quantize.estimate import Estimate
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -53,7 +57,34 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shard-size", type=parse_size, default="5GB", metavar="SIZE", help="largest file of weights (%(default)s)"
     )
+    parser.add_argument(
+        "--memory-budget",
+        type=parse_size,
+        metavar="SIZE",
+        help="memory to use, on a GPU the GPU's: hidden states that do not fit are kept on the host (what is free)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what the run will take, and stop")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run towards OUT")
+
+
+def duration(seconds: float) -> str:
+    """ "40 s", "25 min", "3.2 h"."""
+    for unit, size, limit in (("s", 1, 100), ("min", 60, 100), ("h", 3600, 100)):
+        if seconds < limit * size:
+            return f"{seconds / size:.2g} {unit}"
+    return f"{seconds / 86400:.2g} days"
+
+
+def estimate_table(estimate: "Estimate") -> Table:
+    """What a run will take, for people."""
+    table = Table(title="what this run takes (estimated)", show_header=False)
+    on_device = f"GPU {estimate.device_bytes / 1e9:.3g} GB, host " if estimate.device_bytes else ""
+    where = f"; hidden states on the {'host' if estimate.storage == 'cpu' else 'GPU'}" if on_device else ""
+    table.add_row("work", f"{estimate.flop / 1e15:.3g} PFLOP")
+    table.add_row("time", f"{duration(estimate.seconds)} at {estimate.rate / 1e12:.3g} TFLOP/s, files not counted")
+    table.add_row("memory", f"{on_device}{estimate.host_bytes / 1e9:.3g} GB{where}")
+    table.add_row("written", f"{estimate.written / 1e9:.3g} GB")
+    return table
 
 
 def run_quantize(args: argparse.Namespace) -> int:
@@ -73,6 +104,8 @@ def run_quantize(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         shard_size=args.shard_size,
         resume=args.resume,
+        memory_budget=args.memory_budget,
+        dry_run=args.dry_run,
     )
     console = Console(stderr=True)
     bar = Progress(
@@ -88,12 +121,18 @@ def run_quantize(args: argparse.Namespace) -> int:
     with bar:
         task = bar.add_task("checking", total=None)
 
+        def announce(estimate: "Estimate") -> None:
+            console.print(estimate_table(estimate))
+            bar.update(task, description="blocks")
+
         def progress(done: int, total: int, note: str) -> None:
             bar.update(task, description=f"blocks {note}", completed=done, total=total)
             if not console.is_terminal:  # a log: one line a block
                 print(f"block {done}/{total} {note}".rstrip(), file=sys.stderr, flush=True)
 
-        report = quantize(settings, progress)
+        report = quantize(settings, progress, announce)
+    if not report:
+        return 0
     table = Table(title="candidates for the smoothing of keys, on held-out calibration text")
     for column in ("", "KL(16-bit cache || 4-bit cache)", "se"):
         table.add_column(column, justify="right")

@@ -171,6 +171,10 @@ class ModelAdapter:
         """Elements of these tensors together."""
         return sum(torch.Size(self._shapes[n]).numel() for n in names)
 
+    def linear_shapes(self) -> dict[str, tuple[int, ...]]:
+        """[out, in] of a block's linear layers, by module path; all blocks have the same."""
+        return {n: self._shapes[f"{self.block_prefix(0)}{n}.weight"] for n in self.family.linears}
+
     def load_block(self, layer: int, dtype: torch.dtype, device: str) -> torch.nn.Module:
         """One decoder block with its weights, [out, in] each; freed by the caller dropping it."""
         prefix = self.block_prefix(layer)

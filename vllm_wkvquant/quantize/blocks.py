@@ -5,6 +5,7 @@ same weights, a simulated 4-bit cache); and, where weights are learned, the exac
 """
 
 import contextlib
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -41,6 +42,22 @@ def first_hidden(plan: Plan) -> dict[str, torch.Tensor]:
     runs = {REFERENCE: hidden, FIRST: first} | {name: held_out.clone() for name in plan.recipe.candidates}
     runs |= {EXACT: hidden.clone()} if plan.recipe.learning else {}
     return {name: run.to(plan.storage) for name, run in runs.items()}
+
+
+class Clock:
+    """Seconds of one block by what they went into: `lap` names what was done since the last one."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.seconds = device, dict[str, float]()
+        self._last = time.perf_counter()
+
+    def lap(self, what: str) -> None:
+        """The device is waited for."""
+        if self.device != "cpu":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[what] = self.seconds.get(what, 0.0) + now - self._last
+        self._last = now
 
 
 class BlockRunner:
@@ -94,11 +111,14 @@ def quantize_block(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """One block: its tensors for the checkpoint (each candidate's k_smooth) and its report; takes `hidden` past it."""
     adapter, recipe, train = plan.adapter, plan.recipe, plan.windows.statistics
+    clock = Clock(plan.settings.device)
     block = adapter.load_block(layer, getattr(torch, plan.settings.dtype), plan.settings.device)
     runner = BlockRunner(plan, block, plan.windows.tokens.shape[1])
     reference = hidden[REFERENCE]
+    clock.lap("load")
     if recipe.learning:
         runner.advance(hidden[EXACT])
+        clock.lap("exact")
 
     v_proj, o_proj = (block.get_submodule(n) for n in (adapter.family.v_proj, adapter.family.o_proj))
     norm = block.get_submodule(adapter.family.attention_norm)
@@ -106,31 +126,38 @@ def quantize_block(
     if recipe.value_balance:
         v_smooth = balance_value(plan, norm, v_proj, o_proj, reference[:train])
     fold_value(v_proj, o_proj, v_smooth, recipe.value_hadamard)  # type: ignore[arg-type]
+    clock.lap("statistics")
 
-    learned = learn_block(plan, layer, runner, reference, hidden[EXACT]) if recipe.learning else None
+    learned = learn_block(plan, layer, runner, reference, hidden[EXACT], clock) if recipe.learning else None
     tensors, weight_error = quantize_weights(adapter, layer, block, learned)
+    clock.lap("round")
 
     captured: list[QKV] = []
     for i, window in enumerate(reference):
         reference[i] = runner(window, captured=captured if i < train else None)
     hidden[FIRST], firsts = runner.first(hidden[FIRST])
+    clock.lap("reference")
     statistics = kv.collect(captured, firsts if recipe.first_shift else None, plan.kv, plan.settings.device)
+    clock.lap("statistics")
     if learned and learned.cache:
         statistics = replace(statistics, **learned.cache.shifts())
         params = {LEARNED: learned.cache.params()}
     else:
         params = layer_params(plan, statistics, captured, o_proj.weight)  # type: ignore[arg-type]
+    clock.lap("search")
     errors = {}
     for name, candidate in params.items():
         runner.advance(hidden[name], candidate)
         errors[name] = relative_error(hidden[name][:, SKIPPED:], reference[train:, SKIPPED:])
         tensors[f"{name}.k_smooth"] = candidate.k_smooth.cpu()
     tensors |= {p: getattr(statistics, p).cpu() for p in KV_PARAMS if p != "k_smooth"}
+    clock.lap("candidates")
     report: dict[str, Any] = {
         "weight_error": weight_error,
         "hidden_error": errors,
         "k_shift_max": statistics.k_shift.abs().max().item(),
         "k_deviation_max": statistics.k_deviation.max().item(),
+        "seconds": clock.seconds,
     }
     if learned:
         report["loss"] = learned.losses
@@ -138,7 +165,7 @@ def quantize_block(
 
 
 def learn_block(
-    plan: Plan, layer: int, runner: BlockRunner, reference: torch.Tensor, exact: torch.Tensor
+    plan: Plan, layer: int, runner: BlockRunner, reference: torch.Tensor, exact: torch.Tensor, clock: Clock
 ) -> LearnedBlock:
     """What the recipe learns of a block, learned.
 
@@ -151,6 +178,13 @@ def learn_block(
     with input_squares(block, family.linears if learning.clip == "searched" else ()) as squares:
         for window in reference[:train]:
             runner(window, captured=captured if learning.cache else None)
+    cache = None
+    if learning.cache:
+        statistics = kv.collect(captured, None, plan.kv, plan.settings.device)
+        smooth = kv.smoothing_factors(recipe.smoothings[0], statistics, plan.kv.rope.rotary_dim)
+        cache = LearnedCache(KVParams.build(plan.kv, smooth, statistics.k_shift, statistics.v_shift))
+    del captured
+    clock.lap("statistics")
     weights = {
         name: LearnedWeight(
             block.get_submodule(name).weight,  # type: ignore[arg-type]
@@ -161,20 +195,17 @@ def learn_block(
         )
         for name in family.linears
     }
-    cache = None
-    if learning.cache:
-        statistics = kv.collect(captured, None, plan.kv, plan.settings.device)
-        smooth = kv.smoothing_factors(recipe.smoothings[0], statistics, plan.kv.rope.rotary_dim)
-        cache = LearnedCache(KVParams.build(plan.kv, smooth, statistics.k_shift, statistics.v_shift))
-    del captured
     learned = LearnedBlock(weights, cache, block, family.v_proj, family.o_proj)
+    clock.lap("clips")
 
     dtype, device = getattr(torch, plan.settings.dtype), plan.settings.device
     last = min(layer + learning.followers, adapter.num_layers - 1)
     followers = [adapter.load_block(i, dtype, device) for i in range(layer + 1, last + 1)]
+    clock.lap("load")
     targets = [exact[:train]]
     for follower in followers:
         targets.append(torch.stack([runner.run(follower, {}, w).to(plan.storage) for w in targets[-1]]))
+    clock.lap("targets")
 
     def forward(weights: dict[str, torch.Tensor], window: torch.Tensor) -> list[torch.Tensor]:
         plan.attention.cache = cache.fake if cache else None
@@ -185,6 +216,7 @@ def learn_block(
         return out
 
     learned.losses = learn(learning, learned, forward, reference[:train], targets, plan.settings.seed + layer)
+    clock.lap("learn")
     return learned
 
 

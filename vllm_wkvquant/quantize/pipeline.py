@@ -15,23 +15,32 @@ from vllm_wkvquant.checkpoint import KV_PARAMS, kv_tensor_name, quantization_con
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.quantize.adapters import describe
 from vllm_wkvquant.quantize.blocks import EXACT, REFERENCE, first_hidden, quantize_block
+from vllm_wkvquant.quantize.estimate import Estimate, estimate, place
 from vllm_wkvquant.quantize.files import WriteError
+from vllm_wkvquant.quantize.head import divergence
 from vllm_wkvquant.quantize.plan import Plan, Settings, fingerprint, preflight
 from vllm_wkvquant.quantize.state import RunState, partial_directory
 from vllm_wkvquant.quantize.writer import CheckpointWriter
 
-LOGIT_ROWS = 512  # rows of logits held at once: 512 x 152k vocabulary x fp32 is 0.3 GB
-
 Progress = Callable[[int, int, str], None]  # (blocks done, blocks in all, what the last one came to)
+Announce = Callable[[Estimate], None]
 
 
 @torch.no_grad()
-def quantize(settings: Settings, progress: Progress = lambda done, total, note: None) -> dict[str, Any]:
-    """Quantize a model; returns the report. Raises ConfigError on bad input and where the disk is full."""
-    plan = preflight(settings)
+def quantize(
+    settings: Settings,
+    progress: Progress = lambda done, total, note: None,
+    announce: Announce = lambda estimate: None,
+) -> dict[str, Any]:
+    """Quantize a model; returns the report, empty for a dry run. Raises ConfigError on bad input and a full disk."""
+    plan = place(preflight(settings))
     layers = plan.adapter.num_layers
+    if settings.dry_run:
+        announce(estimate(plan))
+        return {}
     try:
         state = RunState(settings.out, fingerprint(plan))
+        announce(estimate(plan))
         hidden = state.hidden(plan.storage) if state.blocks_done else first_hidden(plan)
         progress(state.blocks_done, layers, "")
         for layer in range(state.blocks_done, layers):
@@ -45,20 +54,6 @@ def quantize(settings: Settings, progress: Progress = lambda done, total, note: 
             f"{error}; {partial_directory(settings.out)} keeps the finished blocks: free some space, then run again "
             f"with --resume"
         ) from error
-
-
-def divergence(plan: Plan, exact: torch.Tensor, runs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """KL(exact || run) of the next token in nats, fp64 [tokens], by run; all are hidden states [N, T, hidden]."""
-    device = plan.settings.device
-    head = plan.adapter.load_head(getattr(torch, plan.settings.dtype), device)
-    parts: dict[str, list[torch.Tensor]] = {n: [] for n in runs}
-    for i in range(0, exact.shape[0] * exact.shape[1], LOGIT_ROWS):
-        rows = slice(i, i + LOGIT_ROWS)
-        p = head(exact.flatten(0, 1)[rows].to(device)).float().log_softmax(-1)
-        for name, run in runs.items():
-            q = head(run.flatten(0, 1)[rows].to(device)).float().log_softmax(-1)
-            parts[name].append((p.exp() * (p - q)).sum(-1).double().cpu())
-    return {name: torch.cat(p) for name, p in parts.items()}
 
 
 def finish(plan: Plan, state: RunState, hidden: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -88,6 +83,7 @@ def finish(plan: Plan, state: RunState, hidden: dict[str, torch.Tensor]) -> dict
         named = {kv_tensor_name(layer, p): tensors.pop(p) for p in KV_PARAMS}
         writer.add(dict(sorted({**tensors, **named}.items())))
         block = state.report(layer)
+        del block["seconds"]  # the checkpoint has the same bytes whenever it is made
         layers.append({**block, "hidden_error": block["hidden_error"][chosen]})
     report = {
         "version": vllm_wkvquant.__version__,

@@ -22,7 +22,11 @@ DEFAULT_SEQ_LEN = 2048
 
 @dataclass(frozen=True)
 class Settings:
-    """Arguments of `wkvquant quantize`. seq_len None: 2048, or fewer where the model has fewer positions."""
+    """Arguments of `wkvquant quantize`.
+
+    seq_len None: 2048, or fewer where the model has fewer positions. memory_budget: bytes of the device's memory, None
+    for what is free. dry_run: estimate, and do nothing.
+    """
 
     model: Path
     out: Path
@@ -35,6 +39,8 @@ class Settings:
     dtype: str = "float32"
     shard_size: int = 5 * 10**9
     resume: bool = False
+    memory_budget: int | None = None
+    dry_run: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,14 +89,16 @@ def preflight(settings: Settings) -> Plan:
     return plan
 
 
+def packed_bytes(adapter: ModelAdapter) -> int:
+    """All blocks: 4-bit codes with a 16-bit scale and a zero point per group of at least 32."""
+    block = adapter.numel(adapter.block_names(0)) * adapter.num_layers
+    return int(block * (0.5 + 2.5 / min(adapter.group_sizes.values())))
+
+
 def check_disk(plan: Plan) -> None:
     """Raise ConfigError unless the file system has room for the checkpoint and the state of the run."""
     adapter, windows = plan.adapter, plan.windows
-    block = adapter.numel(adapter.block_names(0)) * adapter.num_layers
-    # 4-bit codes with a 16-bit scale and a zero point per group of at least 32, held twice: as state and as shards
-    checkpoint = 2 * int(block * (0.5 + 2.5 / min(adapter.group_sizes.values()))) + 2 * adapter.numel(
-        adapter.outer_names()
-    )
+    checkpoint = 2 * packed_bytes(adapter) + 2 * adapter.numel(adapter.outer_names())  # blocks as state and as shards
     runs = windows.tokens.shape[0] * (2 if plan.recipe.learning else 1)
     runs += windows.held_out * len(plan.recipe.candidates)
     hidden = 2 * 4 * runs * windows.tokens.shape[1] * adapter.config.hidden_size

@@ -1,0 +1,131 @@
+"""What a run is said to take: FLOP against PyTorch's counter, time by proportion, memory and where hidden states go."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import save_text, tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from vllm_wkvquant import cli
+from vllm_wkvquant.config import ConfigError
+from vllm_wkvquant.quantize import blocks, estimate
+from vllm_wkvquant.quantize.attention import QKV
+from vllm_wkvquant.quantize.plan import Plan, Settings, preflight
+from vllm_wkvquant.quantize.recipes import RECIPES
+
+SAMPLES, SEQ_LEN, LAYERS = 12, 48, 3
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("estimate")
+    return tiny_model(root / "model", num_layers=LAYERS), save_text(root / "calib.txt")
+
+
+@pytest.fixture
+def plan(files: tuple[Path, Path], tmp_path: Path):
+    def make(recipe: str, **settings: Any) -> Plan:
+        model, text = files
+        return preflight(
+            Settings(model, tmp_path / "out", text, recipe=recipe, samples=SAMPLES, seq_len=SEQ_LEN, **settings)
+        )
+
+    return make
+
+
+@pytest.mark.parametrize(("recipe", "layer"), [*((name, 0) for name in RECIPES), ("paper", LAYERS - 1)])
+def test_flop_are_those_of_the_products(recipe: str, layer: int, plan) -> None:
+    """Of one epoch. PyTorch's counter leaves out the fused attention, a few percent here."""
+    p = plan(recipe)
+    if p.recipe.learning:
+        p = dataclasses.replace(p, recipe=estimate.rehearsal(p).recipe)
+    hidden = blocks.first_hidden(p)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        blocks.quantize_block(p, layer, hidden)
+    counted = counter.get_total_flops()
+    assert sum(estimate.block_flop(p, layer).values()) == pytest.approx(1.02 * counted, rel=0.05)
+
+
+def test_time_is_that_of_the_rehearsal_in_proportion(plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine windows to learn from, three held out, twelve in all; in the rehearsal four, one, and five."""
+    p = plan("best")
+    rehearsed = {"load": 1.0, "clips": 1.0, "round": 1.0, "exact": 5.0, "learn": 100.0, "candidates": 1.0}
+    monkeypatch.setattr(estimate, "quantize_block", lambda *_: (None, {"seconds": known}))
+    monkeypatch.setattr(estimate, "head_flop", lambda _: 0.0)
+    seconds = {}
+    for name in ["", *rehearsed]:
+        known = dict.fromkeys((*rehearsed, "statistics", "targets", "reference", "search"), 1e-9)
+        if name:
+            known[name] = rehearsed[name]
+        seconds[name] = estimate.estimate(p).seconds
+    expected = {"load": 1, "clips": 1, "round": 1, "exact": 12, "learn": 10 * 9 / 4 * 100, "candidates": 3}
+    for name, of_block in expected.items():
+        assert seconds[name] - seconds[""] == pytest.approx(LAYERS * of_block, rel=1e-6), name
+
+
+@pytest.mark.parametrize("recipe", ["rtn", "best"])
+def test_stored_bytes_are_what_is_stored(recipe: str, plan) -> None:
+    p = plan(recipe)
+    hidden = blocks.first_hidden(p)
+    held = sum(t.nbytes for name, t in hidden.items() if name != blocks.FIRST)
+    assert 0 <= estimate.hidden_bytes(p) - held <= 256 * p.adapter.config.hidden_size * 4
+    captured: list[QKV] = []
+    runner = blocks.BlockRunner(p, p.adapter.load_block(0, torch.float32, "cpu"), SEQ_LEN)
+    for window in hidden[blocks.REFERENCE][: p.windows.statistics]:
+        runner(window, captured=captured)
+    assert estimate.stored_bytes(p) - estimate.hidden_bytes(p) == sum(x.nbytes for qkv in captured for x in qkv)
+
+
+def test_hidden_states_are_on_the_gpu_where_they_fit(plan) -> None:
+    """With what the block itself needs they move to the host, with a byte less the run is refused."""
+    p = plan("best")
+    on_gpu = dataclasses.replace(p, storage="cuda", settings=dataclasses.replace(p.settings, device="cuda"))
+
+    def placed(budget: int) -> Plan:
+        return estimate.place(
+            dataclasses.replace(on_gpu, settings=dataclasses.replace(on_gpu.settings, memory_budget=budget))
+        )
+
+    everything, least = estimate.device_bytes(on_gpu), estimate.working_bytes(on_gpu)
+    assert everything - least == estimate.stored_bytes(on_gpu)
+    assert placed(everything).storage == "cuda"
+    assert placed(everything - 1).storage == "cpu"
+    assert placed(least).storage == "cpu"
+    assert estimate.device_bytes(placed(least)) == least
+    assert estimate.host_bytes(placed(least)) > estimate.stored_bytes(on_gpu)
+    with pytest.raises(ConfigError, match=r"needs about .* GB of GPU memory, --memory-budget is"):
+        placed(least - 1)
+
+
+def test_free_memory_is_the_budget(plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = plan("rtn")
+    assert estimate.place(p).storage == "cpu"
+    monkeypatch.setattr(estimate, "free_bytes", lambda device: 1000)
+    with pytest.raises(ConfigError, match=r"1e-06 GB are free \(--memory-budget overrules that\); lower --samples"):
+        estimate.place(p)
+
+
+def test_dry_run_prints_the_estimate_and_writes_nothing(
+    files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, text = files
+    command = ["quantize", str(model), str(tmp_path / "out"), "--calib-text", str(text), "--samples", "4"]
+    command += ["--seq-len", "32", "--recipe", "best", "--dry-run"]
+    assert cli.main(command) == 0
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    for row in ("PFLOP", "TFLOP/s", "GB"):
+        assert row in shown.err
+    assert list(tmp_path.iterdir()) == []
+    assert cli.main([*command, "--memory-budget", "100KB"]) == 2
+    assert "GB of memory, --memory-budget is 0.0001 GB; lower --samples" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(9.4, "9.4 s"), (99, "99 s"), (100, "1.7 min"), (7200, "2 h"), (1e6, "12 days")]
+)
+def test_durations(seconds: float, shown: str) -> None:
+    assert cli.duration(seconds) == shown

@@ -1,0 +1,236 @@
+"""What a run will take, before it begins: FLOP and memory counted from the model and the recipe, time from a rehearsal.
+
+The rehearsal is the first block with a few windows and one learning step. A part of the work takes as long in the run
+as it took there, times its FLOP in the run over its FLOP there: so each part goes at its own measured rate.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from vllm_wkvquant.config import ConfigError
+from vllm_wkvquant.quantize import kv
+from vllm_wkvquant.quantize.attention import QUERY_ROWS
+from vllm_wkvquant.quantize.blocks import first_hidden, quantize_block
+from vllm_wkvquant.quantize.calibration import FIRST_TOKENS, Windows
+from vllm_wkvquant.quantize.head import LOGIT_ROWS
+from vllm_wkvquant.quantize.plan import Plan, packed_bytes
+
+FIXED = ("load", "clips", "round")  # parts of a block's work that take the same time for any number of windows
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run takes.
+
+    flop: of all matrix products. seconds: without reading and writing files. rate: FLOP a second of a block's forward
+    pass in the rehearsal. device_bytes, host_bytes: peaks of what the run holds on the device and on the host, where
+    the CPU is no device; Python and libraries are not in it. storage: where hidden states are kept. written: bytes
+    that are written, most of them hidden states after each block, for `--resume`.
+    """
+
+    flop: float
+    seconds: float
+    rate: float
+    device_bytes: int
+    host_bytes: int
+    storage: str
+    written: int
+
+
+def estimate(plan: Plan) -> Estimate:
+    """The estimate of a run whose storage is settled (`place`). It takes about one learning step twice."""
+    small = rehearsal(plan)
+    hidden = first_hidden(small)
+    for _ in range(2):  # the first time, libraries set themselves up
+        _, report = quantize_block(small, 0, hidden)
+    seconds, known = report["seconds"], block_flop(small, 0)
+    rate = known["reference"] / seconds["reference"]
+    layers = range(plan.adapter.num_layers)
+    blocks = [block_flop(plan, layer) for layer in layers]
+    fixed = len(layers) * sum(seconds.get(name, 0.0) for name in FIXED)
+    scaled = sum(seconds[name] * flop / known[name] for block in blocks for name, flop in block.items() if flop)
+    head = head_flop(plan)
+    return Estimate(
+        flop=sum(sum(block.values()) for block in blocks) + head,
+        seconds=fixed + scaled + head / rate,
+        rate=rate,
+        device_bytes=0 if plan.settings.device == "cpu" else device_bytes(plan),
+        host_bytes=host_bytes(plan),
+        storage=plan.storage,
+        written=len(layers) * hidden_bytes(plan) + 2 * packed_bytes(plan.adapter) + outer_bytes(plan),
+    )
+
+
+def rehearsal(plan: Plan) -> Plan:
+    """The run with the windows of one learning step and one held-out window."""
+    learning, windows = plan.recipe.learning, plan.windows
+    train = min(learning.batch if learning else 1, windows.statistics)
+    few = Windows(torch.cat([windows.tokens[:train], windows.tokens[-1:]]), 1, windows.prefix)
+    recipe = replace(plan.recipe, learning=replace(learning, epochs=1)) if learning else plan.recipe
+    return replace(plan, windows=few, recipe=recipe)
+
+
+# -- FLOP
+
+
+def attention_flop(plan: Plan, layer: int, rows: int = 1) -> float:
+    """Of one window: two products for every query and key that it sees, or that one of its tile of `rows` sees."""
+    config, length = plan.adapter.config, plan.windows.tokens.shape[1]
+    types = getattr(config, "layer_types", None)
+    sliding = getattr(config, "sliding_window", None) if not types or types[layer] == "sliding_attention" else None
+    tiles = ((first, min(rows, length - first)) for first in range(0, length, rows))
+    pairs = sum(n * (first + n - max(0, first - (sliding or length) + 1)) for first, n in tiles)
+    return 4 * pairs * plan.adapter.num_heads * plan.adapter.head_size
+
+
+def block_flop(plan: Plan, layer: int) -> dict[str, float]:
+    """Matrix products of a block, by the parts of its `Clock` that are not FIXED.
+
+    Backward, a linear layer takes as much as forward for its weight and again for its input, and attention 2.5 times as
+    much as forward, for its scores are computed again. The window needs no gradient, nor do the weights of followers.
+    """
+    adapter, recipe, learning = plan.adapter, plan.recipe, plan.recipe.learning
+    samples, length = plan.windows.tokens.shape
+    train, held_out = plan.windows.statistics, plan.windows.held_out
+    sizes = {name: 2 * length * out * cols for name, (out, cols) in adapter.linear_shapes().items()}
+    linear, attention = sum(sizes.values()), attention_flop(plan, layer)
+    forward = linear + attention
+    # attention under a simulated cache, which is no fused kernel, and the rotation of keys there and back
+    simulated = attention_flop(plan, layer, QUERY_ROWS)
+    simulated += 4 * length * adapter.num_kv_heads * adapter.head_size**2 if recipe.key_hadamard else 0
+    flop: dict[str, float] = {
+        "statistics": train * sizes[adapter.family.v_proj] if recipe.value_balance else 0,
+        "reference": samples * forward + linear * plan.windows.first_tokens().numel() / length,
+        "candidates": held_out * len(recipe.candidates) * (linear + simulated),
+    }
+    if recipe.search:
+        gram = 2 * length * adapter.num_heads**2 // adapter.num_kv_heads * adapter.head_size**2
+        exact = attention_flop(plan, layer, QUERY_ROWS)
+        flop["search"] = min(kv.SEARCH_WINDOWS, train) * (exact + len(recipe.search) * (simulated + gram))
+    if learning:
+        names = list(sizes)
+        of_window = sum(sizes[name] for name in names[: names.index(adapter.family.o_proj)])
+        own = simulated if learning.cache else attention
+        step = 3 * linear - of_window + 3.5 * own
+        followers = min(learning.followers, adapter.num_layers - 1 - layer)
+        through_follower = 2 * linear + 3.5 * attention
+        flop["exact"] = samples * forward
+        flop["statistics"] += train * forward
+        flop["targets"] = followers * train * forward
+        flop["learn"] = learning.epochs * train * (step + followers * through_follower)
+    return flop
+
+
+def head_flop(plan: Plan) -> float:
+    """Of the logits of all runs that are compared after the last block."""
+    runs = 1 + len(plan.recipe.candidates) + (2 if plan.recipe.learning else 0)
+    rows = plan.windows.held_out * plan.windows.tokens.shape[1]
+    return 2 * runs * rows * plan.adapter.config.vocab_size * plan.adapter.config.hidden_size
+
+
+# -- memory
+
+
+def itemsize(plan: Plan) -> int:
+    """Bytes of an element of the calibration's type."""
+    return getattr(torch, plan.settings.dtype).itemsize
+
+
+def hidden_bytes(plan: Plan) -> int:
+    """Hidden states of all runs."""
+    samples, length = plan.windows.tokens.shape
+    windows = samples * (2 if plan.recipe.learning else 1) + plan.windows.held_out * len(plan.recipe.candidates)
+    return (windows * length + FIRST_TOKENS) * plan.adapter.config.hidden_size * itemsize(plan)
+
+
+def stored_bytes(plan: Plan) -> int:
+    """What is in storage: hidden states, and of one block captured queries, keys and values, or followers' targets."""
+    adapter, learning = plan.adapter, plan.recipe.learning
+    train, length = plan.windows.statistics, plan.windows.tokens.shape[1]
+    captured = (adapter.num_heads + 2 * adapter.num_kv_heads) * adapter.head_size
+    targets = (learning.followers if learning else 0) * adapter.config.hidden_size
+    return hidden_bytes(plan) + train * length * max(captured, targets) * itemsize(plan)
+
+
+def working_bytes(plan: Plan) -> int:
+    """What one block takes while it is computed, without storage, or the head where that takes more.
+
+    Of a weight that is rounded: itself in fp32, groups, codes, errors. Of one that is learned: itself and its
+    fake-quantized value in fp32 and in the calibration's type, its offset, what is saved for its gradient (5 bytes),
+    the sum of gradients, and that of a window.
+    """
+    adapter, learning, size = plan.adapter, plan.recipe.learning, itemsize(plan)
+    length = plan.windows.tokens.shape[1]
+    shapes = adapter.linear_shapes().values()
+    weights, largest = sum(o * c for o, c in shapes), max(o * c for o, c in shapes)
+    block = adapter.numel(adapter.block_names(0)) * size
+    packed = int(weights * 0.6) if plan.settings.device == "cpu" else 0
+    # a window's tensors inside a block: inputs and outputs of its linear layers, and half as much around them
+    window = 6 * length * sum(o + c for o, c in shapes)
+    scores = 12 * min(QUERY_ROWS, length) * length * adapter.num_heads
+    total = block + packed + largest * (20 if size == 4 else 26) + window + scores
+    if learning:
+        if learning.cache or (plan.settings.device != "cpu" and size == 4):  # no fused kernel: all scores are saved
+            scores = 16 * length**2 * adapter.num_heads
+        copies = 0 if size == 4 else 4 + size
+        learned = weights * (copies + 17 + size + (4 if learning.rounding else 0))
+        total = max(total, (1 + learning.followers) * (block + window) + scores + learned)
+    vocabulary = adapter.config.vocab_size
+    return max(total, vocabulary * (adapter.config.hidden_size * size + 16 * LOGIT_ROWS))
+
+
+def outer_bytes(plan: Plan) -> int:
+    """Tensors outside the blocks, in 16 bits."""
+    return 2 * plan.adapter.numel(plan.adapter.outer_names())
+
+
+def device_bytes(plan: Plan) -> int:
+    """Peak on the device."""
+    stored = 0 if plan.storage == "cpu" and plan.settings.device != "cpu" else stored_bytes(plan)
+    return working_bytes(plan) + stored
+
+
+def host_bytes(plan: Plan) -> int:
+    """Peak on the host: while a block is computed or while it is written, or the checkpoint is."""
+    adapter, settings = plan.adapter, plan.settings
+    if settings.device == "cpu":
+        computed = device_bytes(plan)
+    else:
+        loaded = 2 * adapter.numel(adapter.block_names(0))
+        computed = loaded + (stored_bytes(plan) if plan.storage == "cpu" else hidden_bytes(plan))
+    outer = outer_bytes(plan)
+    return max(computed, hidden_bytes(plan) + outer + min(settings.shard_size, packed_bytes(adapter) + outer))
+
+
+def place(plan: Plan) -> Plan:
+    """The run with its hidden states on the device where they fit in the budget, else on the host.
+
+    The budget is `--memory-budget`, or the memory that is free on the device (the CPU's is the host's). Raises
+    ConfigError where no placement fits.
+    """
+    device, budget = plan.settings.device, plan.settings.memory_budget
+    if budget is None:
+        budget = free_bytes(device)
+        limit = f"{budget / 1e9:.3g} GB are free (--memory-budget overrules that)"
+    else:
+        limit = f"--memory-budget is {budget / 1e9:.3g} GB"
+    for storage in dict.fromkeys((device, "cpu")):
+        placed = replace(plan, storage=storage)
+        needed = device_bytes(placed)
+        if needed <= budget:
+            return placed
+    what = "memory" if device == "cpu" else "GPU memory"
+    raise ConfigError(
+        f"this run needs about {needed / 1e9:.3g} GB of {what}, {limit}; lower --samples or --seq-len, or calibrate in "
+        f"--dtype bfloat16"
+    )
+
+
+def free_bytes(device: str) -> int:
+    """Memory that is free on the device."""
+    if device != "cpu":
+        return torch.cuda.mem_get_info(device)[0]
+    with open("/proc/meminfo") as f:
+        fields = dict(line.split(":") for line in f)
+    return 1024 * int(fields["MemAvailable"].split()[0])
