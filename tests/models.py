@@ -1,4 +1,4 @@
-"""Tiny random models with tokenizers, saved as Hugging Face checkpoints, for tests that need a model of some kind."""
+"""Tiny random models with tokenizers, saved as Hugging Face checkpoints, texts, and what was made of them."""
 
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from vllm_wkvquant.quantize.writer import PAGE_FILE
 
 CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "llama": LlamaConfig,
@@ -38,6 +40,12 @@ def save_text(path: Path, tokens: int = 8192, seed: int = 0) -> Path:
     ids = torch.randint(97, 123, (tokens,), generator=torch.Generator().manual_seed(seed))
     path.write_text("".join(map(chr, ids.tolist())))
     return path
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """All files of a result but the page, which has times in it."""
+    files = [p for p in sorted(directory.rglob("*")) if p.is_file() and p.name != PAGE_FILE]
+    return {str(p.relative_to(directory)): p.read_bytes() for p in files}
 
 
 def tiny_model(

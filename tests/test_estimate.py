@@ -57,7 +57,7 @@ def test_time_is_that_of_the_rehearsal_in_proportion(plan, monkeypatch: pytest.M
     monkeypatch.setattr(estimate, "head_flop", lambda _: 0.0)
     seconds = {}
     for name in ["", *rehearsed]:
-        known = dict.fromkeys((*rehearsed, "statistics", "targets", "reference", "search"), 1e-9)
+        known = dict.fromkeys((*rehearsed, "statistics", "rounded", "targets", "reference", "search"), 1e-9)
         if name:
             known[name] = rehearsed[name]
         seconds[name] = estimate.estimate(p).seconds

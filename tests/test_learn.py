@@ -11,6 +11,7 @@ from models import save_text, tiny_model
 from vllm_wkvquant import reference
 from vllm_wkvquant.checkpoint import Checkpoint
 from vllm_wkvquant.quantize import blocks, learn, pipeline
+from vllm_wkvquant.quantize.estimate import Estimate
 from vllm_wkvquant.quantize.plan import Settings, preflight
 from vllm_wkvquant.quantize.recipes import BEST, PAPER, RECIPES, Learning, Smoothing
 from vllm_wkvquant.quantize.weights import (
@@ -25,6 +26,7 @@ from vllm_wkvquant.quantize.weights import (
 GROUP = 32
 LEARNING = BEST.learning
 assert LEARNING
+ESTIMATE = Estimate(1, 1, 1, 1, 1, "cpu", 1)  # for tests that count learning, of which a rehearsal has some
 
 
 def ranges(weight: torch.Tensor, clip: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,7 +173,7 @@ def test_the_paper_learns(model, tmp_path, monkeypatch) -> None:
         return losses
 
     monkeypatch.setattr(blocks, "learn", spy)
-    monkeypatch.setattr(pipeline, "estimate", lambda plan: None)  # it learns, too
+    monkeypatch.setattr(pipeline, "estimate", lambda plan: ESTIMATE)
     report = run(model, tmp_path / "out", monkeypatch, dataclasses.replace(PAPER.learning, followers=1), paper=True)
     assert seen == [2, 1]
     assert report["smoothing"] == "learned"
@@ -192,7 +194,7 @@ def test_inputs_are_squared_only_for_a_searched_clip(model, tmp_path, monkeypatc
         seen.append(len(squares))
 
     monkeypatch.setattr(blocks, "input_squares", spy)
-    monkeypatch.setattr(pipeline, "estimate", lambda plan: None)
+    monkeypatch.setattr(pipeline, "estimate", lambda plan: ESTIMATE)
     pipeline.quantize(settings(model, tmp_path / "out", recipe=recipe))
     assert seen == [summed, summed]
 

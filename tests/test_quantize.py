@@ -12,7 +12,7 @@ import pytest
 import torch
 from compressed_tensors.compressors import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from models import save_text, tiny_model
+from models import contents, save_text, tiny_model
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -42,10 +42,6 @@ def text(tmp_path: Path) -> Path:
 
 def settings(model: Path, out: Path, text: Path, **other: object) -> Settings:
     return Settings(model, out, text, samples=SAMPLES, seq_len=SEQ_LEN, **other)  # type: ignore[arg-type]
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
 # families: name, and what is particular to it

@@ -20,7 +20,7 @@ from vllm_wkvquant.quantize.adapters import ModelAdapter
 from vllm_wkvquant.quantize.attention import QKV
 from vllm_wkvquant.quantize.calibration import SKIPPED
 from vllm_wkvquant.quantize.fold import fold_value
-from vllm_wkvquant.quantize.learn import LearnedBlock, LearnedCache, LearnedWeight, learn
+from vllm_wkvquant.quantize.learn import LearnedBlock, LearnedCache, LearnedWeight, learn, relative_mse
 from vllm_wkvquant.quantize.plan import Plan
 from vllm_wkvquant.quantize.recipes import LEARNED, SEARCHED, Smoothing
 from vllm_wkvquant.quantize.weights import round_to_nearest
@@ -109,7 +109,8 @@ class BlockRunner:
 def quantize_block(
     plan: Plan, layer: int, hidden: dict[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """One block: its tensors for the checkpoint (each candidate's k_smooth) and its report; takes `hidden` past it."""
+    """One block: its tensors for the checkpoint, each candidate's k_smooth and what its keys come to (k_channels, the
+    report's) among them, and its report; takes `hidden` past it."""
     adapter, recipe, train = plan.adapter, plan.recipe, plan.windows.statistics
     clock = Clock(plan.settings.device)
     block = adapter.load_block(layer, getattr(torch, plan.settings.dtype), plan.settings.device)
@@ -128,7 +129,12 @@ def quantize_block(
     fold_value(v_proj, o_proj, v_smooth, recipe.value_hadamard)  # type: ignore[arg-type]
     clock.lap("statistics")
 
-    learned = learn_block(plan, layer, runner, reference, hidden[EXACT], clock) if recipe.learning else None
+    learned = None
+    output_error = {}
+    if recipe.learning:
+        output_error["rounded"] = rounded_error(plan, runner, reference[train:], hidden[EXACT][train:])
+        clock.lap("rounded")
+        learned = learn_block(plan, layer, runner, reference, hidden[EXACT], clock)
     tensors, weight_error = quantize_weights(adapter, layer, block, learned)
     clock.lap("round")
 
@@ -145,6 +151,10 @@ def quantize_block(
     else:
         params = layer_params(plan, statistics, captured, o_proj.weight)  # type: ignore[arg-type]
     clock.lap("search")
+    tensors["k_channels"] = kv.channel_maxima(captured, None, plan.settings.device).cpu()
+    for name, candidate in params.items():
+        tensors[f"{name}.k_channels"] = kv.channel_maxima(captured, candidate, plan.settings.device).cpu()
+    clock.lap("statistics")
     errors = {}
     for name, candidate in params.items():
         runner.advance(hidden[name], candidate)
@@ -157,11 +167,28 @@ def quantize_block(
         "hidden_error": errors,
         "k_shift_max": statistics.k_shift.abs().max().item(),
         "k_deviation_max": statistics.k_deviation.max().item(),
+        "v_smooth": [v_smooth.min().item(), v_smooth.max().item()],
         "seconds": clock.seconds,
     }
     if learned:
-        report["loss"] = learned.losses
+        output_error["learned"] = mean_loss(reference[train:], hidden[EXACT][train:])
+        report |= {"loss": learned.losses, "output_error": output_error, "clip": learned.clips()}
     return tensors, report
+
+
+def mean_loss(run: torch.Tensor, exact: torch.Tensor) -> float:
+    """`relative_mse` of windows [N, T, hidden]."""
+    return torch.stack([relative_mse(a, b) for a, b in zip(run, exact, strict=True)]).mean().item()
+
+
+def rounded_error(plan: Plan, runner: BlockRunner, inputs: torch.Tensor, exact: torch.Tensor) -> float:
+    """`mean_loss` of the block with its weights rounded to nearest, for comparison with what is learned."""
+    weights = {}
+    for name in plan.adapter.family.linears:
+        weight: Any = runner.block.get_submodule(name).weight
+        size = plan.adapter.group_sizes[name.rpartition(".")[2]]
+        weights[f"{name}.weight"] = round_to_nearest(weight, size, plan.adapter.dtype).dequantize().to(weight.dtype)
+    return mean_loss(torch.stack([runner.run(runner.block, weights, w).to(plan.storage) for w in inputs]), exact)
 
 
 def learn_block(

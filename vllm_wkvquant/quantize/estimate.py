@@ -116,6 +116,7 @@ def block_flop(plan: Plan, layer: int) -> dict[str, float]:
         followers = min(learning.followers, adapter.num_layers - 1 - layer)
         through_follower = 2 * linear + 3.5 * attention
         flop["exact"] = samples * forward
+        flop["rounded"] = held_out * forward
         flop["statistics"] += train * forward
         flop["targets"] = followers * train * forward
         flop["learn"] = learning.epochs * train * (step + followers * through_follower)

@@ -8,7 +8,7 @@ from vllm_wkvquant.config import KVCacheConfig
 from vllm_wkvquant.quantize.attention import QKV, past_only_attention
 from vllm_wkvquant.quantize.calibration import SKIPPED
 from vllm_wkvquant.quantize.recipes import Smoothing
-from vllm_wkvquant.reference import KVParams, fake_quantize, key_shift_at, rope_turns, rotate
+from vllm_wkvquant.reference import KVParams, fake_quantize, key_shift_at, rope_turns, rotate, transform_key
 
 SMOOTH_LIMIT = 64.0  # a factor stays within 1/64 .. 64 of its head's mean
 SEARCH_WINDOWS = 4  # windows on which the search compares: each costs an attention per smoothing
@@ -61,6 +61,17 @@ def collect(windows: list[QKV], firsts: QKV | None, config: KVCacheConfig, devic
         k_first=known[0].clone() if firsts is None else firsts[1].float().mean(0),
         v_first=v_shift.clone() if firsts is None else firsts[2].float().mean(0),
     )
+
+
+def channel_maxima(windows: list[QKV], params: KVParams | None, device: str) -> torch.Tensor:
+    """Largest |key| of each channel, fp32 [H, D]: as attention has it, or as a cache of `params` codes it."""
+    positions = torch.arange(windows[0][1].shape[0], device=device)
+    maxima = []
+    for _, k, _ in windows:
+        key = k.to(device).float()
+        key = key if params is None else transform_key(key, positions, params)
+        maxima.append(key[SKIPPED:].abs().amax(0))
+    return torch.stack(maxima).amax(0)
 
 
 def normalize(factors: torch.Tensor) -> torch.Tensor:

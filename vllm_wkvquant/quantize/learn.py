@@ -62,11 +62,14 @@ class LearnedWeight:
         if self.offset is not None:
             self.offset.clamp_(-0.5, 0.5)
 
+    def clips(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Share of each end of a group's range that is kept, [out, in / group] each."""
+        return (self.low.sigmoid(), self.high.sigmoid()) if self.sigmoid else (self.low, self.high)
+
     def _range(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         low, high = group_range(weight, self.group_size)
-        if self.sigmoid:
-            return self.low.sigmoid() * low, self.high.sigmoid() * high
-        return self.low * low, self.high * high
+        keep_low, keep_high = self.clips()
+        return keep_low * low, keep_high * high
 
     def fake(self, weight: torch.Tensor | None = None) -> torch.Tensor:
         """The weight as its codes will give it, with straight-through gradients. weight: in place of its own."""
@@ -168,6 +171,11 @@ class LearnedBlock:
         """What is learned: of the weights, then of the cache."""
         of_cache = self.cache.parameters() if self.cache else []
         return [p for w in self.weights.values() for p in w.parameters()] + of_cache
+
+    def clips(self) -> dict[str, dict[str, float]]:
+        """Mean and least share of a range that each linear layer's groups keep at an end."""
+        clips = {name: torch.stack(w.clips()) for name, w in self.weights.items()}
+        return {name: {"mean": c.mean().item(), "min": c.min().item()} for name, c in clips.items()}
 
     def project(self) -> None:
         """Bring every parameter back to where it may be."""

@@ -4,6 +4,7 @@ Only the hidden states of all runs and one block, with the followers that the re
 """
 
 import math
+import resource
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -17,8 +18,9 @@ from vllm_wkvquant.quantize.adapters import describe
 from vllm_wkvquant.quantize.blocks import EXACT, REFERENCE, first_hidden, quantize_block
 from vllm_wkvquant.quantize.estimate import Estimate, estimate, place
 from vllm_wkvquant.quantize.files import WriteError
-from vllm_wkvquant.quantize.head import divergence
+from vllm_wkvquant.quantize.head import compare
 from vllm_wkvquant.quantize.plan import Plan, Settings, fingerprint, preflight
+from vllm_wkvquant.quantize.report import BlockDetail, render
 from vllm_wkvquant.quantize.state import RunState, partial_directory
 from vllm_wkvquant.quantize.writer import CheckpointWriter
 
@@ -40,7 +42,8 @@ def quantize(
         return {}
     try:
         state = RunState(settings.out, fingerprint(plan))
-        announce(estimate(plan))
+        estimated = estimate(plan)
+        announce(estimated)
         hidden = state.hidden(plan.storage) if state.blocks_done else first_hidden(plan)
         progress(state.blocks_done, layers, "")
         for layer in range(state.blocks_done, layers):
@@ -48,7 +51,7 @@ def quantize(
             state.commit(tensors, report, hidden)
             losses = report.get("loss")
             progress(layer + 1, layers, f"loss {losses[0]:.3g} -> {losses[-1]:.3g}" if losses else "")
-        return finish(plan, state, hidden)
+        return finish(plan, state, hidden, estimated)
     except WriteError as error:
         raise ConfigError(
             f"{error}; {partial_directory(settings.out)} keeps the finished blocks: free some space, then run again "
@@ -56,11 +59,13 @@ def quantize(
         ) from error
 
 
-def finish(plan: Plan, state: RunState, hidden: dict[str, torch.Tensor]) -> dict[str, Any]:
+def finish(plan: Plan, state: RunState, hidden: dict[str, torch.Tensor], estimated: Estimate) -> dict[str, Any]:
     """Choose the candidate, write the checkpoint, clean up."""
-    adapter, settings, statistics = plan.adapter, plan.settings, plan.windows.statistics
-    reference = hidden[REFERENCE][statistics:]
-    kl = divergence(plan, reference, {name: hidden[name] for name in plan.recipe.candidates})
+    adapter, settings, train = plan.adapter, plan.settings, plan.windows.statistics
+    reference = hidden[REFERENCE][train:]
+    runs = compare(plan, {REFERENCE: reference} | {name: hidden[name] for name in plan.recipe.candidates})
+    perplexity = {name: run.perplexity for name, run in runs.items()}
+    kl = {name: runs[name].kl for name in plan.recipe.candidates}
     chosen = min(kl, key=lambda name: kl[name].mean().item())
 
     def se(x: torch.Tensor) -> float:
@@ -71,19 +76,24 @@ def finish(plan: Plan, state: RunState, hidden: dict[str, torch.Tensor]) -> dict
     }
     weights = None
     if plan.recipe.learning:
-        (x,) = divergence(plan, hidden[EXACT][statistics:], {REFERENCE: reference}).values()
+        of_weights = compare(plan, {EXACT: hidden[EXACT][train:], REFERENCE: reference})
+        x = of_weights[REFERENCE].kl
         weights = {"kl": x.mean().item(), "kl_se": se(x)}
-    layers = []
+        perplexity[EXACT] = of_weights[EXACT].perplexity
+    layers, details = [], []
     writer = CheckpointWriter(state.directory / "checkpoint", settings.out, settings.shard_size)
     writer.add({n: t.to(adapter.dtype) for n, t in adapter.tensors.get(adapter.outer_names()).items()})
     for layer in range(adapter.num_layers):
-        tensors = state.block(layer)
+        tensors, block = state.block(layer), state.report(layer)
+        raw = tensors.pop("k_channels")
+        channels = {name: tensors.pop(f"{name}.k_channels") for name in kl}
         smooth = {name: tensors.pop(f"{name}.k_smooth") for name in kl}
-        tensors["k_smooth"] = smooth[chosen]
-        named = {kv_tensor_name(layer, p): tensors.pop(p) for p in KV_PARAMS}
-        writer.add(dict(sorted({**tensors, **named}.items())))
-        block = state.report(layer)
-        del block["seconds"]  # the checkpoint has the same bytes whenever it is made
+        params = {p: tensors.pop(p) for p in KV_PARAMS if p != "k_smooth"} | {"k_smooth": smooth[chosen]}
+        writer.add(dict(sorted({**tensors, **{kv_tensor_name(layer, p): t for p, t in params.items()}}.items())))
+        seconds = block.pop("seconds")  # not in wkvquant.json, which is the same whenever it is made
+        details.append(
+            BlockDetail(seconds, smooth[chosen], params["k_shift"], params["v_shift"], raw, channels[chosen])
+        )
         layers.append({**block, "hidden_error": block["hidden_error"][chosen]})
     report = {
         "version": vllm_wkvquant.__version__,
@@ -100,9 +110,17 @@ def finish(plan: Plan, state: RunState, hidden: dict[str, torch.Tensor]) -> dict
         "smoothing": chosen,
         "candidates": candidates,
         "weights": weights,
+        "perplexity": perplexity,
         "layers": layers,
     }
     config = adapter.output_config(quantization_config(plan.kv, adapter.group_sizes))
-    writer.close(settings.model, config, report)
+    page = render(settings.out.name, report, details, estimated, peak_memory(settings.device))
+    writer.close(settings.model, config, report, page)
     state.close()
     return report
+
+
+def peak_memory(device: str) -> dict[str, int]:
+    """Most bytes that this process has held on the host and, where that is not all, on the device."""
+    peaks = {"host": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    return peaks if device == "cpu" else {**peaks, "device": torch.cuda.max_memory_allocated(device)}

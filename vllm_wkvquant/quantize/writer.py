@@ -11,6 +11,7 @@ from vllm_wkvquant.checkpoint import INDEX_FILE
 from vllm_wkvquant.quantize.files import WriteError, sync_directory, write_bytes, write_json, write_tensors
 
 REPORT_FILE = "wkvquant.json"
+PAGE_FILE = "report.html"
 COPIED = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -61,7 +62,7 @@ class CheckpointWriter:
         write_tensors(self._shard(len(self._shards)), self._pending)
         self._pending, self._pending_bytes = {}, 0
 
-    def close(self, model: Path, config: dict[str, Any], report: dict[str, Any]) -> None:
+    def close(self, model: Path, config: dict[str, Any], report: dict[str, Any], page: str) -> None:
         """Name the shards, write everything else, and make the directory appear at its destination."""
         self._flush()
         count = len(self._shards)
@@ -74,6 +75,7 @@ class CheckpointWriter:
         write_bytes(self.directory / INDEX_FILE, (json.dumps(index, indent=2) + "\n").encode())
         write_json(self.directory / "config.json", config)
         write_json(self.directory / REPORT_FILE, report)
+        write_bytes(self.directory / PAGE_FILE, page.encode())
         self._copy(model)
         sync_directory(self.directory)
         try:
