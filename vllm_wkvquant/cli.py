@@ -3,11 +3,12 @@
 import argparse
 import re
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import vllm_wkvquant
@@ -113,22 +114,28 @@ def run_quantize(args: argparse.Namespace) -> int:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}"),
         console=console,
         disable=not console.is_terminal,
     )
     with bar:
-        task = bar.add_task("checking", total=None)
+        task = bar.add_task("checking", total=None, left="")
+        first: tuple[int, float] | None = None  # blocks that were done when the first one began, and when that was
 
         def announce(estimate: "Estimate") -> None:
             console.print(estimate_table(estimate))
             bar.update(task, description="blocks")
 
         def progress(done: int, total: int, note: str) -> None:
-            bar.update(task, description=f"blocks {note}", completed=done, total=total)
+            nonlocal first
+            now = time.monotonic()
+            first = first or (done, now)
+            left = ""
+            if first[0] < done < total:
+                left = f"{duration((total - done) * (now - first[1]) / (done - first[0]))} left"
+            bar.update(task, description=f"blocks {note}", completed=done, total=total, left=left)
             if not console.is_terminal:  # a log: one line a block
-                print(f"block {done}/{total} {note}".rstrip(), file=sys.stderr, flush=True)
+                print(*filter(None, (f"block {done}/{total}", note, left)), file=sys.stderr, flush=True)
 
         report = quantize(settings, progress, announce)
     if not report:
