@@ -26,7 +26,7 @@ from vllm_wkvquant.quantize.weights import (
 GROUP = 32
 LEARNING = BEST.learning
 assert LEARNING
-ESTIMATE = Estimate(1, 1, 1, 1, 1, "cpu", 1)  # for tests that count learning, of which a rehearsal has some
+ESTIMATE = Estimate(1, 1, 1, 1, 1, "cpu", 1, 1)  # for tests that count learning, of which a rehearsal has some
 
 
 def ranges(weight: torch.Tensor, clip: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,10 +164,10 @@ def test_the_paper_learns(model, tmp_path, monkeypatch) -> None:
     seen = []
     original = learn.learn
 
-    def spy(learning, block, forward, inputs, targets, seed):
+    def spy(learning, block, forward, inputs, targets, *rest):
         seen.append(len(targets))
         before = [p.detach().clone() for p in block.parameters()]
-        losses = original(learning, block, forward, inputs, targets, seed)
+        losses = original(learning, block, forward, inputs, targets, *rest)
         assert losses[-1] < losses[0]
         assert all((a != b).any() for a, b in zip(before, block.parameters(), strict=True))
         return losses

@@ -328,14 +328,14 @@ def test_first_position_is_calibrated_on_what_begins_a_sequence(tmp_path: Path, 
     model = tiny_model(tmp_path / "model", num_layers=2)
     windows = read_windows(model, text, SAMPLES, SEQ_LEN, seed=0)
     assert windows.prefix == []
-    assert set(windows.first_tokens().tolist()) <= set(windows.tokens[: windows.statistics].flatten().tolist())
-    assert windows.first_tokens().numel() > 16
+    assert set(windows.first_tokens.tolist()) <= set(windows.tokens[: windows.statistics].flatten().tolist())
+    assert windows.first_tokens.numel() > 16
     quantize(settings(model, tmp_path / "out", text))
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     captured: list[torch.Tensor] = []
     whole.model.layers[0].self_attn.k_proj.register_forward_hook(lambda m, x, y: captured.append(y))
     with torch.inference_mode():
-        whole(windows.first_tokens()[:, None])
+        whole(windows.first_tokens[:, None])
     # position 0 is not rotated; the first block's keys feel no rounding but that of k_proj itself
     k_first = Checkpoint(tmp_path / "out").kv_tensors(0)["k_first"]
     assert blocks.relative_error(k_first.flatten(), captured[0][:, 0].mean(0)) < 0.2
@@ -345,7 +345,7 @@ def test_first_position_is_calibrated_on_what_begins_a_sequence(tmp_path: Path, 
     tokenizer.post_processor = TemplateProcessing(single="\x01 $A", special_tokens=[("\x01", bos)])
     tokenizer.save(str(model / "tokenizer.json"))
     begun = read_windows(model, text, SAMPLES, SEQ_LEN, seed=0)
-    assert begun.prefix == begun.first_tokens().tolist() == [bos]
+    assert begun.prefix == begun.first_tokens.tolist() == [bos]
     assert begun.tokens.shape == windows.tokens.shape
     assert (begun.tokens[:, 0] == bos).all()
 

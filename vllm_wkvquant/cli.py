@@ -62,7 +62,21 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory-budget",
         type=parse_size,
         metavar="SIZE",
-        help="memory to use, on a GPU the GPU's: hidden states that do not fit are kept on the host (what is free)",
+        help="memory to use, on a GPU the GPU's, of each worker: hidden states that do not fit are kept on the host "
+        "(what is free)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that share the windows, one to a GPU; the result is that of one but for rounding (%(default)s)",
+    )
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="run the workers on a Ray cluster whose hosts all see MODEL, OUT and FILE: host:port, auto for the one "
+        "that this host is in, local for one on this host that ends with the run",
     )
     parser.add_argument("--dry-run", action="store_true", help="print what the run will take, and stop")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted run towards OUT")
@@ -83,14 +97,15 @@ def estimate_table(estimate: "Estimate") -> Table:
     where = f"; hidden states on the {'host' if estimate.storage == 'cpu' else 'GPU'}" if on_device else ""
     table.add_row("work", f"{estimate.flop / 1e15:.3g} PFLOP")
     table.add_row("time", f"{duration(estimate.seconds)} at {estimate.rate / 1e12:.3g} TFLOP/s, files not counted")
-    table.add_row("memory", f"{on_device}{estimate.host_bytes / 1e9:.3g} GB{where}")
+    whose = f" of the first of {estimate.workers} workers" if estimate.workers > 1 else ""
+    table.add_row(f"memory{whose}", f"{on_device}{estimate.host_bytes / 1e9:.3g} GB{where}")
     table.add_row("written", f"{estimate.written / 1e9:.3g} GB")
     return table
 
 
 def run_quantize(args: argparse.Namespace) -> int:
     """Run `wkvquant quantize`; returns the exit status."""
-    from vllm_wkvquant.quantize.pipeline import quantize
+    from vllm_wkvquant.quantize.launch import run
     from vllm_wkvquant.quantize.plan import Settings
 
     settings = Settings(
@@ -107,6 +122,8 @@ def run_quantize(args: argparse.Namespace) -> int:
         resume=args.resume,
         memory_budget=args.memory_budget,
         dry_run=args.dry_run,
+        workers=args.workers,
+        ray=args.ray,
     )
     console = Console(stderr=True)
     bar = Progress(
@@ -137,7 +154,7 @@ def run_quantize(args: argparse.Namespace) -> int:
             if not console.is_terminal:  # a log: one line a block
                 print(*filter(None, (f"block {done}/{total}", note, left)), file=sys.stderr, flush=True)
 
-        report = quantize(settings, progress, announce)
+        report = run(settings, progress, announce)
     if not report:
         return 0
     table = Table(title="candidates for the smoothing of keys, on held-out calibration text")

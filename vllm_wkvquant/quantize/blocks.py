@@ -18,12 +18,13 @@ from vllm_wkvquant.checkpoint import KV_PARAMS
 from vllm_wkvquant.quantize import kv
 from vllm_wkvquant.quantize.adapters import ModelAdapter
 from vllm_wkvquant.quantize.attention import QKV
-from vllm_wkvquant.quantize.calibration import SKIPPED
+from vllm_wkvquant.quantize.calibration import SKIPPED, Windows
 from vllm_wkvquant.quantize.fold import fold_value
 from vllm_wkvquant.quantize.learn import LearnedBlock, LearnedCache, LearnedWeight, learn, relative_mse
 from vllm_wkvquant.quantize.plan import Plan
 from vllm_wkvquant.quantize.recipes import LEARNED, SEARCHED, Smoothing
 from vllm_wkvquant.quantize.weights import round_to_nearest
+from vllm_wkvquant.quantize.workers import ALONE, Workers
 from vllm_wkvquant.reference import KVParams, fake_quantize
 
 REFERENCE = "reference"
@@ -38,10 +39,39 @@ def first_hidden(plan: Plan) -> dict[str, torch.Tensor]:
     dtype = getattr(torch, plan.settings.dtype)
     hidden = torch.nn.functional.embedding(plan.windows.tokens, embedding).to(dtype)
     held_out = hidden[plan.windows.statistics :]
-    first = torch.nn.functional.embedding(plan.windows.first_tokens()[:, None], embedding).to(dtype)
+    first = torch.nn.functional.embedding(plan.windows.first_tokens[:, None], embedding).to(dtype)
     runs = {REFERENCE: hidden, FIRST: first} | {name: held_out.clone() for name in plan.recipe.candidates}
     runs |= {EXACT: hidden.clone()} if plan.recipe.learning else {}
     return {name: run.to(plan.storage) for name, run in runs.items()}
+
+
+def of_all_workers(plan: Plan, hidden: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Hidden states of all windows, on worker 0; of no use on the others."""
+    if plan.workers.size == 1:
+        return hidden
+    whole = {}
+    for name, run in hidden.items():
+        parts = [part for part in split(run, plan.windows) if part.shape[0]] if name != FIRST else []
+        whole[name] = torch.cat([plan.workers.gather(part) for part in parts]) if parts else run
+    return whole
+
+
+def of_this_worker(plan: Plan, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What `of_all_workers` gave, handed out again. whole: empty but on worker 0; emptied there."""
+    hidden = first_hidden(plan)  # for the names and shapes
+    for name, run in hidden.items():
+        of_all = plan.workers.spread(whole.pop(name, None))
+        if name == FIRST:
+            run.copy_(of_all)
+            continue
+        for mine, part in zip(split(run, plan.windows), split(of_all, plan.all_windows), strict=True):
+            mine.copy_(plan.workers.share(part))
+    return hidden
+
+
+def split(run: torch.Tensor, windows: Windows) -> tuple[torch.Tensor, ...]:
+    """The windows of statistics, none in a candidate's run, and those held out."""
+    return run.split([run.shape[0] - windows.held_out, windows.held_out])
 
 
 class Clock:
@@ -111,7 +141,7 @@ def quantize_block(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """One block: its tensors for the checkpoint, each candidate's k_smooth and what its keys come to (k_channels, the
     report's) among them, and its report; takes `hidden` past it."""
-    adapter, recipe, train = plan.adapter, plan.recipe, plan.windows.statistics
+    adapter, recipe, train, workers = plan.adapter, plan.recipe, plan.windows.statistics, plan.workers
     clock = Clock(plan.settings.device)
     block = adapter.load_block(layer, getattr(torch, plan.settings.dtype), plan.settings.device)
     runner = BlockRunner(plan, block, plan.windows.tokens.shape[1])
@@ -143,7 +173,7 @@ def quantize_block(
         reference[i] = runner(window, captured=captured if i < train else None)
     hidden[FIRST], firsts = runner.first(hidden[FIRST])
     clock.lap("reference")
-    statistics = kv.collect(captured, firsts if recipe.first_shift else None, plan.kv, plan.settings.device)
+    statistics = kv.collect(captured, firsts if recipe.first_shift else None, plan.kv, plan.settings.device, workers)
     clock.lap("statistics")
     if learned and learned.cache:
         statistics = replace(statistics, **learned.cache.shifts())
@@ -151,14 +181,14 @@ def quantize_block(
     else:
         params = layer_params(plan, statistics, captured, o_proj.weight)  # type: ignore[arg-type]
     clock.lap("search")
-    tensors["k_channels"] = kv.channel_maxima(captured, None, plan.settings.device).cpu()
+    tensors["k_channels"] = kv.channel_maxima(captured, None, plan.settings.device, workers).cpu()
     for name, candidate in params.items():
-        tensors[f"{name}.k_channels"] = kv.channel_maxima(captured, candidate, plan.settings.device).cpu()
+        tensors[f"{name}.k_channels"] = kv.channel_maxima(captured, candidate, plan.settings.device, workers).cpu()
     clock.lap("statistics")
     errors = {}
     for name, candidate in params.items():
         runner.advance(hidden[name], candidate)
-        errors[name] = relative_error(hidden[name][:, SKIPPED:], reference[train:, SKIPPED:])
+        errors[name] = relative_error(hidden[name][:, SKIPPED:], reference[train:, SKIPPED:], workers)
         tensors[f"{name}.k_smooth"] = candidate.k_smooth.cpu()
     tensors |= {p: getattr(statistics, p).cpu() for p in KV_PARAMS if p != "k_smooth"}
     clock.lap("candidates")
@@ -171,14 +201,14 @@ def quantize_block(
         "seconds": clock.seconds,
     }
     if learned:
-        output_error["learned"] = mean_loss(reference[train:], hidden[EXACT][train:])
+        output_error["learned"] = mean_loss(reference[train:], hidden[EXACT][train:], workers)
         report |= {"loss": learned.losses, "output_error": output_error, "clip": learned.clips()}
     return tensors, report
 
 
-def mean_loss(run: torch.Tensor, exact: torch.Tensor) -> float:
-    """`relative_mse` of windows [N, T, hidden]."""
-    return torch.stack([relative_mse(a, b) for a, b in zip(run, exact, strict=True)]).mean().item()
+def mean_loss(run: torch.Tensor, exact: torch.Tensor, workers: Workers) -> float:
+    """`relative_mse` of all workers' windows; run, exact: this worker's, [N, T, hidden]."""
+    return workers.mean([relative_mse(a, b) for a, b in zip(run, exact, strict=True)]).item()
 
 
 def rounded_error(plan: Plan, runner: BlockRunner, inputs: torch.Tensor, exact: torch.Tensor) -> float:
@@ -188,7 +218,8 @@ def rounded_error(plan: Plan, runner: BlockRunner, inputs: torch.Tensor, exact: 
         weight: Any = runner.block.get_submodule(name).weight
         size = plan.adapter.group_sizes[name.rpartition(".")[2]]
         weights[f"{name}.weight"] = round_to_nearest(weight, size, plan.adapter.dtype).dequantize().to(weight.dtype)
-    return mean_loss(torch.stack([runner.run(runner.block, weights, w).to(plan.storage) for w in inputs]), exact)
+    outputs = torch.stack([runner.run(runner.block, weights, w).to(plan.storage) for w in inputs])
+    return mean_loss(outputs, exact, plan.workers)
 
 
 def learn_block(
@@ -205,9 +236,11 @@ def learn_block(
     with input_squares(block, family.linears if learning.clip == "searched" else ()) as squares:
         for window in reference[:train]:
             runner(window, captured=captured if learning.cache else None)
+    for square in squares.values():
+        plan.workers.sum(square)
     cache = None
     if learning.cache:
-        statistics = kv.collect(captured, None, plan.kv, plan.settings.device)
+        statistics = kv.collect(captured, None, plan.kv, plan.settings.device, plan.workers)
         smooth = kv.smoothing_factors(recipe.smoothings[0], statistics, plan.kv.rope.rotary_dim)
         cache = LearnedCache(KVParams.build(plan.kv, smooth, statistics.k_shift, statistics.v_shift))
     del captured
@@ -242,7 +275,8 @@ def learn_block(
             out.append(runner.run(follower, {}, out[-1]))
         return out
 
-    learned.losses = learn(learning, learned, forward, reference[:train], targets, plan.settings.seed + layer)
+    seed = plan.settings.seed + layer
+    learned.losses = learn(learning, learned, forward, reference[:train], targets, seed, plan.workers)
     clock.lap("learn")
     return learned
 
@@ -272,12 +306,12 @@ def balance_value(
     Dividing by s_v spreads the range evenly; the error of channel c then reaches the output times s_v[c] |column c|.
     """
     heads, size = plan.adapter.num_kv_heads, plan.adapter.head_size
-    squares = torch.zeros(heads, size, device=plan.settings.device)
+    variances = []
     for window in windows:
         value = v_proj(norm(window.to(plan.settings.device)))[SKIPPED:].float().view(-1, heads, size)
-        squares += (value - value.mean(0)).square().mean(0)
+        variances.append((value - value.mean(0)).square().mean(0))
     columns = o_proj.weight.float().square().sum(0).view(heads, -1, size).sum(1)  # type: ignore[operator]
-    ratio = (squares / windows.shape[0] / columns.clamp_min(1e-12)).sqrt()
+    ratio = (plan.workers.mean(variances) / columns.clamp_min(1e-12)).sqrt()
     return kv.normalize(ratio**plan.recipe.value_balance)
 
 
@@ -309,9 +343,11 @@ def quantize_weights(
     return tensors, errors
 
 
-def relative_error(x: torch.Tensor, exact: torch.Tensor) -> float:
-    """|x - exact| / |exact|."""
-    return ((x.float() - exact.float()).norm() / exact.float().norm().clamp_min(1e-30)).item()
+def relative_error(x: torch.Tensor, exact: torch.Tensor, workers: Workers = ALONE) -> float:
+    """|x - exact| / |exact|, of what all workers have together."""
+    norms = torch.stack([(x.float() - exact.float()).norm(), exact.float().norm()])
+    error, size = workers.sum(norms.double().square()).sqrt().tolist()
+    return error / max(size, 1e-30)
 
 
 def layer_params(
@@ -328,8 +364,7 @@ def layer_params(
     params = {s.name: build(factors(s)) for s in plan.recipe.smoothings}
     if plan.recipe.search:
         grid = torch.stack([factors(s) for s in plan.recipe.search])
-        best = kv.search(
-            [build(s) for s in grid], captured, o_proj, plan.attention.scale, plan.attention.sliding_window
-        )
+        scale, sliding_window = plan.attention.scale, plan.attention.sliding_window
+        best = kv.search([build(s) for s in grid], captured, o_proj, scale, sliding_window, plan.workers)
         params[SEARCHED] = build(grid[best, torch.arange(best.numel(), device=grid.device)])
     return params

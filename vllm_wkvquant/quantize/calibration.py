@@ -1,11 +1,12 @@
 """Calibration windows: tokens of a local text, a part of them held out for the choice between candidates."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from vllm_wkvquant.config import ConfigError
+from vllm_wkvquant.quantize.workers import Workers
 from vllm_wkvquant.text import read_tokens
 
 FIRST_TOKENS = 256  # of these the mean key and value at position 0 is taken
@@ -17,23 +18,23 @@ class Windows:
     """tokens: int64 [samples, seq_len], each window after `prefix`; the last `held_out` are in no statistic.
 
     prefix: what the tokenizer puts before every text, as it does when the model is served (Llama's BOS; often nothing).
+    first_tokens: int64 [<= FIRST_TOKENS], may begin a sequence: the one that always does, or any of the text.
     """
 
     tokens: torch.Tensor
     held_out: int
     prefix: list[int]
+    first_tokens: torch.Tensor
 
     @property
     def statistics(self) -> int:
         """Windows from which statistics are taken."""
         return self.tokens.shape[0] - self.held_out
 
-    def first_tokens(self) -> torch.Tensor:
-        """int64 [<= FIRST_TOKENS] tokens that may begin a sequence: the one that always does, or any of the text."""
-        if self.prefix:
-            return torch.tensor(self.prefix[:1])
-        tokens = self.tokens[: self.statistics].flatten()
-        return tokens[:: max(1, tokens.numel() // FIRST_TOKENS)][:FIRST_TOKENS]
+    def share(self, workers: Workers) -> "Windows":
+        """A worker's share of both kinds of windows; of the first tokens each has all."""
+        train, held_out = (workers.share(part) for part in self.tokens.split([self.statistics, self.held_out]))
+        return replace(self, tokens=torch.cat([train, held_out]), held_out=held_out.shape[0])
 
 
 def read_windows(model: Path, text: Path, samples: int, seq_len: int, seed: int) -> Windows:
@@ -48,4 +49,7 @@ def read_windows(model: Path, text: Path, samples: int, seq_len: int, seed: int)
         )
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:samples].tolist()
     tokens = torch.tensor([prefix + ids[i * own : (i + 1) * own] for i in order])
-    return Windows(tokens, max(2, samples // 4), prefix)
+    held_out = max(2, samples // 4)
+    text_tokens = tokens[: samples - held_out].flatten()
+    first = text_tokens[:: max(1, text_tokens.numel() // FIRST_TOKENS)][:FIRST_TOKENS]
+    return Windows(tokens, held_out, prefix, torch.tensor(prefix[:1]) if prefix else first)

@@ -12,7 +12,7 @@ from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.quantize import kv
 from vllm_wkvquant.quantize.attention import QUERY_ROWS
 from vllm_wkvquant.quantize.blocks import first_hidden, quantize_block
-from vllm_wkvquant.quantize.calibration import FIRST_TOKENS, Windows
+from vllm_wkvquant.quantize.calibration import FIRST_TOKENS
 from vllm_wkvquant.quantize.head import LOGIT_ROWS
 from vllm_wkvquant.quantize.plan import Plan, packed_bytes
 
@@ -23,10 +23,11 @@ FIXED = ("load", "clips", "round")  # parts of a block's work that take the same
 class Estimate:
     """What a run takes.
 
-    flop: of all matrix products. seconds: without reading and writing files. rate: FLOP a second of a block's forward
-    pass in the rehearsal. device_bytes, host_bytes: peaks of what the run holds on the device and on the host, where
-    the CPU is no device; Python and libraries are not in it. storage: where hidden states are kept. written: bytes
-    that are written, most of them hidden states after each block, for `--resume`.
+    flop: of all matrix products, of all workers. seconds: without reading and writing files, and without what workers
+    tell each other but in the rehearsal. rate: FLOP a second of a block's forward pass in the rehearsal. device_bytes,
+    host_bytes: peaks of what worker 0 holds on its device and on the host, where the CPU is no device; Python and
+    libraries are not in it. storage: where hidden states are kept. written: bytes that are written, most of them hidden
+    states after each block, for `--resume`.
     """
 
     flop: float
@@ -36,6 +37,7 @@ class Estimate:
     host_bytes: int
     storage: str
     written: int
+    workers: int
 
 
 def estimate(plan: Plan) -> Estimate:
@@ -52,21 +54,22 @@ def estimate(plan: Plan) -> Estimate:
     scaled = sum(seconds[name] * flop / known[name] for block in blocks for name, flop in block.items() if flop)
     head = head_flop(plan)
     return Estimate(
-        flop=sum(sum(block.values()) for block in blocks) + head,
+        flop=plan.workers.size * (sum(sum(block.values()) for block in blocks) + head),
         seconds=fixed + scaled + head / rate,
         rate=rate,
         device_bytes=0 if plan.settings.device == "cpu" else device_bytes(plan),
         host_bytes=host_bytes(plan),
         storage=plan.storage,
-        written=len(layers) * hidden_bytes(plan) + 2 * packed_bytes(plan.adapter) + outer_bytes(plan),
+        written=len(layers) * all_hidden_bytes(plan) + 2 * packed_bytes(plan.adapter) + outer_bytes(plan),
+        workers=plan.workers.size,
     )
 
 
 def rehearsal(plan: Plan) -> Plan:
     """The run with the windows of one learning step and one held-out window."""
     learning, windows = plan.recipe.learning, plan.windows
-    train = min(learning.batch if learning else 1, windows.statistics)
-    few = Windows(torch.cat([windows.tokens[:train], windows.tokens[-1:]]), 1, windows.prefix)
+    train = min(-(-learning.batch // plan.workers.size) if learning else 1, windows.statistics)
+    few = replace(windows, tokens=torch.cat([windows.tokens[:train], windows.tokens[-1:]]), held_out=1)
     recipe = replace(plan.recipe, learning=replace(learning, epochs=1)) if learning else plan.recipe
     return replace(plan, windows=few, recipe=recipe)
 
@@ -101,13 +104,15 @@ def block_flop(plan: Plan, layer: int) -> dict[str, float]:
     simulated += 4 * length * adapter.num_kv_heads * adapter.head_size**2 if recipe.key_hadamard else 0
     flop: dict[str, float] = {
         "statistics": train * sizes[adapter.family.v_proj] if recipe.value_balance else 0,
-        "reference": samples * forward + linear * plan.windows.first_tokens().numel() / length,
+        "reference": samples * forward + linear * plan.windows.first_tokens.numel() / length,
         "candidates": held_out * len(recipe.candidates) * (linear + simulated),
     }
     if recipe.search:
         gram = 2 * length * adapter.num_heads**2 // adapter.num_kv_heads * adapter.head_size**2
         exact = attention_flop(plan, layer, QUERY_ROWS)
-        flop["search"] = min(kv.SEARCH_WINDOWS, train) * (exact + len(recipe.search) * (simulated + gram))
+        flop["search"] = min(len(plan.workers.share(range(kv.SEARCH_WINDOWS))), train) * (
+            exact + len(recipe.search) * (simulated + gram)
+        )
     if learning:
         names = list(sizes)
         of_window = sum(sizes[name] for name in names[: names.index(adapter.family.o_proj)])
@@ -143,6 +148,11 @@ def hidden_bytes(plan: Plan) -> int:
     samples, length = plan.windows.tokens.shape
     windows = samples * (2 if plan.recipe.learning else 1) + plan.windows.held_out * len(plan.recipe.candidates)
     return (windows * length + FIRST_TOKENS) * plan.adapter.config.hidden_size * itemsize(plan)
+
+
+def all_hidden_bytes(plan: Plan) -> int:
+    """Hidden states of all workers' windows."""
+    return hidden_bytes(replace(plan, windows=plan.all_windows))
 
 
 def stored_bytes(plan: Plan) -> int:
@@ -193,34 +203,37 @@ def device_bytes(plan: Plan) -> int:
 
 
 def host_bytes(plan: Plan) -> int:
-    """Peak on the host: while a block is computed or while it is written, or the checkpoint is."""
+    """Peak on worker 0's host: while a block is computed, while it is written, or while the checkpoint is."""
     adapter, settings = plan.adapter, plan.settings
     if settings.device == "cpu":
         computed = device_bytes(plan)
     else:
-        loaded = 2 * adapter.numel(adapter.block_names(0))
-        computed = loaded + (stored_bytes(plan) if plan.storage == "cpu" else hidden_bytes(plan))
+        computed = 2 * adapter.numel(adapter.block_names(0)) + (stored_bytes(plan) if plan.storage == "cpu" else 0)
+    hidden = hidden_bytes(plan) if plan.storage == "cpu" else 0
+    gathered = all_hidden_bytes(plan) if plan.storage != "cpu" or plan.workers.size > 1 else 0
     outer = outer_bytes(plan)
-    return max(computed, hidden_bytes(plan) + outer + min(settings.shard_size, packed_bytes(adapter) + outer))
+    shard = min(settings.shard_size, packed_bytes(adapter) + outer)
+    return max(computed, hidden + gathered, hidden + outer + shard)
 
 
 def place(plan: Plan) -> Plan:
     """The run with its hidden states on the device where they fit in the budget, else on the host.
 
-    The budget is `--memory-budget`, or the memory that is free on the device (the CPU's is the host's). Raises
-    ConfigError where no placement fits.
+    The budget is `--memory-budget`, or the memory that is free on the device (the CPU's is the host's, an equal part of
+    it for each worker). Raises ConfigError where no placement fits.
     """
-    device, budget = plan.settings.device, plan.settings.memory_budget
-    if budget is None:
-        budget = free_bytes(device)
-        limit = f"{budget / 1e9:.3g} GB are free (--memory-budget overrules that)"
-    else:
-        limit = f"--memory-budget is {budget / 1e9:.3g} GB"
+    device, given = plan.settings.device, plan.settings.memory_budget
+    own = free_bytes(device) // (plan.workers.size if device == "cpu" else 1) if given is None else given
     for storage in dict.fromkeys((device, "cpu")):
         placed = replace(plan, storage=storage)
-        needed = device_bytes(placed)
+        # the most that a worker needs and the least that one has: all workers decide alike
+        needed, negative = plan.workers.amax([torch.tensor([device_bytes(placed), -own])]).tolist()
+        budget = -negative
         if needed <= budget:
             return placed
+    limit = f"--memory-budget is {budget / 1e9:.3g} GB"
+    if given is None:
+        limit = f"{budget / 1e9:.3g} GB are free (--memory-budget overrules that)"
     what = "memory" if device == "cpu" else "GPU memory"
     raise ConfigError(
         f"this run needs about {needed / 1e9:.3g} GB of {what}, {limit}; lower --samples or --seq-len, or calibrate in "

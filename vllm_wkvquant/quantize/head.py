@@ -11,8 +11,8 @@ LOGIT_ROWS = 512  # rows of logits held at once: 512 x 152k vocabulary x fp32 is
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of a run with the one it is compared with, fp64: KL divergence of the next token in nats, [N * T]; negative log
-    likelihood of the text's next token, [N * (T - 1)]."""
+    """Of a run with the one it is compared with, fp64: KL divergence of the next token in nats, [N, T]; negative log
+    likelihood of the text's next token, [N, T - 1]."""
 
     kl: torch.Tensor
     nll: torch.Tensor
@@ -24,7 +24,10 @@ class Comparison:
 
 
 def compare(plan: Plan, runs: dict[str, torch.Tensor]) -> dict[str, Comparison]:
-    """Every run compared with the first, which is one of them; hidden states [N, T, hidden] of held-out windows."""
+    """Every run compared with the first, which is one of them; on worker 0, of all workers' windows.
+
+    runs: hidden states [N, T, hidden] of this worker's held-out windows.
+    """
     device, tokens = plan.settings.device, plan.windows.tokens[plan.windows.statistics :]
     head = plan.adapter.load_head(getattr(torch, plan.settings.dtype), device)
     following = tokens.roll(-1, 1).flatten()
@@ -38,4 +41,8 @@ def compare(plan: Plan, runs: dict[str, torch.Tensor]) -> dict[str, Comparison]:
             first = logp if first is None else first
             kl[name].append((first.exp() * (first - logp)).sum(-1).double().cpu())
             nll[name].append(-logp.gather(1, following[rows, None].to(device))[:, 0].double().cpu())
-    return {n: Comparison(torch.cat(kl[n]), torch.cat(nll[n]).view_as(tokens)[:, :-1].flatten()) for n in runs}
+
+    def of_all(parts: list[torch.Tensor]) -> torch.Tensor:
+        return plan.workers.gather(torch.cat(parts).view(tokens.shape))
+
+    return {name: Comparison(of_all(kl[name]), of_all(nll[name])[:, :-1]) for name in runs}

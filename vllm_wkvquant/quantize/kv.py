@@ -8,6 +8,7 @@ from vllm_wkvquant.config import KVCacheConfig
 from vllm_wkvquant.quantize.attention import QKV, past_only_attention
 from vllm_wkvquant.quantize.calibration import SKIPPED
 from vllm_wkvquant.quantize.recipes import Smoothing
+from vllm_wkvquant.quantize.workers import ALONE, Workers
 from vllm_wkvquant.reference import KVParams, fake_quantize, key_shift_at, rope_turns, rotate, transform_key
 
 SMOOTH_LIMIT = 64.0  # a factor stays within 1/64 .. 64 of its head's mean
@@ -31,11 +32,17 @@ class KVStatistics:
     v_first: torch.Tensor
 
 
-def collect(windows: list[QKV], firsts: QKV | None, config: KVCacheConfig, device: str = "cpu") -> KVStatistics:
-    """Statistics of captured windows, under the shift that `config` asks for.
+def collect(
+    windows: list[QKV],
+    firsts: QKV | None,
+    config: KVCacheConfig,
+    device: str = "cpu",
+    workers: Workers = ALONE,
+) -> KVStatistics:
+    """Statistics of captured windows of all workers, under the shift that `config` asks for.
 
-    windows: anywhere; one at a time is brought to `device`. firsts: tokens at position 0, [B, ...], or None where that
-    position has no shifts of its own.
+    windows: this worker's, anywhere; one at a time is brought to `device`. firsts: tokens at position 0, [B, ...], or
+    None where that position has no shifts of its own.
     """
     length, heads, size = windows[0][1].shape
     positions = torch.arange(length, device=device)
@@ -49,29 +56,30 @@ def collect(windows: list[QKV], firsts: QKV | None, config: KVCacheConfig, devic
         k_means.append(key[SKIPPED:].mean(0))
         v_means.append(v.to(device)[SKIPPED:].float().mean(0))
         q_squares.append(q.to(device)[SKIPPED:].float().unflatten(1, (heads, -1)).square().mean((0, 2)))
-    k_shift = zeros if config.key_shift == "none" else torch.stack(k_means).mean(0)
-    v_shift = torch.stack(v_means).mean(0)
+    k_shift = zeros if config.key_shift == "none" else workers.mean(k_means)
+    v_shift = workers.mean(v_means)
     known = key_shift_at(positions, KVParams.build(config, zeros + 1, k_shift, zeros))
     deviations = [(k.to(device).float() - known)[SKIPPED:].abs().amax(0) for _, k, _ in windows]
     return KVStatistics(
         k_shift=k_shift,
-        k_deviation=torch.stack(deviations).amax(0),
-        q_rms=torch.stack(q_squares).mean(0).sqrt(),
+        k_deviation=workers.amax(deviations),
+        q_rms=workers.mean(q_squares).sqrt(),
         v_shift=v_shift,
         k_first=known[0].clone() if firsts is None else firsts[1].float().mean(0),
         v_first=v_shift.clone() if firsts is None else firsts[2].float().mean(0),
     )
 
 
-def channel_maxima(windows: list[QKV], params: KVParams | None, device: str) -> torch.Tensor:
-    """Largest |key| of each channel, fp32 [H, D]: as attention has it, or as a cache of `params` codes it."""
+def channel_maxima(windows: list[QKV], params: KVParams | None, device: str, workers: Workers) -> torch.Tensor:
+    """Largest |key| of each channel in all workers' windows, fp32 [H, D]: as attention has it, or as a cache of
+    `params` codes it."""
     positions = torch.arange(windows[0][1].shape[0], device=device)
     maxima = []
     for _, k, _ in windows:
         key = k.to(device).float()
         key = key if params is None else transform_key(key, positions, params)
         maxima.append(key[SKIPPED:].abs().amax(0))
-    return torch.stack(maxima).amax(0)
+    return workers.amax(maxima)
 
 
 def normalize(factors: torch.Tensor) -> torch.Tensor:
@@ -115,6 +123,7 @@ def search(
     o_proj: torch.Tensor,
     scale: float,
     sliding_window: int,
+    workers: Workers = ALONE,
 ) -> torch.Tensor:
     """Index int64 [H] of the candidate that errs least at the output of attention, for each KV head.
 
@@ -124,9 +133,9 @@ def search(
     columns = o_proj.float().unflatten(1, (heads, -1)).transpose(0, 1)  # [H, hidden, g * D]
     gram = columns.transpose(1, 2) @ columns
     errors = torch.zeros(len(candidates), heads, dtype=torch.float64, device=o_proj.device)
-    for window in windows[:SEARCH_WINDOWS]:
+    for window in windows[: len(workers.share(range(SEARCH_WINDOWS)))]:
         q, k, v = (x.to(o_proj.device) for x in window)
         exact = past_only_attention(q, k, v, k.float(), v.float(), scale, sliding_window)
         for i, params in enumerate(candidates):
             errors[i] += attention_error((q, k, v), params, exact, gram, scale, sliding_window)
-    return errors.argmin(0)
+    return workers.sum(errors).argmin(0)

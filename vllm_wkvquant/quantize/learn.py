@@ -12,6 +12,7 @@ import torch
 from vllm_wkvquant.quantize.calibration import SKIPPED
 from vllm_wkvquant.quantize.recipes import Learning
 from vllm_wkvquant.quantize.weights import FakeQuantize, QuantizedWeight, group_range, quantize_weight, search_clip
+from vllm_wkvquant.quantize.workers import ALONE, Workers
 from vllm_wkvquant.reference import FP16_MAX, QMAX, KVParams, hadamard_matrix, key_shift_at, value_shift_at
 
 CLIP_MIN = 0.3  # a group keeps at least this share of its range
@@ -236,11 +237,16 @@ LOSSES = {"relative_mse": relative_mse, "mae": mae}
 
 
 def batches(windows: int, learning: Learning, seed: int) -> Iterator[list[int]]:
-    """Windows of each step: every epoch a permutation of all, cut into batches."""
+    """Windows of each step, of all workers: every epoch has each once.
+
+    A batch has one window of every residue modulo its size, so that workers whose number divides the size have equal
+    parts of it.
+    """
     generator = torch.Generator().manual_seed(seed)
     for _ in range(learning.epochs):
-        order = torch.randperm(windows, generator=generator).tolist()
-        yield from (order[i : i + learning.batch] for i in range(0, windows, learning.batch))
+        residues = [range(i, windows, learning.batch) for i in range(min(learning.batch, windows))]
+        orders = [[r[j] for j in torch.randperm(len(r), generator=generator).tolist()] for r in residues]
+        yield from ([order[i] for order in orders if i < len(order)] for i in range(len(orders[0])))
 
 
 class SignDescent:
@@ -285,28 +291,31 @@ def learn(
     inputs: torch.Tensor,
     targets: list[torch.Tensor],
     seed: int,
+    workers: Workers = ALONE,
 ) -> list[float]:
     """Change what `block` learns so that `forward` takes inputs to targets; returns the mean loss of each epoch.
 
-    inputs: [N, T, hidden] windows; targets: the same after the block and after each follower, whose losses are
-    averaged.
+    inputs: this worker's windows [N, T, hidden]; targets: the same after the block and after each follower, whose
+    losses are averaged. All workers take the same steps, with the gradients of all their windows.
     """
+    windows = workers.total(inputs.shape[0])
     parameters, of_cache = block.parameters(), len(block.cache.parameters()) if block.cache else 0
-    steps = learning.epochs * -(-inputs.shape[0] // learning.batch)
+    steps = learning.epochs * -(-windows // learning.batch)
     optimizer: SignDescent | AdamW
     if learning.optimizer == "sign":
         optimizer = SignDescent(parameters, learning.rate, steps)
     else:
         optimizer = AdamW(parameters, of_cache, learning)
     losses: list[float] = []
-    for batch in batches(inputs.shape[0], learning, seed):
-        windows = [(inputs[i], [t[i] for t in targets]) for i in batch]
-        gradients, parts = batch_gradients(block, forward, LOSSES[learning.loss], windows)
+    for batch in batches(windows, learning, seed):
+        own = [(inputs[i], [t[i] for t in targets]) for i in workers.positions(batch)]
+        gradients, parts = batch_gradients(block, forward, LOSSES[learning.loss], own, workers)
         optimizer.step(gradients)
         del gradients  # as large as the block
         block.project()
         losses += parts
-    return torch.tensor(losses).view(learning.epochs, -1).mean(1).tolist()
+    workers.agree(parameters)
+    return workers.mean(torch.tensor(losses).view(learning.epochs, -1).unbind(1)).tolist()
 
 
 def batch_gradients(
@@ -314,8 +323,10 @@ def batch_gradients(
     forward: Forward,
     loss_function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     windows: list[tuple[torch.Tensor, list[torch.Tensor]]],
+    workers: Workers,
 ) -> tuple[list[torch.Tensor], list[float]]:
-    """Gradients of the sum of the losses of windows, (input, targets) each, by `block.parameters()`; their losses."""
+    """Gradients of the sum of the losses of all workers' windows, by `block.parameters()`; losses of this worker's,
+    which are (input, targets) each."""
     parameters, direct = block.parameters(), block.cache.parameters() if block.cache else []
     with torch.enable_grad():
         fake = block.fake()
@@ -333,6 +344,8 @@ def batch_gradients(
             if part is not None:
                 total += part
         losses.append(loss.item())
+    for total in sums:
+        workers.sum(total)
     gradients = torch.autograd.grad([*fake.values()], parameters, sums[: len(fake)], allow_unused=True)
     by_cache = [None] * (len(parameters) - len(direct)) + sums[len(fake) :]
     return [_sum(a, b) for a, b in zip(gradients, by_cache, strict=True)], losses

@@ -1,6 +1,7 @@
 """`wkvquant quantize`: check everything, then one decoder block after another, then the checkpoint.
 
-Only the hidden states of all runs and one block, with the followers that the recipe asks for, are in memory.
+Only the hidden states of all runs and one block, with the followers that the recipe asks for, are in memory. Several
+workers run this same code, each on its share of the windows; worker 0 alone writes.
 """
 
 import math
@@ -15,13 +16,21 @@ import vllm_wkvquant
 from vllm_wkvquant.checkpoint import KV_PARAMS, kv_tensor_name, quantization_config
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.quantize.adapters import describe
-from vllm_wkvquant.quantize.blocks import EXACT, REFERENCE, first_hidden, quantize_block
+from vllm_wkvquant.quantize.blocks import (
+    EXACT,
+    REFERENCE,
+    first_hidden,
+    of_all_workers,
+    of_this_worker,
+    quantize_block,
+)
 from vllm_wkvquant.quantize.estimate import Estimate, estimate, place
 from vllm_wkvquant.quantize.files import WriteError
-from vllm_wkvquant.quantize.head import compare
+from vllm_wkvquant.quantize.head import Comparison, compare
 from vllm_wkvquant.quantize.plan import Plan, Settings, fingerprint, preflight
 from vllm_wkvquant.quantize.report import BlockDetail, render
 from vllm_wkvquant.quantize.state import RunState, partial_directory
+from vllm_wkvquant.quantize.workers import ALONE, Workers
 from vllm_wkvquant.quantize.writer import CheckpointWriter
 
 Progress = Callable[[int, int, str], None]  # (blocks done, blocks in all, what the last one came to)
@@ -33,25 +42,34 @@ def quantize(
     settings: Settings,
     progress: Progress = lambda done, total, note: None,
     announce: Announce = lambda estimate: None,
+    workers: Workers = ALONE,
 ) -> dict[str, Any]:
-    """Quantize a model; returns the report, empty for a dry run. Raises ConfigError on bad input and a full disk."""
-    plan = place(preflight(settings))
+    """Quantize a model; returns the report, which is empty for a dry run and on workers other than 0.
+
+    Raises ConfigError on bad input and a full disk.
+    """
+    plan = place(preflight(settings, workers))
     layers = plan.adapter.num_layers
     if settings.dry_run:
         announce(estimate(plan))
         return {}
     try:
-        state = RunState(settings.out, fingerprint(plan))
+        state = RunState(settings.out, fingerprint(plan)) if workers.rank == 0 else None
+        done = workers.total(state.blocks_done if state else 0)
         estimated = estimate(plan)
         announce(estimated)
-        hidden = state.hidden(plan.storage) if state.blocks_done else first_hidden(plan)
-        progress(state.blocks_done, layers, "")
-        for layer in range(state.blocks_done, layers):
+        hidden = of_this_worker(plan, state.hidden() if state else {}) if done else first_hidden(plan)
+        progress(done, layers, "")
+        for layer in range(done, layers):
             tensors, report = quantize_block(plan, layer, hidden)
-            state.commit(tensors, report, hidden)
+            whole = of_all_workers(plan, hidden)
+            if state:
+                state.commit(tensors, report, whole)
+            del whole
             losses = report.get("loss")
             progress(layer + 1, layers, f"loss {losses[0]:.3g} -> {losses[-1]:.3g}" if losses else "")
-        return finish(plan, state, hidden, estimated)
+        runs, of_weights = judge(plan, hidden)
+        return finish(plan, state, runs, of_weights, estimated) if state else {}
     except WriteError as error:
         raise ConfigError(
             f"{error}; {partial_directory(settings.out)} keeps the finished blocks: free some space, then run again "
@@ -59,11 +77,22 @@ def quantize(
         ) from error
 
 
-def finish(plan: Plan, state: RunState, hidden: dict[str, torch.Tensor], estimated: Estimate) -> dict[str, Any]:
-    """Choose the candidate, write the checkpoint, clean up."""
-    adapter, settings, train = plan.adapter, plan.settings, plan.windows.statistics
-    reference = hidden[REFERENCE][train:]
-    runs = compare(plan, {REFERENCE: reference} | {name: hidden[name] for name in plan.recipe.candidates})
+def judge(plan: Plan, hidden: dict[str, torch.Tensor]) -> tuple[dict[str, Comparison], dict[str, Comparison]]:
+    """The candidates compared with the reference, and the reference with the exact run where there is one."""
+    held_out = {n: hidden[n][plan.windows.statistics :] for n in (EXACT, REFERENCE) if n in hidden}
+    runs = compare(plan, {REFERENCE: held_out[REFERENCE]} | {n: hidden[n] for n in plan.recipe.candidates})
+    return runs, compare(plan, held_out) if EXACT in hidden else {}
+
+
+def finish(
+    plan: Plan,
+    state: RunState,
+    runs: dict[str, Comparison],
+    of_weights: dict[str, Comparison],
+    estimated: Estimate,
+) -> dict[str, Any]:
+    """Choose the candidate, write the checkpoint, clean up. runs, of_weights: of `judge`."""
+    adapter, settings = plan.adapter, plan.settings
     perplexity = {name: run.perplexity for name, run in runs.items()}
     kl = {name: runs[name].kl for name in plan.recipe.candidates}
     chosen = min(kl, key=lambda name: kl[name].mean().item())
@@ -75,8 +104,7 @@ def finish(plan: Plan, state: RunState, hidden: dict[str, torch.Tensor], estimat
         name: {"kl": x.mean().item(), "kl_se": se(x), "above_chosen_se": se(x - kl[chosen])} for name, x in kl.items()
     }
     weights = None
-    if plan.recipe.learning:
-        of_weights = compare(plan, {EXACT: hidden[EXACT][train:], REFERENCE: reference})
+    if of_weights:
         x = of_weights[REFERENCE].kl
         weights = {"kl": x.mean().item(), "kl_se": se(x)}
         perplexity[EXACT] = of_weights[EXACT].perplexity
@@ -100,11 +128,12 @@ def finish(plan: Plan, state: RunState, hidden: dict[str, torch.Tensor], estimat
         "recipe": asdict(plan.recipe),
         "settings": {
             "samples": settings.samples,
-            "held_out": plan.windows.held_out,
+            "held_out": plan.all_windows.held_out,
             "seq_len": plan.windows.tokens.shape[1],
             "seed": settings.seed,
             "device": settings.device,
             "dtype": settings.dtype,
+            "workers": plan.workers.size,
         },
         "model": describe(adapter),
         "smoothing": chosen,

@@ -16,6 +16,7 @@ from vllm_wkvquant.quantize.attention import ATTENTION, CalibrationAttention
 from vllm_wkvquant.quantize.calibration import SKIPPED, Windows, read_windows
 from vllm_wkvquant.quantize.recipes import Recipe, find_recipe
 from vllm_wkvquant.quantize.state import check_output
+from vllm_wkvquant.quantize.workers import ALONE, Workers
 
 DEFAULT_SEQ_LEN = 2048
 
@@ -25,7 +26,8 @@ class Settings:
     """Arguments of `wkvquant quantize`.
 
     seq_len None: 2048, or fewer where the model has fewer positions. memory_budget: bytes of the device's memory, None
-    for what is free. dry_run: estimate, and do nothing.
+    for what is free. dry_run: estimate, and do nothing. workers: processes that share the windows; ray: address of the
+    Ray cluster that they are on, "local" for one on this host, None for processes of this host.
     """
 
     model: Path
@@ -41,25 +43,34 @@ class Settings:
     resume: bool = False
     memory_budget: int | None = None
     dry_run: bool = False
+    workers: int = 1
+    ray: str | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that has passed every check. storage: device of hidden states and captured q, k, v between uses."""
+    """A run that has passed every check, as one of its workers sees it.
+
+    windows: this worker's; all_windows: of all workers. storage: device of hidden states and captured q, k, v between
+    uses.
+    """
 
     settings: Settings
     recipe: Recipe
     adapter: ModelAdapter
     attention: CalibrationAttention
     windows: Windows
+    all_windows: Windows
     kv: KVCacheConfig
+    workers: Workers = ALONE
     storage: str = "cpu"
 
 
-def preflight(settings: Settings) -> Plan:
+def preflight(settings: Settings, workers: Workers = ALONE) -> Plan:
     """Everything that can be refused before long work. Raises ConfigError."""
     recipe = find_recipe(settings.recipe)
-    check_output(settings.out, settings.resume)
+    if workers.rank == 0:  # who writes
+        check_output(settings.out, settings.resume)
     if settings.device.partition(":")[0] not in ("cpu", "cuda"):
         raise ConfigError(f"--device {settings.device} is neither cpu nor cuda")
     if settings.device.startswith("cuda") and not torch.cuda.is_available():
@@ -75,6 +86,11 @@ def preflight(settings: Settings) -> Plan:
     if settings.samples < 4:
         raise ConfigError(f"--samples {settings.samples} is too few: at least 4, of which 2 are held out")
     windows = read_windows(settings.model, settings.calib_text, settings.samples, seq_len, settings.seed)
+    if windows.held_out < workers.size:
+        raise ConfigError(
+            f"--workers {workers.size} is more than the {windows.held_out} windows that are held out; raise --samples "
+            f"to {4 * workers.size}"
+        )
     kv_config = KVCacheConfig(
         head_size=adapter.head_size,
         num_kv_heads=adapter.num_kv_heads,
@@ -84,8 +100,9 @@ def preflight(settings: Settings) -> Plan:
         value_hadamard=recipe.value_hadamard,
         rope=adapter.rope,
     )
-    plan = Plan(settings, recipe, adapter, attention, windows, kv_config)
-    check_disk(plan)
+    plan = Plan(settings, recipe, adapter, attention, windows.share(workers), windows, kv_config, workers)
+    if workers.rank == 0:
+        check_disk(plan)
     return plan
 
 
@@ -97,7 +114,7 @@ def packed_bytes(adapter: ModelAdapter) -> int:
 
 def check_disk(plan: Plan) -> None:
     """Raise ConfigError unless the file system has room for the checkpoint and the state of the run."""
-    adapter, windows = plan.adapter, plan.windows
+    adapter, windows = plan.adapter, plan.all_windows
     checkpoint = 2 * packed_bytes(adapter) + 2 * adapter.numel(adapter.outer_names())  # blocks as state and as shards
     runs = windows.tokens.shape[0] * (2 if plan.recipe.learning else 1)
     runs += windows.held_out * len(plan.recipe.candidates)
@@ -128,9 +145,10 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
         "samples": settings.samples,
         "seq_len": plan.windows.tokens.shape[1],
         "seed": settings.seed,
+        "workers": plan.workers.size,
         "device": settings.device,
         "dtype": settings.dtype,
         "config.json": _digest(model / "config.json"),
-        "calibration tokens": hashlib.sha256(plan.windows.tokens.numpy().tobytes()).hexdigest()[:16],
+        "calibration tokens": hashlib.sha256(plan.all_windows.tokens.numpy().tobytes()).hexdigest()[:16],
         "weight files": hashlib.sha256(repr(stats).encode()).hexdigest()[:16],
     }

@@ -307,7 +307,8 @@ def costs(blocks: list[BlockDetail], estimate: Estimate, peaks: dict[str, int]) 
     ]
     if "device" in peaks:
         rows.append(["GB on the GPU", number(estimate.device_bytes / 1e9), number(peaks["device"] / 1e9)])
-    text = "Python and libraries are in the memory taken on the host, and not in the estimate."
+    text = "Python and libraries are in the memory taken on the host, and not in the estimate. "
+    text += "Of several workers, seconds and memory are the first's."
     taken = table(rows, ("", "estimated", "taken"))
     return section("Time and memory", text, taken, stacks("seconds of a block", [b.seconds for b in blocks]))
 

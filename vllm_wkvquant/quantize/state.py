@@ -74,9 +74,9 @@ class RunState:
     def _file(self, kind: str, number: int, suffix: str = "safetensors") -> Path:
         return self.directory / f"{kind}-{number:05d}.{suffix}"
 
-    def hidden(self, device: str) -> dict[str, torch.Tensor]:
+    def hidden(self) -> dict[str, torch.Tensor]:
         """Hidden states before block `blocks_done`, by what `commit` called them."""
-        return load_file(self._file("hidden", self.blocks_done), device)
+        return load_file(self._file("hidden", self.blocks_done))
 
     def block(self, layer: int) -> dict[str, torch.Tensor]:
         """Tensors of a finished block."""
