@@ -163,9 +163,7 @@ class Actors:
         self._ray, self._own = ray, not ray.is_initialized()
         if self._own:
             try:
-                ray.init(
-                    settings.ray, log_to_driver=False, include_dashboard=False if settings.ray == "local" else None
-                )
+                ray.init(settings.ray, log_to_driver=False)
             except (ConnectionError, ray.exceptions.RayError) as error:
                 raise ConfigError(f"--ray {settings.ray}: {error}") from error
         kind = "GPU" if settings.device == "cuda" else "CPU"
