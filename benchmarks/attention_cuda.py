@@ -503,6 +503,22 @@ class Prefill:
 
         row.us = timed(attend, 1)
         row.options = f"block_size={self.block} shift={kind}"
+        attend(0)
+        self.check(row, params, past_only=True)
+
+    def check(self, row: Row, params: reference.KVParams, past_only: bool) -> None:
+        """Look at the error of the first queries and KV head."""
+        n, group = min(self.checked, self.count), HEADS // self.kv_heads
+        first = {name: tensor[:1] for name in PER_HEAD if (tensor := getattr(params, name)) is not None}
+        expected = torch.empty(n, group, HEAD_SIZE, dtype=torch.float64, device="cuda")
+        query, lens = self.query[:n, :group], self.seq_lens - self.count + n
+        rest = (self.pages[:, :1], self.table, lens, self.starts.clamp_max(n), replace(params, **first), SCALE)
+        if past_only:
+            lse = torch.empty(n, group, dtype=torch.float64, device="cuda")
+            reference.past_attention(query, *rest, expected, lse)
+        else:
+            reference.paged_attention(query, self.key[:n, :1], self.value[:n, :1], *rest, expected)
+        row.max_error = self.error(expected)
 
     def measure(self, row: Row, kind: str) -> None:
         from vllm.vllm_flash_attn.flash_attn_interface import flash_attn_varlen_func
@@ -522,14 +538,7 @@ class Prefill:
         row.us = timed(attend, 1)
         row.options = f"block_size={self.block} shift={kind}"
         attend(0)
-        n, group = min(self.checked, self.count), HEADS // self.kv_heads
-        first = {name: tensor[:1] for name in PER_HEAD if (tensor := getattr(params, name)) is not None}
-        expected = torch.empty(n, group, HEAD_SIZE, dtype=torch.float64, device="cuda")
-        reference.paged_attention(
-            self.query[:n, :group], self.key[:n, :1], self.value[:n, :1], self.pages[:, :1], self.table,
-            self.seq_lens - self.count + n, self.starts.clamp_max(n), replace(params, **first), SCALE, expected,
-        )  # fmt: skip
-        row.max_error = self.error(expected)
+        self.check(row, params, past_only=False)
 
     def measure_flash(self, row: Row) -> None:
         from vllm.vllm_flash_attn.flash_attn_interface import flash_attn_varlen_func

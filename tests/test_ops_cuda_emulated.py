@@ -66,14 +66,19 @@ def test_query_len(emulated):
     test_ops_cuda.test_query_len(9, 4)
 
 
-@pytest.mark.parametrize(("head_size", "group"), [(64, 1), (96, 4), (128, 16), (256, 4)])
-def test_short_queries_over_the_past(emulated, head_size, group):
-    test_ops_cuda.test_short_queries_over_the_past(head_size, group)
+@pytest.mark.parametrize(("head_size", "group"), [(64, 1), (96, 7), (128, 4), (256, 16)])
+def test_past(emulated, head_size, group):
+    test_ops_cuda.test_past(head_size, group)
+
+
+@pytest.mark.parametrize("window", [1, 30, 129])
+def test_past_in_a_window(emulated, window):
+    test_ops_cuda.test_past_in_a_window(window)
 
 
 @pytest.mark.parametrize(("head_size", "dtype"), [(256, torch.bfloat16), (128, torch.float32)])
-def test_long_queries_of_another_kind_over_the_past(emulated, head_size, dtype):
-    test_ops_cuda.test_long_queries_of_another_kind_over_the_past(head_size, dtype)
+def test_prefill_that_the_kernel_of_decodes_takes(emulated, head_size, dtype):
+    test_ops_cuda.test_prefill_that_the_kernel_of_decodes_takes(head_size, dtype)
 
 
 @pytest.mark.parametrize(("head_size", "group"), [(64, 1), (64, 16), (96, 7), (128, 4)])
@@ -105,8 +110,25 @@ def test_shift_of_a_prefill(emulated, shift):
     test_ops_cuda.test_shift_of_a_prefill(shift, 1e4)
 
 
+@pytest.mark.parametrize("size", [2.0**-9, 2.0**9])
+def test_prefill_of_keys_and_shifts_of_different_sizes(emulated, size):
+    test_ops_cuda.test_prefill_of_keys_and_shifts_of_different_sizes(size)
+
+
 def test_prefill_far_from_the_start(emulated):
     test_ops_cuda.test_prefill_far_from_the_start()
+
+
+def test_which_kernel_takes_the_past(monkeypatch):
+    """Long chunks of many heads are prefills; short queries, few rows in all and a switch are not."""
+    monkeypatch.setattr(native_cuda, "_num_sms", lambda device: 132)
+    device = torch.device("cpu")
+    assert native_cuda._is_prefill(2048, 1, 32, 8, device)
+    assert native_cuda._is_prefill(512, 8, 32, 8, device)
+    assert not native_cuda._is_prefill(512, 64, 32, 8, device)
+    assert not native_cuda._is_prefill(200, 1, 32, 8, device)
+    monkeypatch.setattr(native_cuda, "PREFILL", False)
+    assert not native_cuda._is_prefill(2048, 1, 32, 8, device)
 
 
 def test_prefill_of_many_sequences(emulated):

@@ -30,6 +30,12 @@ CHEBYSHEV = 16
 # scores' standard error is 2e-3; rounding the keys to bf16, as a bf16 cache does, makes one of 6e-3.
 PLAIN = 8.0
 SLOW = 5.0  # largest angle over half a chunk that 16 Chebyshev polynomials stand for; csrc/cpu/prepare.cpp
+# Whether the kernel of prefills may attend past tokens. Its CTAs take 128 rows (query tokens x heads that share a KV
+# head) over all of the past. It does where a sequence and KV head have so many rows in the mean, and all together to a
+# multiprocessor: with fewer, tiles are empty or multiprocessors idle, and the kernel of decodes splits the past.
+PREFILL = True
+PREFILL_ROWS = 64
+PREFILL_SM_ROWS = 96
 
 
 class Params(Structure):
@@ -68,6 +74,7 @@ class PagedAttention(Structure):
         ("scale", c_float),
         ("num_sms", c_int32),
         ("after_write", c_int32),
+        ("prefill", c_int32),
     ]
 
 
@@ -294,6 +301,12 @@ def reserve(params: KVParams, max_seqs: int) -> None:
 @functools.cache
 def _num_sms(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _is_prefill(tokens: int, seqs: int, heads: int, kv_heads: int, device: torch.device) -> bool:
+    """Whether past tokens are a matter of the kernel of prefills, where the device can run it."""
+    rows = tokens * heads
+    return PREFILL and rows >= PREFILL_ROWS * kv_heads * seqs and rows >= PREFILL_SM_ROWS * _num_sms(device)
 
 
 def _check(condition: bool, message: str) -> None:
@@ -575,6 +588,7 @@ def _attend(
             scale=scale,
             num_sms=_num_sms(like.device),
             after_write=after_write,
+            prefill=current is None and _is_prefill(rows, seqs, heads, kv_heads, like.device),
         )
         status = library().wkvquant_cuda_paged_attention(byref(args), byref(like.fields), stream)
     if status:

@@ -92,6 +92,7 @@ struct WkvCudaAttention {
   // The kernel before this one in the stream is the step's cache write, and nothing else that this one reads is of a
   // kernel that may still run: it may begin before the write has ended, and waits for that itself.
   int32_t after_write;
+  int32_t prefill;  // past tokens only: by the kernel of prefills, where it is there for these arguments and fits
 };
 
 // Each returns a cudaError_t.

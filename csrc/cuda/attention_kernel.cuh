@@ -75,8 +75,8 @@ int64_t shared_bytes(const WkvCudaParams& p, int num_seqs) {
   return Shared::carve<Shape<D, NT>>(&unused, nullptr, steps, slots, num_seqs);
 }
 
-// Partial results in the workspace: counters [kMaxCtas], then two slots a CTA of [rows][D] numerators and
-// [rows] maxima and sums. Slot 1 is of an item whose first units are this CTA's, slot 0 of one that began before.
+// Partial results in the workspace: counters [kMaxCtas], then two slots a CTA of [rows][D] numerators, [rows] maxima
+// and [rows] sums. Slot 1 is of an item whose first units are this CTA's, slot 0 of one that began before.
 constexpr int64_t partial_floats(int rows, int d) { return static_cast<int64_t>(rows) * (d + 2); }
 
 template <int D, int NT>

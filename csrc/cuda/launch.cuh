@@ -7,8 +7,9 @@
 
 namespace wkvquant {
 
-// Lets a kernel have so many bytes of dynamic shared memory on the current device.
-template <auto kKernel>
+// Lets a kernel have so many bytes of dynamic shared memory on the current device. kMost: and its SMs all that they can
+// split off from L1, for several CTAs.
+template <auto kKernel, bool kMost = false>
 cudaError_t allow_shared(int64_t bytes) {
   static int64_t allowed[64] = {};
   int device = 0;
@@ -16,6 +17,9 @@ cudaError_t allow_shared(int64_t bytes) {
   if (bytes <= allowed[device % 64]) return cudaSuccess;
   const int most = static_cast<int>(bytes);
   if (cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)) return cudaGetLastError();
+  if (kMost &&
+      cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared))
+    return cudaGetLastError();
   allowed[device % 64] = bytes;
   return cudaSuccess;
 }

@@ -9,8 +9,6 @@
 namespace wkvquant {
 namespace {
 
-constexpr int kMinRows = 64;  // of a sequence and KV head, in the mean
-
 template <int D>
 __global__ void __launch_bounds__(PrefillShape<D>::kThreads, PrefillShape<D>::kCtasPerSm)
     prefill(const __grid_constant__ WkvCudaAttention a, const __grid_constant__ WkvCudaParams p) {
@@ -22,7 +20,7 @@ template <int D>
 cudaError_t launch(const WkvCudaAttention& a, const WkvCudaParams& p, cudaStream_t stream) {
   using S = PrefillShape<D>;
   const int64_t bytes = prefill_shared_bytes<D>(p);
-  if (cudaError_t e = allow_shared<prefill<D>>(bytes)) return e;
+  if (cudaError_t e = allow_shared<prefill<D>, true>(bytes)) return e;
   prefill<D><<<std::min(a.num_sms * S::kCtasPerSm, kMaxCtas), S::kThreads, bytes, stream>>>(a, p);
   return cudaGetLastError();
 }
@@ -30,8 +28,8 @@ cudaError_t launch(const WkvCudaAttention& a, const WkvCudaParams& p, cudaStream
 }  // namespace
 
 bool prefill_takes(const WkvCudaAttention& a, const WkvCudaParams& p) {
-  const int64_t bytes = prefill_shared_bytes(p), group = a.num_heads / p.num_kv_heads;
-  if (a.key || a.dtype == kFloat32 || bytes < 0 || a.num_tokens * group < kMinRows * a.num_seqs) return false;
+  const int64_t bytes = prefill_shared_bytes(p);
+  if (!a.prefill || a.key || a.dtype == kFloat32 || bytes < 0) return false;
   int device = 0, most = 0;
   return cudaGetDevice(&device) == cudaSuccess &&
          cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess && bytes <= most;

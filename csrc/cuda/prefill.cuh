@@ -26,7 +26,7 @@
 
 namespace wkvquant {
 
-// Whether the kernel is there for these arguments, pays for their mean query length, and fits the device.
+// Whether the kernel is wanted and there for these arguments, and fits the device.
 bool prefill_takes(const WkvCudaAttention&, const WkvCudaParams&);
 cudaError_t launch_prefill(const WkvCudaAttention&, const WkvCudaParams&, cudaStream_t);
 int64_t prefill_shared_bytes(const WkvCudaParams&);  // of a CTA; -1 for a head size that there is no kernel of

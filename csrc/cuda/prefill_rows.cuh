@@ -62,7 +62,23 @@ __device__ void Prefill<D>::prepare_rows() {
     }
 #pragma unroll
     for (int i = 0; i < N; ++i) largest = fmaxf(largest, fabsf(x[i]));
-    const int e = scale_exponent(warp_max(largest)), f = scale_exponent(warp_max(largest_raw));
+    const int f = scale_exponent(warp_max(largest_raw));
+    __syncwarp();
+    float size[kSlots], together_sizes = 0;  // bounds of what coefficients can be
+#pragma unroll
+    for (int i = 0; i < kSlots; ++i) {
+      const int at = lane + 32 * i;
+      size[i] = 0;
+      if (at < slots) {
+        const float u = raw[slot[i]], v = raw[slot[i] + p.rotary_pairs];
+        size[i] = (fabsf(u) + fabsf(v)) * slot_shift[i];
+        const int word = ((r / 16 * (slots / 8) + at / 8) * 32 + r % 8 * 4 + at % 4) * 4 + at / 4 % 2 * 2 + r / 8 % 2;
+        pairs[word] = pack_half2(u * power_of_two(-f), v * power_of_two(-f));
+      }
+      together_sizes += size[i];
+    }
+    // The row's unit is such that neither query nor coefficients leave fp16.
+    const int e = max(scale_exponent(warp_max(largest)), scale_exponent(warp_sum(together_sizes)) - 12);
     float together = 0;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -79,20 +95,11 @@ __device__ void Prefill<D>::prepare_rows() {
       s.first_extra[at] = extra * power_of_two(-e - 12), s.first_score[at] = kLowest;
       s.shrink[at] = power_of_two(min(max(f - e - 12, -126), 126));
     }
-    __syncwarp();
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {
-      const int at = lane + 32 * i;
-      float size = 0;
-      if (at < slots) {
-        const float u = raw[slot[i]], v = raw[slot[i] + p.rotary_pairs];
-        size = (fabsf(u) + fabsf(v)) * slot_shift[i];
-        const int word = ((r / 16 * (slots / 8) + at / 8) * 32 + r % 8 * 4 + at % 4) * 4 + at / 4 % 2 * 2 + r / 8 % 2;
-        pairs[word] = pack_half2(u * power_of_two(-f), v * power_of_two(-f));
-      }
 #pragma unroll
-      for (int m = 1; m < 8; m *= 2) size += __shfl_xor_sync(kFull, size, m);
-      most[i] = fmaxf(most[i], size);
+      for (int m = 1; m < 8; m *= 2) size[i] += __shfl_xor_sync(kFull, size[i], m);
+      most[i] = fmaxf(most[i], size[i]);
     }
     __syncwarp();
   }

@@ -54,8 +54,7 @@ extern "C" {
 
 int wkvquant_cuda_paged_attention(const WkvCudaAttention* a, const WkvCudaParams* p, void*) {
   using namespace wkvquant;
-  const int64_t rows = static_cast<int64_t>(a->num_tokens) * (a->num_heads / p->num_kv_heads);
-  if (!a->key && a->dtype != kFloat32 && rows >= 64 * a->num_seqs) switch (p->head_size) {
+  if (a->prefill && !a->key && a->dtype != kFloat32) switch (p->head_size) {
       case 64: return launch_prefill<64>(*a, *p);
       case 96: return launch_prefill<96>(*a, *p);
       case 128: return launch_prefill<128>(*a, *p);

@@ -1,6 +1,8 @@
 // Runs CUDA kernels on a CPU, one fiber a thread, so that their arithmetic can be tested where there is no GPU: lanes
-// of a warp meet at every shuffle and product, threads of a block at every barrier, blocks run one after the other. It
-// finds wrong results, reads of unwritten shared memory (filled with NaN) and deadlocks, but no race and no cost.
+// of a warp meet at every shuffle and product, threads of a block at every barrier, blocks run one after the other.
+// Warps run as far ahead of the others as barriers let them, in random order. It finds wrong results, reads of
+// unwritten shared memory (filled with NaN), deadlocks and barriers that are missing between warps, but no race inside
+// a warp and no cost.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -183,10 +185,31 @@ inline void load_words(const uint8_t* p, uint32_t* w) {
 }
 inline int count_arrival(int* counter) { return (*counter)++; }
 inline void acquire() {}
-inline void copy_async(uint4* to, const uint4* from) { *to = *from; }
-inline void wait_for_copies() {}
 inline void allow_next() {}
 inline void wait_for_previous() {}
+// Asynchronous copies: what they write to is NaN until the thread waits for them.
+struct Copy {
+  int thread;
+  uint4 *to, data;
+};
+inline std::vector<Copy> copies;
+inline void copy_async(uint4* to, const uint4* from) {
+  if ((uintptr_t)to % 16 || (uintptr_t)from % 16) {
+    fprintf(stderr, "misaligned\n");
+    abort();
+  }
+  copies.push_back({cur->tid, to, *from});
+  memset(to, 0xff, 16);
+}
+inline void wait_for_copies() {
+  size_t kept = 0;
+  for (const Copy& x : copies)
+    if (x.thread == cur->tid)
+      *x.to = x.data;
+    else
+      copies[kept++] = x;
+  copies.resize(kept);
+}
 }  // namespace wkvquant
 template <class F>
 void run_grid(dim3 grid, int threads, F body) {
@@ -212,9 +235,15 @@ void run_grid(dim3 grid, int threads, F body) {
         f.tid = i;
       }
       long idle = 0;
-      while (alive)
-        for (int i = 0; i < threads; ++i) {
-          Fiber& f = *pool[i];
+      unsigned random = 1;
+      while (alive) {
+        random = random * 1664525 + 1013904223;
+        const int warp = (random >> 16) % (threads / 32), mask = random >> 31 ? 31 : 0;
+        unsigned before = warps[warp].gen - 1;
+        for (int x = 0, left = 32 * (1 + (random >> 8) % 64); left && (x % 32 || warps[warp].gen != before);
+             ++x, --left) {
+          if (x % 32 == 0) before = warps[warp].gen;
+          Fiber& f = *pool[warp * 32 + (x % 32 ^ mask)];
           if (f.done) continue;
           cur = &f;
           if (!_setjmp(sched)) {
@@ -238,6 +267,7 @@ void run_grid(dim3 grid, int threads, F body) {
             abort();
           }
         }
+      }
     }
 }
 #undef __device__
