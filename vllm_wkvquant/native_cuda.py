@@ -588,7 +588,7 @@ def _attend(
             scale=scale,
             num_sms=_num_sms(like.device),
             after_write=after_write,
-            prefill=current is None and _is_prefill(rows, seqs, heads, kv_heads, like.device),
+            prefill=current is None and _is_prefill(rows, seqs, query.shape[1], like.num_kv_heads, like.device),
         )
         status = library().wkvquant_cuda_paged_attention(byref(args), byref(like.fields), stream)
     if status:

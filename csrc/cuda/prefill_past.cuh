@@ -89,8 +89,10 @@ __device__ __forceinline__ void Prefill<D>::shift_scores(int group_of_basis, flo
     load(i * 128, x);
     add(x, high);
     if (low >> i & 1) {
-      const uint4 rest[2] = {at[32], at[96]};
-      add(x, rest);
+      if (i >= p.plain_steps) {
+        const uint4 rest[2] = {at[32], at[96]};
+        add(x, rest);
+      }
       load(i * 128 + 64, x);
       add(x, high);
     }

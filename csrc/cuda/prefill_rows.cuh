@@ -103,13 +103,13 @@ __device__ void Prefill<D>::prepare_rows() {
     }
     __syncwarp();
   }
-  low = 0;
+  low = 0;  // of plain steps, only the coefficients of polynomials, which are large sums, have low parts
   float slow = 0;
 #pragma unroll
   for (int i = 0; i < kSlots; ++i) {
     const int step = (lane + 32 * i) / 8;
     if (step >= p.fast_steps && lane % 8 == 0) slow += most[i];
-    for (int j = 0; j < p.fast_steps; ++j)
+    for (int j = p.plain_steps; j < p.fast_steps; ++j)
       if (__any_sync(kFull, step == j && most[i] > kCoarse)) low |= 1u << j;
   }
   if (warp_sum(slow) > kCoarse) low |= 1u << p.fast_steps;
@@ -169,8 +169,11 @@ __device__ void Prefill<D>::make_coefficients() {
   float c[2][2][4], shrink[4];
 #pragma unroll
   for (int r = 0; r < 4; ++r) shrink[r] = s.shrink[32 * warp + 8 * r + g];
+  uint4 next[2] = {pairs[0], pairs[all * 32]};  // they come from L2
 #pragma unroll 1
   for (int i = 0; i < all; ++i) {
+    const uint4 now[2] = {next[0], next[1]};
+    if (i + 1 < all) next[0] = pairs[(i + 1) * 32], next[1] = pairs[(all + i + 1) * 32];
     const uint4 high = s.mix[i * 64 + lane], rest = s.mix[i * 64 + 32 + lane];
     if (i <= p.fast_steps)
 #pragma unroll
@@ -179,7 +182,7 @@ __device__ void Prefill<D>::make_coefficients() {
         for (int j = 0; j < 4; ++j) c[m][0][j] = c[m][1][j] = 0;
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
-      const uint4 w = pairs[(m * all + i) * 32];
+      const uint4 w = now[m];
       mma(c[m][0], w.x, w.y, w.z, w.w, high.x, high.y);
       mma(c[m][1], w.x, w.y, w.z, w.w, high.z, high.w);
       mma(c[m][0], w.x, w.y, w.z, w.w, rest.x, rest.y);
