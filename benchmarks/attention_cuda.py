@@ -6,8 +6,10 @@ together larger than three times the L2 cache. Decode counts everything from rop
 Our plan is in it, since every CTA makes it for itself; what a peer or a metadata builder makes once a step is a `plan`
 row.
 
-Prefill is a chunk of one sequence over its past: `cuda` is what the plugin does, FlashAttention over the chunk, our
-kernel over the past and vLLM's merge; `cuda-past` our kernel alone; `fa3-bf16` FlashAttention 3 over all of it.
+Prefill is a chunk of one sequence over its past: `cuda` and `triton` are what the plugin does, keys and values
+gathered by our kernel, FlashAttention over them, and vLLM's merge where they do not fit the workspace; `cuda-gather`
+the gathering alone; `cuda-decode` the kernel of decodes, which takes any chunk; `fa3-bf16` FlashAttention 3 over a bf16
+cache.
 
 bytes of decode are those of past tokens, which must be read; read_fraction is bytes over time over B, the better of a
 2 GiB device copy (read + written) and a 2 GiB read-only reduction in the same process, the `bandwidth` rows. max_error
@@ -24,11 +26,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from rows import DTYPE, HEAD_SIZE, HEADS, PER_HEAD, Row, make_params, random_kv
 
-from vllm_wkvquant import layout, native_cuda, reference
+from vllm_wkvquant import layout, native_cuda, ops, reference
 
 COLD_BYTES = 160 << 20
 SCALE = HEAD_SIZE**-0.5
@@ -54,7 +58,9 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--pages", type=ints, default=[16, 128], help="page sizes of FlashAttention's cache to try")
     group.add_argument("--splits", type=ints, default=[0, 2, 4, 8, 16, 32], help="num_splits of FlashAttention to try")
     group.add_argument("--kinds", type=lambda s: s.split(","), default=["rotating"], help="shifts: rotating, none")
-    group.add_argument("--prefills", default="8x2048x32768", help="KV heads x chunk x past")
+    group.add_argument("--prefills", default="8x2048x32768,8x512x8192", help="KV heads x chunk x past")
+    group.add_argument("--gathers", type=lambda s: s.split(","), default=["cuda"], help="of prefills: cuda, triton")
+    group.add_argument("--decode-chunks", type=int, default=128, help="longest chunk for the kernel of decodes, too")
     group.add_argument("--writes", type=ints, default=[1, 64, 8192], help="tokens of a cache write")
     group.add_argument("--no-peers", action="store_true", help="ours alone, where vLLM is not installed")
 
@@ -492,53 +498,71 @@ class Prefill:
     def error(self, expected: torch.Tensor) -> float:
         return (self.out[: len(expected), : expected.shape[1]].double() - expected).abs().max().item()
 
-    def measure_past(self, row: Row, kind: str) -> None:
+    def measure_decode(self, row: Row, kind: str) -> None:
         params = self.parameters(kind)
-        lse = torch.empty(HEADS, self.count, device="cuda")
 
         def attend(c: int) -> None:
-            native_cuda.past_attention(
-                self.query, self.pages, self.table, self.seq_lens, self.starts, params, SCALE, self.out, lse.T
-            )
+            native_cuda.paged_attention(
+                self.query, self.key, self.value, self.pages, self.table, self.seq_lens, self.starts, params, SCALE,
+                self.out,
+            )  # fmt: skip
 
         row.us = timed(attend, 1)
         row.options = f"block_size={self.block} shift={kind}"
         attend(0)
-        self.check(row, params, past_only=True)
+        self.check(row, params)
 
-    def check(self, row: Row, params: reference.KVParams, past_only: bool) -> None:
+    def measure_gather(self, row: Row, kind: str, variant: str) -> None:
+        params = self.parameters(kind)
+        keys, values = torch.empty(2, self.context, self.kv_heads, HEAD_SIZE, dtype=torch.float16, device="cuda")
+        ends = self.seq_lens.new_tensor([0, self.context])
+
+        def gather(c: int) -> None:
+            ops.gather_kv(
+                self.key, self.value, self.pages, self.table, self.seq_lens, self.starts, ends[:1], ends, self.context,
+                params, keys, values, variant,
+            )  # fmt: skip
+
+        row.us = timed(gather, 1)
+        row.bytes = keys.nbytes + values.nbytes + layout.token_bytes(HEAD_SIZE) * self.kv_heads * self.past
+        row.gbps = row.bytes / row.us / 1e3
+        row.options = f"block_size={self.block} shift={kind}"
+
+    def check(self, row: Row, params: reference.KVParams) -> None:
         """Look at the error of the first queries and KV head."""
         n, group = min(self.checked, self.count), HEADS // self.kv_heads
         first = {name: tensor[:1] for name in PER_HEAD if (tensor := getattr(params, name)) is not None}
         expected = torch.empty(n, group, HEAD_SIZE, dtype=torch.float64, device="cuda")
-        query, lens = self.query[:n, :group], self.seq_lens - self.count + n
-        rest = (self.pages[:, :1], self.table, lens, self.starts.clamp_max(n), replace(params, **first), SCALE)
-        if past_only:
-            lse = torch.empty(n, group, dtype=torch.float64, device="cuda")
-            reference.past_attention(query, *rest, expected, lse)
-        else:
-            reference.paged_attention(query, self.key[:n, :1], self.value[:n, :1], *rest, expected)
+        reference.paged_attention(
+            self.query[:n, :group], self.key[:n, :1], self.value[:n, :1], self.pages[:, :1], self.table,
+            self.seq_lens - self.count + n, self.starts.clamp_max(n), replace(params, **first), SCALE, expected,
+        )  # fmt: skip
         row.max_error = self.error(expected)
 
-    def measure(self, row: Row, kind: str) -> None:
+    def measure(self, row: Row, kind: str, variant: str) -> None:
         from vllm.vllm_flash_attn.flash_attn_interface import flash_attn_varlen_func
 
         from vllm_wkvquant.plugin import prefill
 
         params = self.parameters(kind)
-        chunks = prefill.Chunks(
-            flash=functools.partial(flash_attn_varlen_func, fa_version=3), first=0, num_tokens=self.count, num_seqs=0,
-            max_query_len=self.count, has_past=self.past > 0, query_start_loc=self.starts, seq_lens=self.seq_lens,
-            block_table=self.table,
+        common = SimpleNamespace(
+            num_reqs=1, num_actual_tokens=self.count, max_query_len=self.count, query_start_loc=self.starts,
+            query_start_loc_cpu=self.starts.cpu(), seq_lens=self.seq_lens, block_table_tensor=self.table,
+            seq_lens_cpu_upper_bound=self.seq_lens.cpu(),
         )  # fmt: skip
+        flash = functools.partial(flash_attn_varlen_func, fa_version=3)
+        room = prefill.room(self.count, self.kv_heads, HEAD_SIZE)
+        chunks = prefill.split_chunks(common, 1, flash, room, 0)
+        gather = functools.partial(ops.gather_kv, variant=variant)
 
         def attend(c: int) -> None:
             prefill.attend(chunks, self.query, self.key, self.value, self.pages, params, SCALE, self.out, 0)
 
-        row.us = timed(attend, 1)
-        row.options = f"block_size={self.block} shift={kind}"
-        attend(0)
-        self.check(row, params, past_only=False)
+        with mock.patch.object(ops, "gather_kv", gather):
+            row.us = timed(attend, 1)
+            attend(0)
+        row.options = f"block_size={self.block} shift={kind} passes={len(chunks.passes)}"
+        self.check(row, params)
 
     def measure_flash(self, row: Row) -> None:
         from vllm.vllm_flash_attn.flash_attn_interface import flash_attn_varlen_func
@@ -578,14 +602,17 @@ def prefill_rows(kv_heads: int, count: int, past: int, args: argparse.Namespace)
         found.append(attempt(row, measure))
 
     for kind in ("rotating", "none"):
-        add("cuda-past", lambda row, kind=kind: step.measure_past(row, kind))
-        if not args.no_peers:
-            add("cuda", lambda row, kind=kind: step.measure(row, kind))
+        for variant in args.gathers:
+            if not args.no_peers:
+                add(variant, lambda row, kind=kind, variant=variant: step.measure(row, kind, variant))
+            add(f"{variant}-gather", lambda row, kind=kind, variant=variant: step.measure_gather(row, kind, variant))
+        if count <= args.decode_chunks:
+            add("cuda-decode", lambda row, kind=kind: step.measure_decode(row, kind))
     if not args.no_peers:
         add("fa3-bf16", step.measure_flash)
     bf16 = next((row.us for row in found if row.variant == "fa3-bf16"), None)
     for row in found:
-        row.ratio_to_bf16 = bf16 / row.us if bf16 and row.us and row.variant != "cuda-past" else None
+        row.ratio_to_bf16 = bf16 / row.us if bf16 and row.us and not row.variant.endswith("-gather") else None
     yield from found
 
 

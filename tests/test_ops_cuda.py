@@ -265,6 +265,80 @@ def test_prefill_repeats_bit_for_bit():
         assert all(torch.equal(x[:299], y[:299]) for x, y in zip(first, again, strict=True))
 
 
+def run_gather(implementation, case: cases.Case, first: list[int], last: list[int]) -> tuple[torch.Tensor, ...]:
+    """(keys, values) fp16 of positions first[i] .. last[i] - 1 of each sequence, and two rows that are nobody's."""
+    device = case.query.device
+    counts = torch.tensor([0] + [b - a for a, b in zip(first, last, strict=True)])
+    rows = int(counts.sum())
+    found = [torch.full((rows + 2, *case.key.shape[1:]), 7.0, dtype=torch.float16, device=device) for _ in range(2)]
+    starts = counts.cumsum(0).int().to(device)
+    implementation(
+        case.key, case.value, case.kv_cache, case.block_table, case.seq_lens, case.query_start_loc,
+        torch.tensor(first, dtype=torch.int32, device=device), starts, int(counts.max()), case.params, *found,
+    )  # fmt: skip
+    assert all((x[rows:] == 7).all() for x in found)
+    return tuple(x[:rows].cpu() for x in found)
+
+
+def check_gather(case: cases.Case, first: list[int] | None = None, last: list[int] | None = None) -> None:
+    """Every number is the specification's, rounded to fp16."""
+    case = to_gpu(case)
+    ends = case.seq_lens.tolist()
+    pieces = first or [0] * len(ends), last or ends
+    found, expected = (run_gather(f, case, *pieces) for f in (native_cuda.gather_kv, reference.gather_kv))
+    exact = 2e-5 * (1 + max(case.params.k_shift.abs().max(), case.params.k_smooth.abs().max()).item())
+    for ours, theirs in zip(found, expected, strict=True):
+        assert theirs.isfinite().all()
+        assert ((ours.double() - theirs.double()).abs() <= 1e-3 * theirs.double().abs() + exact).all()
+        assert (ours != theirs).double().mean() < 0.02  # numbers halfway between two
+
+
+GATHERED = [(300, 40), (0, 20), (17, 33), (1, 1), (0, 0), (64, 0), (700, 65)]
+
+
+@pytest.mark.parametrize("head_size", native_cuda.HEAD_SIZES)
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_gather(head_size, dtype):
+    check_gather(cases.make_case(GATHERED, cases.make_params(3, head_size), group=2, dtype=dtype))
+
+
+@pytest.mark.parametrize("block_size", [16, 48, 64])
+def test_gather_pieces(block_size):
+    """From inside the past to inside it, to the step's own tokens and to its end, and nothing."""
+    case = cases.make_case(GATHERED, cases.make_params(2, 128), dtype=torch.float16, block_size=block_size)
+    check_gather(case, first=[16, 0, 16, 0, 0, 64, 656], last=[80, 20, 50, 1, 0, 64, 710])
+    check_gather(case, first=[288, 0, 0, 0, 0, 0, 0], last=[340, 3, 17, 2, 0, 64, 1])
+
+
+@pytest.mark.parametrize("kind", ["rotating", "static", "none"])
+@pytest.mark.parametrize("hadamard", [True, False])
+@pytest.mark.parametrize("head_size", native_cuda.HEAD_SIZES)
+def test_parameters_of_a_gather(kind, hadamard, head_size):
+    params = cases.make_params(9, head_size, kind=kind, hadamard=hadamard)
+    check_gather(cases.make_case([(100, 4), (33, 20)], params, group=1, dtype=torch.float16))
+
+
+@pytest.mark.parametrize(
+    ("rotary_dim", "base", "scaling"), [(32, 1e4, 1.0), (64, 1e6, 1.0), (128, 5e5, 1.35), (12, 1e4, 1.0)]
+)
+def test_rotary_of_a_gather(rotary_dim, base, scaling):
+    params = cases.make_params(2, 128, shift=200.0, rotary_dim=rotary_dim, base=base, scaling=scaling)
+    check_gather(cases.make_case([(900, 3), (3, 50)], params, dtype=torch.float16))
+
+
+def test_gather_far_from_the_start():
+    case = cases.make_case([(131071, 20)], cases.make_params(1, 128, base=5e5), group=1, dtype=torch.bfloat16)
+    check_gather(case, first=[130800], last=[131091])
+
+
+def test_gather_of_large_numbers():
+    """fp16 has none of 1e5."""
+    case = cases.make_case([(20, 5)], cases.make_params(1, 64), dtype=torch.bfloat16)
+    case.key[:5] = 1e5
+    keys, _ = run_gather(native_cuda.gather_kv, to_gpu(case), [0], [25])
+    assert (keys[20:] == 65504).all()
+
+
 @pytest.mark.parametrize("past", [8191, 131071])
 def test_long_with_large_shift(past):
     """|shift| = 200 on every channel, positions up to 128k; scores reach hundreds."""
@@ -487,7 +561,8 @@ def test_refusals():
 
 def test_structs_and_default():
     lib = native_cuda.library()
-    for i, struct in enumerate((native_cuda.Params, native_cuda.CacheWrite, native_cuda.PagedAttention)):
+    structs = (native_cuda.Params, native_cuda.CacheWrite, native_cuda.PagedAttention, native_cuda.Gather)
+    for i, struct in enumerate(structs):
         assert lib.wkvquant_cuda_sizeof(i) == native_cuda.ctypes.sizeof(struct)
     assert ops.default_variant("cuda", 128) == "cuda"
     assert ops.default_variant("cuda", 80) == ("reference" if ops.native_triton is None else "triton")

@@ -135,6 +135,33 @@ def test_prefill_of_many_sequences(emulated):
     test_ops_cuda.test_prefill_of_many_sequences()
 
 
+@pytest.mark.parametrize("head_size", native_cuda.HEAD_SIZES)
+def test_gather(emulated, head_size):
+    test_ops_cuda.test_gather(head_size, torch.bfloat16)
+
+
+@pytest.mark.parametrize("block_size", [16, 48])
+def test_gather_pieces(emulated, block_size):
+    test_ops_cuda.test_gather_pieces(block_size)
+
+
+@pytest.mark.parametrize(("kind", "hadamard"), [("rotating", False), ("static", True), ("none", True)])
+def test_parameters_of_a_gather(emulated, kind, hadamard):
+    test_ops_cuda.test_parameters_of_a_gather(kind, hadamard, 256)
+
+
+def test_rotary_of_a_gather(emulated):
+    test_ops_cuda.test_rotary_of_a_gather(12, 1e4, 1.35)
+
+
+def test_gather_far_from_the_start(emulated):
+    test_ops_cuda.test_gather_far_from_the_start()
+
+
+def test_gather_of_large_numbers(emulated):
+    test_ops_cuda.test_gather_of_large_numbers()
+
+
 def test_rotary(emulated):
     test_ops_cuda.test_rotary(32, 1e4, 1.35)
 
@@ -180,5 +207,6 @@ def test_reserve(emulated, monkeypatch):
 
 def test_structs(emulated):
     lib = native_cuda.library()
-    for i, struct in enumerate((native_cuda.Params, native_cuda.CacheWrite, native_cuda.PagedAttention)):
+    structs = (native_cuda.Params, native_cuda.CacheWrite, native_cuda.PagedAttention, native_cuda.Gather)
+    for i, struct in enumerate(structs):
         assert lib.wkvquant_cuda_sizeof(i) == native_cuda.ctypes.sizeof(struct)

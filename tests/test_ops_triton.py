@@ -190,6 +190,31 @@ def test_cache_write(triton, head_size, dtype, hadamard):
     test_ops_cuda.test_cache_write(head_size, dtype, hadamard)
 
 
+@gpu
+@pytest.mark.parametrize("head_size", layout.HEAD_SIZES)
+@pytest.mark.parametrize("dtype", list(test_ops_cuda.TOLERANCE))
+def test_gather(triton, head_size, dtype):
+    test_ops_cuda.test_gather(head_size, dtype)
+
+
+@kernels
+@pytest.mark.parametrize(("kind", "hadamard", "head_size"), [("rotating", True, 80), ("static", False, 64)])
+def test_parameters_of_a_gather(triton, kind, hadamard, head_size):
+    params = cases.make_params(2, head_size, kind=kind, hadamard=hadamard)
+    test_ops_cuda.check_gather(cases.make_case([(100, 4), (33, 20)], params, group=1, dtype=torch.float16))
+
+
+@kernels
+@pytest.mark.parametrize("block_size", [16, 48])
+def test_gather_pieces(triton, block_size):
+    test_ops_cuda.test_gather_pieces(block_size)
+
+
+@kernels
+def test_gather_of_large_numbers(triton):
+    test_ops_cuda.test_gather_of_large_numbers()
+
+
 @kernels
 def test_nothing_to_do(triton):
     """No token, no sequence: nothing is launched, nothing is written."""

@@ -14,6 +14,7 @@ import torch
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.v1.attention.backend import AttentionType, MultipleOf
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 import vllm_wkvquant
 from vllm_wkvquant import checkpoint, layout, ops, plugin
@@ -481,49 +482,61 @@ def test_unsupported_block_size_is_refused_by_name() -> None:
 # --- long chunks on a GPU
 
 
-def flash_stand_in(q, k, v, out, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, window_size, **options):
-    """What the plugin needs of flash_attn_varlen_func: causal attention of packed sequences, and its log-sum-exp."""
-    assert causal
-    assert torch.equal(cu_seqlens_q, cu_seqlens_k)
-    lengths = cu_seqlens_q.diff()
-    assert options["max_seqlen_q"] == options["max_seqlen_k"] == lengths.max()
+def flash_stand_in(
+    q, k, v, out, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, window_size, return_softmax_lse=False, **options
+):
+    """What the plugin needs of flash_attn_varlen_func: attention of packed sequences, and its log-sum-exp.
+
+    Its mask is aligned to the last query and key; keys beyond the last sequence are not read.
+    """
+    assert q.dtype == k.dtype == v.dtype == out.dtype
+    counts, lengths = cu_seqlens_q.diff(), cu_seqlens_k.diff()
+    assert options["max_seqlen_q"] >= counts.max()
+    assert lengths.max() <= options["max_seqlen_k"] <= len(k)
     lse = torch.full((q.shape[1], q.shape[0]), torch.nan)
-    for first, n in zip(cu_seqlens_q.tolist(), lengths.tolist(), strict=False):
+    for first, n, begin, m in zip(
+        cu_seqlens_q.tolist(), counts.tolist(), cu_seqlens_k.tolist(), lengths.tolist(), strict=False
+    ):
         rows = slice(first, first + n)
-        keys, values = (x[rows].double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        keys, values = (x[begin : begin + m].double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q[rows].double(), keys) * softmax_scale
-        i, j = torch.arange(n)[:, None], torch.arange(n)
-        left = n if window_size is None else window_size[0]
-        scores = scores.masked_fill((j > i) | (j < i - left), -torch.inf)
+        i, j = torch.arange(n)[:, None] + m - n, torch.arange(m)
+        if causal:
+            left = m if window_size is None else window_size[0]
+            scores = scores.masked_fill((j > i) | (j < i - left), -torch.inf)
+        else:
+            assert window_size is None
         out[rows] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values).to(out.dtype)
         lse[:, rows] = scores.logsumexp(-1)
-    return (out, lse) if options["return_softmax_lse"] else out
+    return (out, lse) if return_softmax_lse else out
 
 
 @pytest.fixture
 def gpu_builder(monkeypatch):
     """The builder as with the CUDA kernels, but with a stand-in for FlashAttention and the ops of the CPU."""
 
-    def make(draft_tokens: int | None = None) -> attention.WKVQuantMetadataBuilder:
+    def make(draft_tokens: int | None = None, room: int = 4096, window: int = 0) -> attention.WKVQuantMetadataBuilder:
         monkeypatch.setattr(attention, "_captures", lambda device_type, head_size: True)
         monkeypatch.setattr(prefill, "flash_attention", lambda head_size, dtype: flash_stand_in)
+        monkeypatch.setattr(prefill, "WORKSPACE", room * 2 * 2 * 2 * 64)
         speculative = SimpleNamespace(num_speculative_tokens=draft_tokens, parallel_drafting=False)
         vllm_config = SimpleNamespace(
             model_config=FakeModel(dtype=torch.bfloat16),
-            scheduler_config=SimpleNamespace(max_num_batched_tokens=16, max_num_seqs=5),
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=5),
             parallel_config=SimpleNamespace(decode_context_parallel_size=1),
             speculative_config=speculative if draft_tokens else None,
             compilation_config=SimpleNamespace(max_cudagraph_capture_size=8),
         )
-        spec = SimpleNamespace(head_size=64, block_size=32)
+        sizes = {"block_size": 32, "num_kv_heads": 2, "head_size": 64, "dtype": torch.uint8}
+        spec = SlidingWindowSpec(**sizes, sliding_window=window) if window else FullAttentionSpec(**sizes)
         return attention.WKVQuantMetadataBuilder(spec, [], vllm_config, torch.device("cpu"))
 
     return make
 
 
-def chunked_case(lengths: list) -> tuple[cases.Case, SimpleNamespace]:
+def chunked_case(lengths: list, dtype: torch.dtype = torch.float32) -> tuple[cases.Case, SimpleNamespace]:
     """Random inputs of sequences (past, new), and vLLM's metadata of them."""
-    case = cases.make_case(lengths, cases.make_params(2, 64))
+    case = cases.make_case(lengths, cases.make_params(2, 64), dtype=dtype)
     return case, common(lengths, [-1] * sum(n for _, n in lengths), block_table_tensor=case.block_table)
 
 
@@ -539,31 +552,103 @@ def chunked_case(lengths: list) -> tuple[cases.Case, SimpleNamespace]:
     ],
 )
 @pytest.mark.parametrize("window", [0, 1, 10, 50])
-def test_long_chunks_are_the_op(gpu_builder, lengths: list, window: int) -> None:
-    """Decodes through one op, chunks through FlashAttention and the past: together what one op gives for all."""
-    case, common_metadata = chunked_case(lengths)
-    metadata = gpu_builder().build(0, common_metadata)
+@pytest.mark.parametrize("all_layers", [True, False])
+@pytest.mark.parametrize("room", [128, 4096])
+def test_long_chunks_are_the_op(gpu_builder, lengths: list, window: int, all_layers: bool, room: int) -> None:
+    """Decodes through one op, chunks through FlashAttention over gathered keys: together what one op gives for all.
+
+    all_layers: the window is that of the cache; pages before it may be gone.
+    """
+    case, common_metadata = chunked_case(lengths, torch.bfloat16)
+    expected, _ = cases.run_attention(ops.paged_attention, case, sliding_window=window, variant="reference")
+    if window and all_layers:
+        null = int(torch.isin(torch.arange(len(case.kv_cache)), case.block_table, invert=True).nonzero()[0])
+        case.kv_cache[null] = 0  # as vLLM's, which nothing writes
+        for row, (past, _) in zip(case.block_table, lengths, strict=True):
+            row[: max(0, past - window + 1) // 32] = null
+    metadata = gpu_builder(room=room, window=window if all_layers else 0).build(0, common_metadata)
     assert (metadata.chunks is not None) == any(n > 16 for _, n in lengths)
-    out = torch.full(case.query.shape, 7.0)
+    out = torch.full(case.query.shape, 7.0, dtype=torch.bfloat16)
     impl = attention.WKVQuantImpl(8, 64, case.scale, 2, sliding_window=window)
     layer = SimpleNamespace(wkv_params=case.params)
     impl.forward(layer, case.query, case.key, case.value, case.kv_cache, metadata, out)
-    expected, _ = cases.run_attention(ops.paged_attention, case, sliding_window=window, variant="reference")
     count = sum(n for _, n in lengths)
-    torch.testing.assert_close(out[:count], expected[:count], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(out[:count], expected[:count], atol=2e-2, rtol=2e-2)
     assert (out[count:] == 7).all()
 
 
+@pytest.mark.parametrize(
+    ("lengths", "passes"),
+    [
+        ([(100, 40)], [(0, 1, [0], True)]),
+        ([(100, 40), (30, 20)], [(0, 1, [0], True), (1, 2, [0], True)]),
+        ([(30, 20), (40, 30), (60, 64)], [(0, 2, [0, 0], True), (2, 3, [0], True)]),
+        ([(200, 64)], [(0, 1, [0], False), (0, 1, [112], True)]),
+        (
+            [(10, 20), (500, 60), (40, 20)],
+            [
+                (0, 1, [0], True),
+                (1, 2, [0], False),
+                (1, 2, [160], False),
+                (1, 2, [320], False),
+                (1, 2, [400], True),
+                (2, 3, [0], True),
+            ],
+        ),
+    ],
+)
+def test_passes(gpu_builder, lengths: list, passes: list) -> None:
+    """As many sequences together as there is room for; one that needs several passes has them for itself."""
+    case, common_metadata = chunked_case(lengths, torch.float16)
+    chunks = gpu_builder(room=160).build(0, common_metadata).chunks
+    assert [(p.seqs.start, p.seqs.stop, p.first.tolist(), p.own) for p in chunks.passes] == passes
+    for p in chunks.passes:
+        counts = p.key_start_loc.diff()
+        assert p.key_start_loc[-1] <= 160
+        assert counts.max() <= p.max_keys
+        if p.own:
+            assert torch.equal(p.first + counts, case.seq_lens[p.seqs])
+
+
+def test_lengths_that_count_rejected_drafts(gpu_builder) -> None:
+    """A short query that follows a long one may have a shorter past than the host knows of."""
+    lengths = [(150, 40), (130, 6)]
+    case, common_metadata = chunked_case(lengths, torch.float16)
+    common_metadata.seq_lens_cpu_upper_bound = common_metadata.seq_lens_cpu_upper_bound + torch.tensor([0, 5])
+    for window in (0, 40):
+        metadata = gpu_builder(room=128, window=window).build(0, common_metadata)
+        out = torch.zeros_like(case.query)
+        impl = attention.WKVQuantImpl(8, 64, case.scale, 2, sliding_window=window)
+        layer = SimpleNamespace(wkv_params=case.params)
+        impl.forward(layer, case.query, case.key, case.value, case.kv_cache, metadata, out)
+        expected, _ = cases.run_attention(ops.paged_attention, case, sliding_window=window, variant="reference")
+        torch.testing.assert_close(out[:46], expected[:46], atol=5e-3, rtol=5e-3)
+
+
 def test_chunks_without_past_skip_the_pages(gpu_builder, monkeypatch) -> None:
-    monkeypatch.setattr(ops, "past_attention", None)
+    monkeypatch.setattr(ops, "gather_kv", None)
     case, common_metadata = chunked_case([(12, 1), (0, 20), (0, 30)])
     metadata = gpu_builder().build(0, common_metadata)
-    assert not metadata.chunks.has_past
+    assert not metadata.chunks.passes
     out = torch.empty_like(case.query)
     impl, layer = attention.WKVQuantImpl(8, 64, case.scale, 2), SimpleNamespace(wkv_params=case.params)
     impl.forward(layer, case.query, case.key, case.value, case.kv_cache, metadata, out)
     expected, _ = cases.run_attention(ops.paged_attention, case, variant="reference")
     torch.testing.assert_close(out[:51], expected[:51], atol=1e-3, rtol=1e-3)
+
+
+def test_profiling_sees_the_memory_of_chunks() -> None:
+    """Workspace, queries and results of two passes: that much is allocated, and more is not needed later."""
+    sizes = []
+    output = torch.zeros(300, 8, 64, dtype=torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefill, "WORKSPACE", 1 << 20)
+        new_empty = torch.Tensor.new_empty
+        patch.setattr(torch.Tensor, "new_empty", lambda *a, **k: sizes.append(new_empty(*a, **k)) or sizes[-1])
+        prefill.profile(output, 2)
+        assert prefill.room(300, 2, 64) == 2048
+        assert prefill.room(30000, 2, 64) >= 30000
+    assert sum(x.nbytes for x in sizes) == (1 << 20) + 3 * output.nbytes
 
 
 def test_steps_are_split_without_the_device() -> None:
@@ -572,13 +657,14 @@ def test_steps_are_split_without_the_device() -> None:
     _, common_metadata = chunked_case(lengths)
     for name in ("query_start_loc", "seq_lens", "block_table_tensor"):
         setattr(common_metadata, name, getattr(common_metadata, name).to("meta"))
-    chunks = prefill.split_chunks(common_metadata, 16, flash_stand_in)
+    chunks = prefill.split_chunks(common_metadata, 16, flash_stand_in, 4096, 0)
     assert (chunks.first, chunks.num_tokens, chunks.num_seqs, chunks.max_query_len) == (2, 50, 2, 30)
-    assert chunks.has_past
     assert chunks.seq_lens.shape == (2,)
     assert chunks.query_start_loc.shape == (3,)
-    common_metadata.seq_lens_cpu_upper_bound = None  # not known: there may be a past
-    assert prefill.split_chunks(common_metadata, 16, flash_stand_in).has_past
+    (only,) = chunks.passes
+    assert (only.seqs, only.rows, only.max_keys) == (slice(0, 2), slice(0, 50), 30)
+    common_metadata.seq_lens_cpu_upper_bound = None  # lengths are not known: `ops.paged_attention` takes any
+    assert prefill.split_chunks(common_metadata, 16, flash_stand_in, 4096, 0) is None
 
 
 def test_decodes_and_drafts_are_no_chunks(gpu_builder) -> None:

@@ -78,6 +78,18 @@ class PagedAttention(Structure):
     ]
 
 
+class Gather(Structure):
+    """WkvCudaGather of csrc/cuda/api.h."""
+
+    _fields_ = [
+        *[(name, c_void_p) for name in ("key", "value", "keys", "values", "kv_cache")],
+        *[(name, c_void_p) for name in ("block_table", "seq_lens", "query_start_loc", "first", "key_start_loc")],
+        *[(f"{name}_stride", c_int64 * 2) for name in ("key", "value")],
+        *[(name, c_int64) for name in ("block_table_stride", "block_stride", "num_blocks", "num_tokens", "num_keys")],
+        *[(name, c_int32) for name in ("max_keys", "num_seqs", "block_size", "dtype")],
+    ]
+
+
 def available() -> bool:
     """Whether this build has the library. Touches no driver: vLLM forks after importing plugins."""
     return LIBRARY.exists()
@@ -90,6 +102,7 @@ def library() -> Any:
         raise FileNotFoundError(f"{LIBRARY.name} is not built; run `make cuda` in a checkout of vllm-wkvquant")
     lib = ctypes.CDLL(str(LIBRARY))
     lib.wkvquant_cuda_cache_write.argtypes = [POINTER(CacheWrite), POINTER(Params), c_void_p]
+    lib.wkvquant_cuda_gather_kv.argtypes = [POINTER(Gather), POINTER(Params), c_void_p]
     lib.wkvquant_cuda_paged_attention.argtypes = [POINTER(PagedAttention), POINTER(Params), c_void_p]
     lib.wkvquant_cuda_shared_bytes.argtypes = [POINTER(Params), c_int32, c_int32]
     lib.wkvquant_cuda_shared_bytes.restype = c_int64
@@ -413,6 +426,50 @@ def check_write(
     _check_cache(kv_cache, like)
 
 
+def _check_sequences(
+    block_table: torch.Tensor, seq_lens: torch.Tensor, query_start_loc: torch.Tensor, like: Served
+) -> None:
+    seqs = seq_lens.shape[0]
+    _check_ints("seq_lens", seq_lens, torch.int32, seqs, like.device)
+    _check_ints("query_start_loc", query_start_loc, torch.int32, seqs + 1, like.device)
+    if not (
+        block_table.ndim == 2
+        and block_table.shape[0] >= seqs
+        and block_table.dtype == torch.int32
+        and block_table.stride(1) == 1
+        and block_table.device == like.device
+    ):
+        raise ValueError(
+            f"block_table must be int32 [>= {seqs}, max_blocks] on {like.device}, got {_describe(block_table)}"
+        )
+
+
+def check_gather(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    first: torch.Tensor,
+    key_start_loc: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    like: Served,
+) -> None:
+    """Raise ValueError where arguments of `gather_kv` do not fit each other."""
+    _check_dtype("key", key)
+    _check_rows("key", key, key.shape[0], like, like.num_kv_heads, key.dtype)
+    _check_rows("value", value, key.shape[0], like, like.num_kv_heads, key.dtype)
+    for name, tensor in (("keys", keys), ("values", values)):
+        _check_rows(name, tensor, keys.shape[0], like, like.num_kv_heads, torch.float16)
+        _check(tensor.is_contiguous(), f"{name} must be contiguous, got {_describe(tensor)}")
+    _check_cache(kv_cache, like)
+    _check_sequences(block_table, seq_lens, query_start_loc, like)
+    _check_ints("first", first, torch.int32, seq_lens.shape[0], like.device)
+    _check_ints("key_start_loc", key_start_loc, torch.int32, seq_lens.shape[0] + 1, like.device)
+
+
 def check_attention(
     query: torch.Tensor,
     current: tuple[torch.Tensor, torch.Tensor] | None,
@@ -437,19 +494,7 @@ def check_attention(
         _check_rows(name, tensor, rows, like, kv_heads, query.dtype)
     _check_rows("out", out, rows, like, heads, query.dtype)
     _check_cache(kv_cache, like)
-    seqs = seq_lens.shape[0]
-    _check_ints("seq_lens", seq_lens, torch.int32, seqs, like.device)
-    _check_ints("query_start_loc", query_start_loc, torch.int32, seqs + 1, like.device)
-    if not (
-        block_table.ndim == 2
-        and block_table.shape[0] >= seqs
-        and block_table.dtype == torch.int32
-        and block_table.stride(1) == 1
-        and block_table.device == like.device
-    ):
-        raise ValueError(
-            f"block_table must be int32 [>= {seqs}, max_blocks] on {like.device}, got {_describe(block_table)}"
-        )
+    _check_sequences(block_table, seq_lens, query_start_loc, like)
     _check(sliding_window >= 0, f"sliding_window {sliding_window} is negative")
     if lse is not None and not (
         lse.ndim == 2
@@ -496,6 +541,53 @@ def cache_write(
         status = library().wkvquant_cuda_cache_write(byref(args), byref(like.fields), stream)
     if status:
         _raise("cache_write", status)
+
+
+def gather_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    first: torch.Tensor,
+    key_start_loc: torch.Tensor,
+    max_keys: int,
+    params: KVParams,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> None:
+    """`ops.gather_kv` on a GPU. Rows beyond `keys` are left out."""
+    like = prepare(params)
+    check_gather(key, value, kv_cache, block_table, seq_lens, query_start_loc, first, key_start_loc, keys, values, like)
+    args = Gather(
+        key=key.data_ptr(),
+        value=value.data_ptr(),
+        keys=keys.data_ptr(),
+        values=values.data_ptr(),
+        kv_cache=kv_cache.data_ptr(),
+        block_table=block_table.data_ptr(),
+        seq_lens=seq_lens.data_ptr(),
+        query_start_loc=query_start_loc.data_ptr(),
+        first=first.data_ptr(),
+        key_start_loc=key_start_loc.data_ptr(),
+        key_stride=key.stride()[:2],
+        value_stride=value.stride()[:2],
+        block_table_stride=block_table.stride(0),
+        block_stride=kv_cache.stride(0),
+        num_blocks=kv_cache.shape[0],
+        num_tokens=key.shape[0],
+        num_keys=min(keys.shape[0], values.shape[0]),
+        max_keys=max_keys,
+        num_seqs=seq_lens.shape[0],
+        block_size=kv_cache.shape[2],
+        dtype=DTYPES[key.dtype],
+    )
+    with torch.cuda.device(like.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        status = library().wkvquant_cuda_gather_kv(byref(args), byref(like.fields), stream)
+    if status:
+        _raise("gather_kv", status)
 
 
 def paged_attention(

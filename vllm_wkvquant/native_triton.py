@@ -19,7 +19,7 @@ import triton.language as tl
 
 from vllm_wkvquant import triton_kernels
 from vllm_wkvquant.layout import HEAD_SIZES, PageLayout
-from vllm_wkvquant.native_cuda import Served, check_attention, check_params, check_write
+from vllm_wkvquant.native_cuda import Served, check_attention, check_gather, check_params, check_write
 from vllm_wkvquant.reference import KVParams, hadamard_block
 
 BASIS = 64  # tokens whose angles are tabulated, the most keys of a turn of attention's loops
@@ -28,6 +28,7 @@ PART_KEYS = 256  # a part is no shorter
 PART_ROWS = 1 << 14  # most (token, head, part) of a call that splits: 8.5 MB of workspace at head size 128
 PROGRAMS = 512  # enough to fill a GPU
 WRITE_ROWS = 16  # tokens of a program of the write
+GATHER_ROWS = 16  # and of the gathering
 NO_WINDOW = 1 << 30
 INTERPRETED = not isinstance(triton_kernels.attention, triton.JITFunction)
 OPERANDS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -169,6 +170,55 @@ def cache_write(
             **like.shapes,
             **_page(like, kv_cache),
             ROWS=WRITE_ROWS,
+        )
+
+
+def gather_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    first: torch.Tensor,
+    key_start_loc: torch.Tensor,
+    max_keys: int,
+    params: KVParams,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> None:
+    """`ops.gather_kv` on a GPU. Rows beyond `keys` are left out."""
+    like = prepare(params)
+    check_gather(key, value, kv_cache, block_table, seq_lens, query_start_loc, first, key_start_loc, keys, values, like)
+    seqs = seq_lens.shape[0]
+    if not seqs or not max_keys:
+        return
+    with _device(like):
+        triton_kernels.gather[triton.cdiv(max_keys, GATHER_ROWS), seqs, like.num_kv_heads](
+            key,
+            value,
+            keys,
+            values,
+            kv_cache,
+            block_table,
+            seq_lens,
+            query_start_loc,
+            first,
+            key_start_loc,
+            like.attend[0],
+            *like.write[1:],
+            *key.stride()[:2],
+            *value.stride()[:2],
+            block_table.stride(0),
+            kv_cache.stride(0),
+            key.shape[0],
+            min(keys.shape[0], values.shape[0]),
+            kv_cache.shape[0],
+            HEADS=like.num_kv_heads,
+            **like.shapes,
+            **_page(like, kv_cache),
+            ROWS=GATHER_ROWS,
+            num_warps=4,
         )
 
 

@@ -2,6 +2,7 @@
 
     cache_write       new K/V -> page
     paged_attention   past tokens from the page, the step's own tokens as they came -> output
+    gather_kv         past tokens from the page, the step's own as they came -> fp16 keys and values in one piece
     past_attention    past tokens from the page alone -> output and its log-sum-exp, for long prefill chunks on a GPU
 
 `TABLE[op][variant]` holds every implementation; tests and benchmarks iterate it. `reference` is the specification.
@@ -28,6 +29,7 @@ TABLE: dict[str, dict[str, Callable[..., None]]] = {
     "cache_write": {"reference": reference.cache_write},
     "paged_attention": {"reference": reference.paged_attention},
     "past_attention": {"reference": reference.past_attention},
+    "gather_kv": {"reference": reference.gather_kv},
 }
 if native.available():
     TABLE["cache_write"]["cpp"] = native.cache_write
@@ -36,10 +38,12 @@ if native_cuda.available():
     TABLE["cache_write"]["cuda"] = native_cuda.cache_write
     TABLE["paged_attention"]["cuda"] = native_cuda.paged_attention
     TABLE["past_attention"]["cuda"] = native_cuda.past_attention
+    TABLE["gather_kv"]["cuda"] = native_cuda.gather_kv
 if native_triton is not None:
     TABLE["cache_write"]["triton"] = native_triton.cache_write
     TABLE["paged_attention"]["triton"] = native_triton.paged_attention
     TABLE["past_attention"]["triton"] = native_triton.past_attention
+    TABLE["gather_kv"]["triton"] = native_triton.gather_kv
 CAPTURED = ("cuda", "triton")  # variants whose calls can be captured into a graph
 
 
@@ -155,3 +159,36 @@ def past_attention(
     variant = variant or default_variant(query.device.type, query.shape[-1])
     implementation = TABLE["past_attention"]["reference" if variant == "cpp" else variant]
     implementation(query, kv_cache, block_table, seq_lens, query_start_loc, params, scale, out, lse, sliding_window)
+
+
+def gather_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    first: torch.Tensor,
+    key_start_loc: torch.Tensor,
+    max_keys: int,
+    params: KVParams,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    variant: str | None = None,
+) -> None:
+    """Keys and values of some sequences as attention sees them, in one piece: past tokens dequantized, with their shift
+    and without rotation and smoothing; the step's own as they came. For long chunks of a prefill, which see the past so
+    often that it is dequantized once rather than by every tile of their queries.
+
+    key, value, kv_cache, block_table, seq_lens, query_start_loc: as in `paged_attention`. Of sequence i, rows
+    key_start_loc[i] .. key_start_loc[i + 1] - 1 (int32 [num_seqs + 1]) get the tokens from position first[i] (int32
+    [num_seqs], a multiple of 16) on, none of them beyond the sequence. max_keys: at least the most rows of a sequence.
+    keys, values: fp16 [>= key_start_loc[-1], num_kv_heads, head_size], contiguous, written; larger numbers become
+    +-65504. A CPU has the reference alone: nothing there calls this.
+    """
+    variant = variant or default_variant(keys.device.type, keys.shape[-1])
+    implementation = TABLE["gather_kv"]["reference" if variant == "cpp" else variant]
+    implementation(
+        key, value, kv_cache, block_table, seq_lens, query_start_loc, first, key_start_loc, max_keys, params, keys,
+        values,
+    )  # fmt: skip

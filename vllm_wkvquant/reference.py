@@ -295,6 +295,35 @@ def _attend(
             lse[first:last] = scores.logsumexp(-1).T.to(lse.dtype)
 
 
+def gather_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    first: torch.Tensor,
+    key_start_loc: torch.Tensor,
+    max_keys: int,
+    params: KVParams,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> None:
+    """Specification of `ops.gather_kv`."""
+    block_size, head_size = kv_cache.shape[2], keys.shape[-1]
+    starts, rows = query_start_loc.tolist(), key_start_loc.tolist()
+    for i, (seq_len, begin) in enumerate(zip(seq_lens.tolist(), first.tolist(), strict=True)):
+        past = seq_len - (starts[i + 1] - starts[i])
+        end = begin + rows[i + 1] - rows[i]
+        p = torch.arange(begin, max(begin, min(end, past)), device=key.device)
+        slots = block_table[i].long()[p // block_size] * block_size + p % block_size
+        old = dequantize(*layout.load(kv_cache, slots, head_size), p, params)
+        new = slice(starts[i] + max(begin, past) - past, starts[i] + max(end, past) - past)
+        for out, past_rows, step in zip((keys, values), old, (key, value), strict=True):
+            found = torch.cat([past_rows, step[new].float()])
+            out[rows[i] : rows[i + 1]] = found.clamp(-FP16_MAX, FP16_MAX).to(out.dtype)
+
+
 def past_only_mask(length: int, chunk: int = 1, device: torch.device | str = "cpu") -> torch.Tensor:
     """bool [length, length]: True where query i attends key j as it came, because both are in one chunk of a prefill.
 

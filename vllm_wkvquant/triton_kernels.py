@@ -30,7 +30,16 @@ def _split_k(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return low.reshape(ROWS, COLUMNS // 2), high.reshape(ROWS, COLUMNS // 2)
 
 
+@triton.jit
+def _join_k(low, high, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The inverse of _split_k."""
+    low = low.reshape(ROWS, COLUMNS // 8, 4)
+    return tl.join(low, high.reshape(ROWS, COLUMNS // 8, 4)).permute(0, 1, 3, 2).reshape(ROWS, COLUMNS)
+
+
 # --- arithmetic
+
+PROPAGATE_NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -61,6 +70,18 @@ def _product(x, matrix, low: tl.constexpr):
 def _centred(nibble):
     """Codes 0 .. 15 (uint8) -> fp16 -8 .. 7, through the bits of 1024 + code."""
     return (nibble.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - 1032.0
+
+
+@triton.jit
+def _shift_at(position, at, d, inside, k_shift, k_first, turns, PAIRS: tl.constexpr):
+    """K_t of int64 positions [ROWS] in dimensions d, which are `at` in the tables: [ROWS, COLUMNS]."""
+    shift = tl.load(k_shift + at, mask=inside, other=0)[None, :]
+    if PAIRS:
+        pair = tl.where(d < PAIRS, d, d - PAIRS)
+        angle = _angle(position[:, None], tl.load(turns + pair, mask=d < 2 * PAIRS, other=0)[None, :])
+        other = tl.load(k_shift + tl.where(d < PAIRS, at + PAIRS, at - PAIRS), mask=d < 2 * PAIRS, other=0)
+        shift = shift * tl.cos(angle) + tl.where(d < PAIRS, -other, other)[None, :] * tl.sin(angle)
+    return tl.where(position[:, None] == 0, tl.load(k_first + at, mask=inside, other=0)[None, :], shift)
 
 
 @triton.jit
@@ -146,14 +167,8 @@ def write(
     at = head * D + d
     k = tl.load(key + (token * k_token + head * k_head)[:, None] + d[None, :], mask=both, other=0).to(tl.float32)
     v = tl.load(value + (token * v_token + head * v_head)[:, None] + d[None, :], mask=both, other=0).to(tl.float32)
-    shift = tl.load(k_shift + at, mask=inside, other=0)[None, :]
-    if PAIRS:
-        pair = tl.where(d < PAIRS, d, d - PAIRS)
-        angle = _angle(position[:, None], tl.load(turns + pair, mask=d < 2 * PAIRS, other=0)[None, :])
-        other = tl.load(k_shift + tl.where(d < PAIRS, at + PAIRS, at - PAIRS), mask=d < 2 * PAIRS, other=0)
-        shift = shift * tl.cos(angle) + tl.where(d < PAIRS, -other, other)[None, :] * tl.sin(angle)
     first = position[:, None] == 0
-    shift = tl.where(first, tl.load(k_first + at, mask=inside, other=0)[None, :], shift)
+    shift = _shift_at(position, at, d, inside, k_shift, k_first, turns, PAIRS)
     k = (k - shift) * tl.load(key_scale + at, mask=inside, other=0)[None, :]
     k = _hadamard(k, ROWS, COLUMNS, HADAMARD)
     v -= tl.where(
@@ -178,6 +193,97 @@ def write(
     tl.store(k_meta + 1, k_minimum, mask=kept)
     tl.store(v_meta, v_scale, mask=kept)
     tl.store(v_meta + 1, v_minimum, mask=kept)
+
+
+@triton.jit(do_not_specialize=["table_stride", "num_tokens", "num_keys", "num_blocks"])
+def gather(
+    key,
+    value,
+    keys,
+    values,
+    cache,
+    block_table,
+    seq_lens,
+    starts,
+    first,
+    key_starts,
+    query_scale,
+    k_shift,
+    v_shift,
+    k_first,
+    v_first,
+    turns,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    table_stride,
+    block_stride,
+    num_tokens,
+    num_keys,
+    num_blocks,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    COLUMNS: tl.constexpr,  # D to the next power of two
+    PAIRS: tl.constexpr,
+    HADAMARD: tl.constexpr,  # log 2 of the block, 0: none
+    BLOCK_SIZE: tl.constexpr,
+    PAGE: tl.constexpr,
+    V_CODES: tl.constexpr,
+    K_META: tl.constexpr,
+    V_META: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """A program takes ROWS tokens of one sequence and KV head."""
+    seq = tl.program_id(1)
+    head = tl.program_id(2)
+    begin = tl.load(starts + seq)
+    past = tl.load(seq_lens + seq) - (tl.load(starts + seq + 1) - begin)
+    row = tl.load(key_starts + seq) + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = (row < tl.load(key_starts + seq + 1)) & (row < num_keys)
+    position = tl.load(first + seq) + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    old = valid & (position < past)
+    token = begin + position - past
+    new = valid & (position >= past) & (token < num_tokens)
+    token = token.to(tl.int64)
+    d = tl.arange(0, COLUMNS)
+    inside = d < D
+    at = head * D + d
+
+    page = tl.load(block_table + seq * table_stride + position // BLOCK_SIZE, mask=old, other=0)
+    page = tl.minimum(tl.maximum(page, 0), num_blocks - 1)
+    base = cache + page.to(tl.int64) * block_stride + head * PAGE
+    slot = position % BLOCK_SIZE
+    byte = tl.arange(0, COLUMNS // 2)[None, :]
+    both = old[:, None] & (byte < D // 2)
+    k = tl.load(base[:, None] + _k_byte(slot[:, None], byte, D), mask=both, other=0)
+    v = tl.load(base[:, None] + V_CODES + _v_byte(slot[:, None], byte, D), mask=both, other=0)
+    k_meta = (base + K_META + 4 * slot).to(tl.pointer_type(tl.float16))
+    v_meta = (base + V_META + 4 * slot).to(tl.pointer_type(tl.float16))
+    k_scale = tl.load(k_meta, mask=old, other=0).to(tl.float32)[:, None]
+    k_middle = 8 * k_scale + tl.load(k_meta + 1, mask=old, other=0).to(tl.float32)[:, None]
+    v_scale = tl.load(v_meta, mask=old, other=0).to(tl.float32)[:, None]
+    v_middle = 8 * v_scale + tl.load(v_meta + 1, mask=old, other=0).to(tl.float32)[:, None]
+    k = _join_k(_centred(k & 15), _centred(k >> 4), ROWS, COLUMNS).to(tl.float32) * k_scale + k_middle
+    k = _hadamard(tl.where(inside[None, :], k, 0.0), ROWS, COLUMNS, HADAMARD)
+    k *= tl.load(query_scale + at, mask=inside, other=0)[None, :]
+    k += _shift_at(position.to(tl.int64), at, d, inside, k_shift, k_first, turns, PAIRS)
+    v = tl.interleave(_centred(v & 15), _centred(v >> 4)).to(tl.float32) * v_scale + v_middle
+    v += tl.where(
+        position[:, None] == 0,
+        tl.load(v_first + at, mask=inside, other=0)[None, :],
+        tl.load(v_shift + at, mask=inside, other=0)[None, :],
+    )
+
+    both = new[:, None] & inside[None, :]
+    raw = tl.load(key + (token * k_token + head * k_head)[:, None] + d[None, :], mask=both, other=0)
+    k = tl.where(new[:, None], raw.to(tl.float32), k)
+    raw = tl.load(value + (token * v_token + head * v_head)[:, None] + d[None, :], mask=both, other=0)
+    v = tl.where(new[:, None], raw.to(tl.float32), v)
+    to = (row.to(tl.int64) * (HEADS * D))[:, None] + at[None, :]
+    both = (old | new)[:, None] & inside[None, :]
+    tl.store(keys + to, tl.clamp(k, -65504.0, 65504.0, PROPAGATE_NAN).to(tl.float16), mask=both)
+    tl.store(values + to, tl.clamp(v, -65504.0, 65504.0, PROPAGATE_NAN).to(tl.float16), mask=both)
 
 
 @triton.jit(do_not_specialize=COUNTS)

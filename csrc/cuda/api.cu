@@ -36,7 +36,9 @@ int64_t wkvquant_cuda_shared_bytes(const WkvCudaParams* p, int tiles, int num_se
 }
 
 int64_t wkvquant_cuda_sizeof(int which) {
-  return which == 0 ? sizeof(WkvCudaParams) : which == 1 ? sizeof(WkvCudaCacheWrite) : sizeof(WkvCudaAttention);
+  constexpr int64_t kSizes[] = {sizeof(WkvCudaParams), sizeof(WkvCudaCacheWrite), sizeof(WkvCudaAttention),
+                                sizeof(WkvCudaGather)};
+  return kSizes[which];
 }
 
 int32_t wkvquant_cuda_max_seqs() { return wkvquant::kMaxSeqs; }

@@ -3,6 +3,7 @@
 // the host.
 #pragma once
 
+#include <cuda_fp16.h>
 #include <vector_types.h>
 
 #include <cstdint>
@@ -95,14 +96,39 @@ struct WkvCudaAttention {
   int32_t prefill;  // past tokens only: by the kernel of prefills, where it is there for these arguments and fits
 };
 
+struct WkvCudaGather {
+  const void* key;                 // dtype [num_tokens, num_kv_heads, head_size]
+  const void* value;               // the same
+  __half* keys;                    // [num_keys, num_kv_heads, head_size]
+  __half* values;                  // the same
+  const uint8_t* kv_cache;         // as in WkvCudaAttention
+  const int32_t* block_table;      // [num_seqs, max_blocks]
+  const int32_t* seq_lens;         // [num_seqs]
+  const int32_t* query_start_loc;  // [num_seqs + 1]
+  const int32_t* first;            // [num_seqs], multiples of kTile
+  const int32_t* key_start_loc;    // [num_seqs + 1]
+  int64_t key_stride[2];           // elements between tokens, heads
+  int64_t value_stride[2];
+  int64_t block_table_stride;  // elements between sequences
+  int64_t block_stride;        // bytes between blocks, a multiple of 16
+  int64_t num_blocks;
+  int64_t num_tokens;
+  int64_t num_keys;
+  int32_t max_keys;  // of a sequence
+  int32_t num_seqs;
+  int32_t block_size;
+  int32_t dtype;
+};
+
 // Each returns a cudaError_t.
 WKV_API int wkvquant_cuda_cache_write(const WkvCudaCacheWrite*, const WkvCudaParams*, void* stream);
+WKV_API int wkvquant_cuda_gather_kv(const WkvCudaGather*, const WkvCudaParams*, void* stream);
 WKV_API int wkvquant_cuda_paged_attention(const WkvCudaAttention*, const WkvCudaParams*, void* stream);
 WKV_API int64_t wkvquant_cuda_workspace();
 // Dynamic shared memory of a CTA; `tiles`: row tiles of 8, 1 or 2 for decodes, 16 for prefills. -1 where there is no
 // such kernel.
 WKV_API int64_t wkvquant_cuda_shared_bytes(const WkvCudaParams*, int tiles, int num_seqs);
-WKV_API int64_t wkvquant_cuda_sizeof(int which);  // 0: WkvCudaParams, 1: WkvCudaCacheWrite, 2: WkvCudaAttention
+WKV_API int64_t wkvquant_cuda_sizeof(int which);  // 0: WkvCudaParams, 1: WkvCudaCacheWrite, 2: WkvCudaAttention, 3: Gather
 WKV_API int32_t wkvquant_cuda_max_seqs();
 WKV_API const char* wkvquant_cuda_error(int status);
 

@@ -14,14 +14,14 @@ def sources() -> str:
     names += ("attention_load", "attention_rows", "attention_past", "attention_finish")
     names += ("prefill_kernel", "prefill_rows", "prefill_past")
     attention = "".join((CSRC / f"cuda/{name}.cuh").read_text() for name in names)
-    write = (CSRC / "cuda/cache_write.cu").read_text()
-    write = re.sub(
-        r"(cache_write<D, \w+>)<<<(grid, .*?), 0, stream>>>(\(.*?\));", r"run_grid(\2, [&] { \1\3; });", write
-    )
-    write = (
-        write.replace("__global__", "").replace("cudaGetLastError()", "cudaSuccess").replace("kWarps", "kWriteWarps")
-    )
-    return re.sub(r'#pragma once|#include "\w+\.cuh"', "", attention + write)
+    others = ""
+    for name in ("cache_write", "gather_kv"):
+        source = (CSRC / f"cuda/{name}.cu").read_text()
+        source = re.sub(r"(\w+<D, \w+>)<<<(grid, .*?), 0, stream>>>(\(.*?\));", r"run_grid(\2, [&] { \1\3; });", source)
+        # one translation unit has the names of all
+        source = re.sub(r"\b(kWarps|launch)\b", rf"\1_{name}", source)
+        others += source.replace("__global__", "").replace("cudaGetLastError()", "cudaSuccess")
+    return re.sub(r'#pragma once|#include "\w+\.cuh"', "", attention + others)
 
 
 def build(folder: Path) -> Path:

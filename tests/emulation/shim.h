@@ -147,6 +147,10 @@ inline float e_fdiv(float a, float b) { return a / b; }
 #define __fdividef e_fdiv
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __frcp_rn(float a) { return 1 / a; }
+inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
+  const float2 x = __half22float2(a), y = __half22float2(b), z = __half22float2(c);
+  return __floats2half2_rn(fmaf(x.x, y.x, z.x), fmaf(x.y, y.y, z.y));
+}
 namespace wkvquant {
 inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
   auto m = put({a0, a1, a2, a3, b0, b1});
@@ -277,7 +281,9 @@ void run_grid(dim3 grid, int threads, F body) {
 #undef __noinline__
 #undef __launch_bounds__
 #undef __grid_constant__
+#undef __shared__
 #define __device__
+#define __shared__ static
 #define __host__
 #define __forceinline__ inline
 #define __noinline__

@@ -15,6 +15,7 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from vllm_wkvquant import ops
 from vllm_wkvquant.layout import HEAD_SIZES, TILE, PageLayout, token_bytes
@@ -123,7 +124,8 @@ class WKVQuantMetadataBuilder(AttentionMetadataBuilder[WKVQuantMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         PageLayout(kv_cache_spec.head_size, kv_cache_spec.block_size)
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        self._flash = None
+        self._flash, self._room = None, 0
+        self._window = kv_cache_spec.sliding_window if isinstance(kv_cache_spec, SlidingWindowSpec) else 0
         if _captures(device.type, kv_cache_spec.head_size):
             compilation = vllm_config.compilation_config
             tokens = max(tokens, compilation.max_cudagraph_capture_size or 0)
@@ -133,6 +135,7 @@ class WKVQuantMetadataBuilder(AttentionMetadataBuilder[WKVQuantMetadata]):
             self._flash = prefill.flash_attention(kv_cache_spec.head_size, vllm_config.model_config.dtype)
         if self._flash is not None:
             self._init_reorder_batch_threshold(prefill.SHORT, supports_spec_as_decode=True)
+            self._room = prefill.room(tokens, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size)
         self._tokens = torch.arange(tokens, dtype=torch.int64, device=device)
         self._positions = torch.zeros_like(self._tokens)
 
@@ -156,7 +159,8 @@ class WKVQuantMetadataBuilder(AttentionMetadataBuilder[WKVQuantMetadata]):
         token_positions(common.query_start_loc, common.seq_lens, tokens, positions)
         chunks = None
         if self._flash is not None and self.reorder_batch_threshold is not None:
-            chunks = prefill.split_chunks(common, self.reorder_batch_threshold, self._flash)
+            threshold = self.reorder_batch_threshold
+            chunks = prefill.split_chunks(common, threshold, self._flash, self._room, self._window)
         seqs = common.seq_lens.shape[0] if chunks is None else chunks.num_seqs
         return WKVQuantMetadata(
             num_actual_tokens=count,
@@ -230,8 +234,8 @@ class WKVQuantImpl(AttentionImpl[WKVQuantMetadata]):
         """query, output: [>= T, num_heads, head_size]; key, value: [>= T, num_kv_heads, head_size]."""
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("wkvquant: fused output quantization is not supported by the 4-bit KV cache")
-        if attn_metadata is None:  # a profiling run has no pages yet; let it see the memory of prefill.attend
-            torch.empty_like(output)
+        if attn_metadata is None:  # a profiling run has no pages yet
+            prefill.profile(output, self.num_kv_heads)
             return output.fill_(0)
         m = attn_metadata
         # first: a sequence may be given another's prefix from the cache in the very step that computes it

@@ -1,6 +1,8 @@
-"""Long chunks of a prefill on a GPU: FlashAttention over the step's own tokens, our kernel over the past, merged.
+"""Long chunks of a prefill on a GPU: FlashAttention over keys and values of past and step in one piece.
 
-The kernel of `ops.paged_attention` attends the step's own tokens one key at a time, which suits decodes and drafts.
+Every tile of a chunk's queries would dequantize the past anew, so it is done once, into a workspace of fixed size; a
+longer past takes several passes, merged by log-sum-exp. The kernel of `ops.paged_attention` dequantizes where it
+attends, which suits decodes and drafts.
 """
 
 import functools
@@ -10,15 +12,18 @@ from typing import Any
 
 import torch
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
 from vllm_wkvquant import ops
+from vllm_wkvquant.layout import TILE
 from vllm_wkvquant.reference import KVParams
 
 SHORT = 16  # tokens of the longest query that is left to `ops.paged_attention`
+WORKSPACE = 64 << 20  # bytes of keys and values, unless a step's own need more
 
 # flash_attn_varlen_func of the version that vLLM picks
 FlashAttention = Callable[..., Any]
@@ -36,12 +41,44 @@ def flash_attention(head_size: int, dtype: torch.dtype) -> FlashAttention | None
     return functools.partial(flash_attn_varlen_func, fa_version=version)
 
 
+def room(tokens: int, num_kv_heads: int, head_size: int) -> int:
+    """Keys that the workspace holds where steps have up to `tokens` tokens."""
+    least = -(-tokens // TILE) * TILE + 4 * TILE  # the step's own, and past before them
+    return max(WORKSPACE // (2 * 2 * num_kv_heads * head_size) // TILE * TILE, least)
+
+
+def profile(output: torch.Tensor, num_kv_heads: int) -> None:
+    """Let a profiling run see the memory of `attend`. output: [tokens, heads, head_size] of the largest step."""
+    tokens, _, head_size = output.shape
+    n = room(tokens, num_kv_heads, head_size)
+    seen = [output.new_empty(2, n, num_kv_heads, head_size, dtype=torch.float16)]
+    seen += [output.new_empty(output.shape, dtype=torch.float16) for _ in range(3)]  # queries, two passes' results
+
+
+@dataclass
+class Pass:
+    """Keys gathered together, and the queries that attend them. Tensors are on the device.
+
+    seqs, rows: which of the chunks' sequences and tokens. first, key_start_loc, max_keys: as in `ops.gather_kv`.
+    query_start_loc: from the first of `rows`. own: the keys end with the step's own.
+    """
+
+    seqs: slice
+    rows: slice
+    first: torch.Tensor
+    key_start_loc: torch.Tensor
+    max_keys: int
+    query_start_loc: torch.Tensor
+    own: bool
+
+
 @dataclass
 class Chunks:
     """The sequences of a step from the first long query on, which come last. Tensors are on the device.
 
-    first, num_tokens: their tokens in the step. num_seqs: sequences before them. has_past: False where none of them
-    has any. query_start_loc, seq_lens, block_table: as in `ops.paged_attention`, counted from `first`.
+    first, num_tokens: their tokens in the step. num_seqs: sequences before them. query_start_loc, seq_lens,
+    block_table: as in `ops.paged_attention`, counted from `first`. passes: in order, those of a sequence that needs
+    several one after the other; none where no sequence has a past. room: most keys of a pass.
     """
 
     flash: FlashAttention
@@ -49,29 +86,95 @@ class Chunks:
     num_tokens: int
     num_seqs: int
     max_query_len: int
-    has_past: bool
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
+    passes: list[Pass]
+    room: int
 
 
-def split_chunks(common: CommonAttentionMetadata, threshold: int, flash: FlashAttention) -> Chunks | None:
-    """The step's chunks, or None where every query has at most `threshold` tokens. Waits for nothing on the device."""
+def split_chunks(
+    common: CommonAttentionMetadata, threshold: int, flash: FlashAttention, room: int, window: int
+) -> Chunks | None:
+    """The step's chunks, or None where every query has at most `threshold` tokens. Waits for nothing on the device.
+
+    room: keys that a pass can have. window: sliding window that all layers have, before which pages may be gone, or 0.
+    """
     short, long, first, _ = split_decodes_and_prefills(common, decode_threshold=threshold)
-    if long == 0:
+    if long == 0 or common.seq_lens_cpu_upper_bound is None:
         return None
-    starts, lens = common.query_start_loc_cpu[short:], common.seq_lens_cpu_upper_bound
-    return Chunks(
+    chunks = Chunks(
         flash=flash,
         first=first,
-        num_tokens=int(starts[-1]) - first,
+        num_tokens=int(common.query_start_loc_cpu[-1]) - first,
         num_seqs=short,
         max_query_len=common.max_query_len,
-        has_past=lens is None or bool((lens[short:] > starts.diff()).any()),
         query_start_loc=common.query_start_loc[short:] - first,
         seq_lens=common.seq_lens[short:],
         block_table=common.block_table_tensor[short:],
+        passes=[],
+        room=room,
     )
+    starts = [int(x) - first for x in common.query_start_loc_cpu[short:]]
+    # exact but for sequences with drafts, of which it counts those that may be rejected
+    lens = common.seq_lens_cpu_upper_bound[short:].tolist()
+    if all(n == b - a for n, a, b in zip(lens, starts, starts[1:], strict=False)):
+        return chunks
+    plan = _plan(starts, lens, room, window, threshold)
+    numbers = async_tensor_h2d([x for p in plan for x in (*p.first, 0, p.count)], chunks.seq_lens.device, torch.int32)
+    for p in plan:
+        n = len(p.first)
+        begin, (bounds, numbers) = numbers[:n], numbers[n:].split([2, len(numbers) - n - 2])
+        if p.own:
+            bounds = torch.zeros(n + 1, dtype=torch.int32, device=begin.device)
+            counts = (chunks.seq_lens[p.seqs] - begin).clamp_min_(0)
+            torch.cumsum(counts, 0, dtype=torch.int32, out=bounds[1:])
+        rows = slice(starts[p.seqs.start], starts[p.seqs.stop])
+        query_start_loc = chunks.query_start_loc[p.seqs.start : p.seqs.stop + 1] - rows.start
+        chunks.passes.append(Pass(p.seqs, rows, begin, bounds, p.count, query_start_loc, p.own))
+    return chunks
+
+
+@dataclass
+class _Planned:
+    """A pass on the host. count: keys of the sequence that has most."""
+
+    seqs: slice
+    first: list[int]
+    count: int
+    own: bool
+
+
+def _plan(starts: list[int], lens: list[int], room: int, window: int, slack: int) -> list[_Planned]:
+    """Passes of at most `room` keys over sequences of `lens` tokens, whose queries are starts[i] .. starts[i + 1] - 1.
+
+    A sequence of more keys has passes of its own, all but the last over past tokens alone. Lengths are exact, but
+    may be by less than `slack` too large where there are no more queries than that.
+    """
+    plan: list[_Planned] = []
+    used = room
+    for i, length in enumerate(lens):
+        queries = starts[i + 1] - starts[i]
+        shorter = slack if queries <= slack else 0  # that it may be
+        begin = max(0, length - queries - window + 1 - shorter) // TILE * TILE if window else 0
+        if queries == 0:  # padding
+            begin = -(-length // TILE) * TILE
+        alone = length - begin > room
+        while length - begin > room:
+            # the last pass is as long as can be, so it starts well inside the past
+            count = min(room, -(-(length - begin - room) // TILE) * TILE)
+            plan.append(_Planned(slice(i, i + 1), [begin], count, own=False))
+            begin += count
+        keys = max(0, length - begin)
+        if alone or used + keys > room:
+            plan.append(_Planned(slice(i, i), [], 0, own=True))
+            used = 0
+        last = plan[-1]
+        last.seqs = slice(last.seqs.start, i + 1)
+        last.first.append(begin)
+        last.count = max(last.count, keys)
+        used = room if alone else used + keys
+    return plan
 
 
 def attend(
@@ -87,35 +190,62 @@ def attend(
 ) -> None:
     """Write the rows of `out` that are the chunks'. Arguments are the step's, as in `ops.paged_attention`."""
     rows = slice(chunks.first, chunks.first + chunks.num_tokens)
-    query, out = query[rows], out[rows]
-    found = chunks.flash(
-        q=query,
-        k=key[rows],
-        v=value[rows],
-        out=out,
-        cu_seqlens_q=chunks.query_start_loc,
-        cu_seqlens_k=chunks.query_start_loc,
-        max_seqlen_q=chunks.max_query_len,
-        max_seqlen_k=chunks.max_query_len,
-        softmax_scale=scale,
-        causal=True,
-        window_size=[sliding_window - 1, 0] if sliding_window else None,
-        return_softmax_lse=chunks.has_past,
-    )
-    if not chunks.has_past:
+    query, key, value, out = query[rows], key[rows], value[rows], out[rows]
+    options = {
+        "max_seqlen_q": chunks.max_query_len,
+        "softmax_scale": scale,
+        "window_size": [sliding_window - 1, 0] if sliding_window else None,
+    }
+    if not chunks.passes:
+        chunks.flash(
+            q=query, k=key, v=value, out=out, cu_seqlens_q=chunks.query_start_loc, max_seqlen_k=chunks.max_query_len,
+            cu_seqlens_k=chunks.query_start_loc, causal=True, **options,
+        )  # fmt: skip
         return
-    past = torch.empty_like(out)
-    past_lse = torch.empty(query.shape[1], query.shape[0], dtype=torch.float32, device=query.device)
-    ops.past_attention(
-        query,
-        kv_cache,
-        chunks.block_table,
-        chunks.seq_lens,
-        chunks.query_start_loc,
-        params,
-        scale,
-        past,
-        past_lse.T,
-        sliding_window,
-    )
-    merge_attn_states(out, past, past_lse, out, found[1])
+    if sliding_window and not all(p.own for p in chunks.passes):
+        # its layers see less than a pass holds, but others of the same pages see all
+        ops.paged_attention(
+            query, key, value, kv_cache, chunks.block_table, chunks.seq_lens, chunks.query_start_loc, params, scale,
+            out, sliding_window,
+        )  # fmt: skip
+        return
+    # in fp16 even for bf16: it would round the keys a second time, to 8 bits
+    query = query.to(torch.float16)
+    found = out if out.dtype == torch.float16 else torch.empty_like(query)
+    keys, values = query.new_empty(2, chunks.room, *key.shape[1:])
+    before: tuple[torch.Tensor, torch.Tensor] | None = None
+    for p in chunks.passes:
+        ops.gather_kv(
+            key[p.rows],
+            value[p.rows],
+            kv_cache,
+            chunks.block_table[p.seqs],
+            chunks.seq_lens[p.seqs],
+            p.query_start_loc,
+            p.first,
+            p.key_start_loc,
+            p.max_keys,
+            params,
+            keys,
+            values,
+        )
+        to = found[p.rows] if p.own else torch.empty_like(found[p.rows])
+        lse = chunks.flash(
+            q=query[p.rows],
+            k=keys,
+            v=values,
+            out=to,
+            cu_seqlens_q=p.query_start_loc,
+            cu_seqlens_k=p.key_start_loc,
+            max_seqlen_k=p.max_keys,
+            causal=p.own,
+            return_softmax_lse=True,
+            **options,
+        )[1]
+        if before is not None:
+            merged_lse = None if p.own else torch.empty_like(lse)
+            merge_attn_states(to, *before, to, lse, merged_lse)
+            lse = lse if merged_lse is None else merged_lse
+        before = None if p.own else (to, lse)
+    if found is not out:
+        out.copy_(found)
