@@ -1,8 +1,8 @@
 // Keys and values of sequences in one piece, as fp16: past tokens from the pages, the step's own as they came.
 //
-// A CTA takes a tile of 16 tokens, whose rotations its warps share, and a warp a KV head at a time. Lane l has
-// dimensions 4 (l + 32 i) .. + 3, as in cache_write.cu. Codes of two tokens are the halves of a half2: the Hadamard
-// rotation sums up to 128 of 15 at most, which fp16 has exactly.
+// A CTA takes a tile of 16 tokens, whose rotations its warps share, and a warp four tokens of a KV head at a time. Lane
+// l has dimensions 4 (l + 32 i) .. + 3, as in cache_write.cu. Codes of two tokens are the halves of a half2: the
+// Hadamard rotation sums up to 128 of 15 at most, which fp16 has exactly.
 #include "common.cuh"
 #include "ptx.cuh"
 
@@ -10,6 +10,7 @@ namespace wkvquant {
 namespace {
 
 constexpr int kWarps = 8;
+constexpr int kPart = 4;
 
 __device__ __forceinline__ __half2 as_half2(uint32_t x) { return *reinterpret_cast<const __half2*>(&x); }
 __device__ __forceinline__ uint32_t as_word(__half2 x) { return *reinterpret_cast<const uint32_t*>(&x); }
@@ -46,51 +47,64 @@ __device__ __forceinline__ void hadamard_codes(__half2 (&x)[4 * groups_of_lane(D
   }
 }
 
+// What a warp gathers at a time: kPart tokens of a KV head.
 template <int D>
-struct Tile {
+struct Part {
   static constexpr int N = groups_of_lane(D), kBlock = D & -D, kLanes = D / 4 < 32 ? D / 4 : 32;
-  float2 (*rotation)[D / 2];  // [16][pair j at j % 4 * D / 8 + j / 4]
-  int lane, first, past;      // position of the tile's first token; tokens of the tile that are past
-  __half *keys, *values;      // rows of the tile's first token and the warp's head
-  int64_t stride;             // elements between tokens
+  uint4 k_words[N];  // four tokens
+  uint32_t v_words[N][2];
+  uint32_t meta;       // lane t: of token t's key, lane kPart + t: of its value
+  float scale[4 * N];  // of transformed keys
+  float shift[4 * N];  // K_t is shift cos + turned sin
+  float turned[4 * N];
+  float v_shift[4 * N];
 
-  __device__ bool active() const { return lane < kLanes; }
+  __device__ static int dimension(int lane, int i) { return 4 * (lane + 32 * (i / 4)) + i % 4; }
+  // Index of dimension d's rotary pair in a row of `rotation`, which lanes read without conflicts.
   __device__ static int pair_at(int j) { return j % 4 * (D / 8) + j / 4; }
 
-  __device__ void load_keys(const WkvCudaParams& p, int head, const uint8_t* page, const PageLayout& layout, int slot,
-                            uint32_t meta) {
-    float scale[4 * N], shift[4 * N], turned[4 * N];  // K_t is shift cos + turned sin
-    int pair[4 * N];                                  // or shift alone, below 0
-    uint4 words[N][4];
+  // slot: of the first token. Lanes without dimensions get zeros.
+  __device__ void load(const WkvCudaParams& p, int head, const uint8_t* page, const PageLayout& layout, int slot,
+                       int lane) {
+    const int64_t metas = (lane < kPart ? layout.k_meta() : layout.v_meta()) + 4 * (slot + lane % kPart);
+    meta = *reinterpret_cast<const uint32_t*>(page + metas);
+    const int64_t row = head * D;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const int group = lane / 2 + 16 * i;
+      const int group = lane + 32 * i;
+      k_words[i] = {}, v_words[i][0] = v_words[i][1] = 0;
 #pragma unroll
-      for (int b = 0; b < 4; ++b)
-        if (active()) words[i][b] = reinterpret_cast<const uint4*>(page + layout.k_word(slot, group))[b];
-    }
+      for (int b = 0; b < 4; ++b) scale[4 * i + b] = shift[4 * i + b] = turned[4 * i + b] = v_shift[4 * i + b] = 0;
+      if (lane >= kLanes) continue;
+      k_words[i] = *reinterpret_cast<const uint4*>(page + layout.k_word(slot, group / 2));
 #pragma unroll
-    for (int i = 0; i < 4 * N; ++i) {
-      const int d = 4 * (lane + 32 * (i / 4)) + i % 4, at = head * D + d, pairs = p.rotary_pairs;
-      scale[i] = shift[i] = turned[i] = 0, pair[i] = -1;
-      if (!active()) continue;
-      scale[i] = p.query_scale[at];
-      shift[i] = p.k_shift[at];
-      if (d < 2 * pairs) {
-        turned[i] = d < pairs ? -p.k_shift[at + pairs] : p.k_shift[at - pairs];
-        pair[i] = pair_at(d < pairs ? d : d - pairs);
+      for (int b = 0; b < 2; ++b)
+        v_words[i][b] = *reinterpret_cast<const uint32_t*>(page + layout.v_half(slot + 2 * b, group));
+      load4(p.query_scale + row + 4 * group, scale + 4 * i);
+      load4(p.k_shift + row + 4 * group, shift + 4 * i);
+      load4(p.v_shift + row + 4 * group, v_shift + 4 * i);
+#pragma unroll
+      for (int b = 0; b < 4; ++b) {
+        const int d = 4 * group + b, pairs = p.rotary_pairs;
+        if (d < 2 * pairs) turned[4 * i + b] = d < pairs ? -p.k_shift[row + d + pairs] : p.k_shift[row + d - pairs];
       }
     }
-    const float minimum_of_all = p.hadamard ? 0 : 1;  // what the minimum is times in a transformed key, and in the
-    const float minimum_of_first = p.hadamard ? kBlock : 1;  // first dimension of a rotated block
+  }
+
+  // The first `count` tokens, first of them at position `first`, to rows of `keys` and `values`, the token's `stride`
+  // apart. rotation: rows of theirs.
+  __device__ void store(const WkvCudaParams& p, int head, int first, int count, const float2 (*rotation)[D / 2],
+                        __half* keys, __half* values, int64_t stride, int lane) const {
+    // what a minimum is times in a rotated key, and in the first dimension of a rotated block
+    const float minimum_of_all = p.hadamard ? 0 : 1, minimum_of_first = p.hadamard ? kBlock : 1;
 #pragma unroll
-    for (int t = 0; t < 16; t += 2) {
-      if (t >= past) break;
+    for (int t = 0; t < kPart; t += 2) {
+      if (t >= count) break;
       __half2 x[4 * N];
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        const uint4 w = words[i][t / 4];
-        const uint32_t a = (t % 4 ? w.z : w.x) >> (lane % 2 * 4), b = (t % 4 ? w.w : w.y) >> (lane % 2 * 4);
+        const uint32_t a = (t ? k_words[i].z : k_words[i].x) >> (lane % 2 * 4);
+        const uint32_t b = (t ? k_words[i].w : k_words[i].y) >> (lane % 2 * 4);
         x[4 * i] = codes_of<0>(a, b), x[4 * i + 1] = codes_of<1>(a, b);
         x[4 * i + 2] = codes_of<2>(a, b), x[4 * i + 3] = codes_of<3>(a, b);
       }
@@ -98,71 +112,51 @@ struct Tile {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float2 m = __half22float2(as_half2(__shfl_sync(kFull, meta, t + half)));
-        float y[4 * N];
+        const float2 n = __half22float2(as_half2(__shfl_sync(kFull, meta, kPart + t + half)));
+        if (t + half >= count || lane >= kLanes) continue;
+        float k[4 * N], v[4 * N];
 #pragma unroll
-        for (int i = 0; i < 4 * N; ++i) y[i] = half ? __high2float(x[i]) : __low2float(x[i]);
+        for (int i = 0; i < 4 * N; ++i) {
+          k[i] = half ? __high2float(x[i]) : __low2float(x[i]);
+          const uint32_t code = v_words[i / 4][t / 2] >> (half * 16 + i % 4 * 4) & 15;
+          v[i] = fmaf(__int_as_float(code | 0x4b000000) - 8388608.0f, n.x, n.y + v_shift[i]);
+        }
         if (N == 2 && p.hadamard)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const float low = y[i], high = y[(4 + i) % (4 * N)];
-            y[i] = low + high, y[(4 + i) % (4 * N)] = low - high;
+            const float low = k[i], high = k[(4 + i) % (4 * N)];
+            k[i] = low + high, k[(4 + i) % (4 * N)] = low - high;
           }
-        const bool at_first = p.k_first && first + t + half == 0;
 #pragma unroll
         for (int i = 0; i < 4 * N; ++i) {
-          const int d = 4 * (lane + 32 * (i / 4)) + i % 4;
+          const int d = dimension(lane, i), pairs = p.rotary_pairs;
           float s = shift[i];
-          if (pair[i] >= 0) {
-            const float2 r = rotation[t + half][pair[i]];
+          if (d < 2 * pairs) {
+            const float2 r = rotation[t + half][pair_at(d < pairs ? d : d - pairs)];
             s = s * r.x + turned[i] * r.y;
           }
-          if (at_first && active()) s = p.k_first[head * D + d];
-          y[i] = fmaf(y[i], m.x, m.y * (d % kBlock ? minimum_of_all : minimum_of_first)) * scale[i] + s;
+          k[i] = fmaf(k[i], m.x, m.y * (d % kBlock ? minimum_of_all : minimum_of_first)) * scale[i];
+          if (p.k_first && first + t + half == 0) {
+            s = p.k_first[head * D + d];
+            v[i] += p.v_first[head * D + d] - v_shift[i];
+          }
+          k[i] += s;
         }
-        if (t + half < past && active())
 #pragma unroll
-          for (int i = 0; i < N; ++i)
-            *reinterpret_cast<uint2*>(keys + (t + half) * stride + 4 * (lane + 32 * i)) = pack_finite(y + 4 * i);
+        for (int i = 0; i < N; ++i) {
+          const int64_t at = (t + half) * stride + dimension(lane, 4 * i);
+          *reinterpret_cast<uint2*>(keys + at) = pack_finite(k + 4 * i);
+          *reinterpret_cast<uint2*>(values + at) = pack_finite(v + 4 * i);
+        }
       }
-    }
-  }
-
-  __device__ void load_values(const WkvCudaParams& p, int head, const uint8_t* page, const PageLayout& layout, int slot,
-                              uint32_t meta) {
-    uint32_t words[N][8];
-    float shift[4 * N];
-#pragma unroll
-    for (int i = 0; i < N; ++i)
-#pragma unroll
-      for (int b = 0; b < 8; ++b)
-        if (active())
-          words[i][b] = *reinterpret_cast<const uint32_t*>(page + layout.v_half(slot + 2 * b, lane + 32 * i));
-#pragma unroll
-    for (int i = 0; i < 4 * N; ++i) shift[i] = active() ? p.v_shift[head * D + 4 * (lane + 32 * (i / 4)) + i % 4] : 0;
-#pragma unroll
-    for (int t = 0; t < 16; ++t) {
-      if (t >= past) break;
-      const float2 m = __half22float2(as_half2(__shfl_sync(kFull, meta, 16 + t)));
-      const bool at_first = p.v_first && first + t == 0;
-      if (!active()) continue;
-      float y[4 * N];
-#pragma unroll
-      for (int i = 0; i < 4 * N; ++i) {
-        const int d = 4 * (lane + 32 * (i / 4)) + i % 4;
-        const float code = __int_as_float((words[i / 4][t / 2] >> (t % 2 * 16 + i % 4 * 4) & 15) | 0x4b000000);
-        y[i] = fmaf(code - 8388608.0f, m.x, m.y + (at_first ? p.v_first[head * D + d] : shift[i]));
-      }
-#pragma unroll
-      for (int i = 0; i < N; ++i)
-        *reinterpret_cast<uint2*>(values + t * stride + 4 * (lane + 32 * i)) = pack_finite(y + 4 * i);
     }
   }
 };
 
 template <int D, class T>
-__global__ void __launch_bounds__(kWarps * 32)
+__global__ void __launch_bounds__(kWarps * 32, D == 256 ? 2 : 3)
     gather_kv(const __grid_constant__ WkvCudaGather a, const __grid_constant__ WkvCudaParams p) {
-  __shared__ float2 rotation[16][D / 2];
+  __shared__ float2 rotation[kTile][D / 2];
   const int seq = blockIdx.y, begin = a.query_start_loc[seq];
   const int past = a.seq_lens[seq] - (a.query_start_loc[seq + 1] - begin);
   const int64_t row = a.key_start_loc[seq] + static_cast<int64_t>(blockIdx.x) * kTile;
@@ -171,42 +165,50 @@ __global__ void __launch_bounds__(kWarps * 32)
   if (count <= 0) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int first = a.first[seq] + static_cast<int>(blockIdx.x) * kTile;
-  const int old = min(max(past - first, 0), count);
-  if (old > 0 && p.rotary_pairs) {
-    for (int t = warp; t < old; t += kWarps)
-      for (int j = lane; j < p.rotary_pairs; j += 32)
-        rotation[t][Tile<D>::pair_at(j)] =
-            cos_sin(static_cast<uint64_t>(first + t) * static_cast<uint64_t>(p.rope_turns[j]));
-    __syncthreads();
-  }
-  const PageLayout layout{D, a.block_size};
-  const int entry = old > 0 ? a.block_table[seq * a.block_table_stride + first / a.block_size] : 0;
-  const uint8_t* block = a.kv_cache + min(static_cast<int64_t>(max(entry, 0)), a.num_blocks - 1) * a.block_stride;
-  const int slot = first % a.block_size;
   const int64_t stride = static_cast<int64_t>(p.num_kv_heads) * D;
-  for (int head = warp; head < p.num_kv_heads; head += kWarps) {
-    __half *keys = a.keys + row * stride + head * D, *values = a.values + row * stride + head * D;
-    if (old > 0) {
-      const uint8_t* page = block + head * layout.nbytes();
-      const int64_t of_lane = (lane < 16 ? layout.k_meta() : layout.v_meta()) + 4 * (slot + lane % 16);
-      const uint32_t meta = *reinterpret_cast<const uint32_t*>(page + of_lane);
-      Tile<D> tile{rotation, lane, first, old, keys, values, stride};
-      tile.load_keys(p, head, page, layout, slot, meta);
-      tile.load_values(p, head, page, layout, slot, meta);
+  __half *keys = a.keys + row * stride, *values = a.values + row * stride;
+
+  const int old = min(max(past - first, 0), count);
+  if (old > 0) {
+    const PageLayout layout{D, a.block_size};
+    const int64_t block = max(a.block_table[seq * a.block_table_stride + first / a.block_size], 0);
+    const uint8_t* pages = a.kv_cache + min(block, a.num_blocks - 1) * a.block_stride;
+    const int slot = first % a.block_size;
+    const int parts = (old + kPart - 1) / kPart, units = p.num_kv_heads * parts;
+    Part<D> part;
+    auto load = [&](int unit) {
+      const int head = unit / parts;
+      part.load(p, head, pages + head * layout.nbytes(), layout, slot + unit % parts * kPart, lane);
+    };
+    if (warp < units) load(warp);
+    if (p.rotary_pairs) {
+      for (int t = warp; t < old; t += kWarps)
+        for (int j = lane; j < p.rotary_pairs; j += 32)
+          rotation[t][Part<D>::pair_at(j)] =
+              cos_sin(static_cast<uint64_t>(first + t) * static_cast<uint64_t>(p.rope_turns[j]));
+      __syncthreads();
     }
-    for (int t = old; t < count; ++t) {
-      const int64_t token = begin + first + t - past;
-      if (token >= a.num_tokens) break;
+    for (int unit = warp; unit < units; unit += kWarps) {
+      if (unit != warp) load(unit);
+      const int head = unit / parts, t = unit % parts * kPart;
+      const int64_t at = t * stride + head * D;
+      part.store(p, head, first + t, min(kPart, old - t), rotation + t, keys + at, values + at, stride, lane);
+    }
+  }
+
+  if (lane >= Part<D>::kLanes) return;
+  for (int unit = warp; unit < (count - old) * p.num_kv_heads; unit += kWarps) {
+    const int t = old + unit / p.num_kv_heads, head = unit % p.num_kv_heads;
+    const int64_t token = begin + first + t - past;
+    if (token >= a.num_tokens) break;
 #pragma unroll
-      for (int i = 0; i < groups_of_lane(D); ++i) {
-        const int d = 4 * (lane + 32 * i);
-        if (lane >= Tile<D>::kLanes) continue;
-        float k[4], v[4];
-        load4(static_cast<const T*>(a.key) + token * a.key_stride[0] + head * a.key_stride[1] + d, k);
-        load4(static_cast<const T*>(a.value) + token * a.value_stride[0] + head * a.value_stride[1] + d, v);
-        *reinterpret_cast<uint2*>(keys + t * stride + d) = pack_finite(k);
-        *reinterpret_cast<uint2*>(values + t * stride + d) = pack_finite(v);
-      }
+    for (int i = 0; i < groups_of_lane(D); ++i) {
+      const int d = 4 * (lane + 32 * i);
+      float k[4], v[4];
+      load4(static_cast<const T*>(a.key) + token * a.key_stride[0] + head * a.key_stride[1] + d, k);
+      load4(static_cast<const T*>(a.value) + token * a.value_stride[0] + head * a.value_stride[1] + d, v);
+      *reinterpret_cast<uint2*>(keys + t * stride + head * D + d) = pack_finite(k);
+      *reinterpret_cast<uint2*>(values + t * stride + head * D + d) = pack_finite(v);
     }
   }
 }

@@ -19,7 +19,7 @@ def sources() -> str:
         source = (CSRC / f"cuda/{name}.cu").read_text()
         source = re.sub(r"(\w+<D, \w+>)<<<(grid, .*?), 0, stream>>>(\(.*?\));", r"run_grid(\2, [&] { \1\3; });", source)
         # one translation unit has the names of all
-        source = re.sub(r"\b(kWarps|launch)\b", rf"\1_{name}", source)
+        source = re.sub(r"\b(kWarps|kPart|launch)\b", rf"\1_{name}", source)
         others += source.replace("__global__", "").replace("cudaGetLastError()", "cudaSuccess")
     return re.sub(r'#pragma once|#include "\w+\.cuh"', "", attention + others)
 
