@@ -23,7 +23,7 @@ from vllm_wkvquant.reference import KVParams
 # (kernel, head size, row tiles of 8) -> (bytes of stack, why they are accepted)
 KNOWN = {
     ("paged_attention", 128, 1): (24, "two CTAs on an SM leave 168 registers"),
-    ("prefill", 128, 16): (40, "accumulators alone take 160 of 255 registers; none of it in the loop over units"),
+    ("gather_kv", 256, 0): (16, "two CTAs on an SM leave 128 registers"),
 }
 SEQUENCES = 256
 
@@ -57,9 +57,9 @@ def main() -> None:
         if found := re.match(r"arch = (\S+)", line):
             arch = found[1]
         if found := re.search(
-            r"(paged_attention|prefill|cache_write)ILi(\d+)E(?:Li(\d+)E|f|6__half|13__nv_bfloat16)?E", line
+            r"(paged_attention|gather_kv|cache_write)ILi(\d+)E(?:Li(\d+)E|f|6__half|13__nv_bfloat16)?E", line
         ):
-            kernel = found[1], int(found[2]), 16 if found[1] == "prefill" else int(found[3] or 0)
+            kernel = found[1], int(found[2]), int(found[3] or 0)
             dtype = next((name for name in ("half", "nv_bfloat16") if f"__{name}E" in line), "float")
         if kernel and (found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line)):
             registers, stack, static = map(int, found.groups())

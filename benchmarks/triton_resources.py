@@ -2,9 +2,9 @@
 
     python benchmarks/triton_resources.py [--arch 90] [--head-sizes 64,80] [--dtypes bfloat16,float16]
 
-The kernels of a decode in parts, of a prefill and of a chunk over the past, 4 query heads to a KV head, pages of 64
-tokens. Stack is spills and an array of 28 bytes for the sines of large angles. Takes a minute a head size the first
-time; Triton keeps what it compiled. Needs cuobjdump, on the PATH or beside triton.
+The kernels of a decode in parts and of a chunk, 4 query heads to a KV head, pages of 64 tokens. Stack is spills and an
+array of 28 bytes for the sines of large angles. Takes a minute a head size the first time; Triton keeps what it
+compiled. Needs cuobjdump, on the PATH or beside triton.
 """
 
 import argparse
@@ -27,7 +27,8 @@ GROUP, BLOCK_SIZE = 4, 64
 # of arguments that are not i32
 TYPES = {
     **dict.fromkeys(["slots", "positions", "turns"], "*i64"),
-    **dict.fromkeys(["block_table", "seq_lens", "starts"], "*i32"),
+    **dict.fromkeys(["block_table", "seq_lens", "starts", "first", "key_starts"], "*i32"),
+    **dict.fromkeys(["keys", "values"], "*fp16"),
     "cache": "*u8",
     "basis": "*fp16",
     "scale": "fp32",
@@ -67,10 +68,11 @@ def kernels(head_size: int, dtype: torch.dtype, arch: int) -> dict[str, Any]:
     types = dict.fromkeys(["query", "key", "value", "out"], f"*{SHORT[dtype]}")
     write = constants | {"ROWS": native_triton.WRITE_ROWS}
     found = {"cache_write": compile_kernel(triton_kernels.write, write, types, arch)}
+    gather = constants | {"ROWS": native_triton.GATHER_ROWS, "HEADS": 8}
+    found["gather_kv"] = compile_kernel(triton_kernels.gather, gather, types, arch)
     for name, rows, special in (
         ("decode, in parts", GROUP, {}),
-        ("prefill", 100, {"lse": None}),
-        ("chunk, past alone", 100, {"key": None, "value": None}),
+        ("chunk", 100, {"lse": None}),
     ):
         tile, keys, warps = native_triton._tile(rows, GROUP, head_size, dtype)
         shapes = {

@@ -1,8 +1,6 @@
 """The CUDA kernels against the specification: every head size, group, length and option that they take."""
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import fields, replace
 
 import cases
@@ -53,51 +51,6 @@ def check(case: cases.Case, **options) -> None:
     assert (lse[:tokens] - expected_lse[:tokens]).abs().max() < 5e-3
 
 
-def check_past(case: cases.Case, prefill: bool | None = False, **options) -> None:
-    """The same of `past_attention`, whose rows without past are zeros and -inf.
-
-    prefill: by the kernel of prefills or that of decodes; None: by the one that is chosen.
-    """
-    case = to_gpu(case)
-    tokens = int(case.query_start_loc[-1])
-    with kernel_of_prefills(prefill):
-        out, lse = run_past(native_cuda.past_attention, case, **options)
-    expected, expected_lse = run_past(reference.past_attention, replace(case, query=case.query.double()), **options)
-    assert out[tokens:].isnan().all()
-    assert (lse[tokens:] == 7).all()
-    out, lse, expected, expected_lse = (x[:tokens] for x in (out, lse, expected, expected_lse))
-    nothing = expected_lse.isneginf()
-    assert torch.equal(lse.isneginf(), nothing)
-    assert not out[nothing].any()
-    assert (lse - expected_lse).masked_fill(nothing, 0).abs().max() < 3e-3
-    assert (out.double() - expected).norm() <= TOLERANCE[case.query.dtype] * expected.norm()
-    assert (out.double() - expected).abs().max() < 8 * TOLERANCE[case.query.dtype]
-
-
-def check_prefill(case: cases.Case, **options) -> None:
-    check_past(case, prefill=True, **options)
-
-
-@contextlib.contextmanager
-def kernel_of_prefills(wanted: bool | None = True) -> Iterator[None]:
-    """Whether it takes past tokens, however few the rows; None: as the rows are."""
-    with pytest.MonkeyPatch.context() as patch:
-        if wanted is not None:
-            patch.setattr(native_cuda, "_is_prefill", lambda *args: wanted)
-        yield
-
-
-def run_past(implementation, case: cases.Case, **options) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse) on the CPU; lse is [heads, T] transposed, as the plugin has it."""
-    out = torch.full_like(case.query, math.nan)
-    lse = torch.full(case.query.shape[1::-1], 7.0, device=case.query.device).T
-    implementation(
-        case.query, case.kv_cache, case.block_table, case.seq_lens, case.query_start_loc, case.params, case.scale, out,
-        lse, **options,
-    )  # fmt: skip
-    return out.cpu(), lse.cpu()
-
-
 @pytest.mark.parametrize("head_size", native_cuda.HEAD_SIZES)
 @pytest.mark.parametrize("group", [1, 3, 4, 7, 8, 16])
 def test_heads(head_size, group):
@@ -141,128 +94,6 @@ def test_query_len(query_len, group):
 def test_sliding_window(window, query_len):
     lengths = [(n, query_len) for n in (0, 5, 127, 128, 300, 1111)]
     check(cases.make_case(lengths, cases.make_params(2, 64), dtype=torch.float16), sliding_window=window)
-
-
-@pytest.mark.parametrize("head_size", native_cuda.HEAD_SIZES)
-@pytest.mark.parametrize("group", [1, 4, 7, 16])
-def test_past(head_size, group):
-    lengths = [(300, 40), (0, 20), (17, 33), (1, 1), (0, 0), (700, 65)]
-    check_past(cases.make_case(lengths, cases.make_params(2, head_size), group=group, dtype=torch.bfloat16))
-
-
-@pytest.mark.parametrize("window", [1, 2, 30, 128, 129, 400])
-def test_past_in_a_window(window):
-    """The later rows of a chunk see less of the past, or nothing."""
-    lengths = [(n, 40) for n in (0, 5, 127, 128, 300, 1111)]
-    case = cases.make_case(lengths, cases.make_params(2, 64), dtype=torch.float16)
-    check_past(case, sliding_window=window)
-
-
-PREFILL_HEAD_SIZES = (64, 96, 128)  # of which there is a kernel of prefills, for 16-bit queries
-
-
-@pytest.mark.parametrize(("head_size", "dtype"), [(256, torch.bfloat16), (128, torch.float32)])
-def test_prefill_that_the_kernel_of_decodes_takes(head_size, dtype):
-    check_prefill(cases.make_case([(300, 80), (0, 20)], cases.make_params(1, head_size), dtype=dtype))
-
-
-@pytest.mark.parametrize("head_size", PREFILL_HEAD_SIZES)
-@pytest.mark.parametrize("group", [1, 3, 4, 7, 8, 16])
-def test_prefill(head_size, group):
-    """Tiles of rows that end in the middle, short queries among long ones, and sequences without past or query."""
-    lengths = [(300, 80), (0, 70), (17, 64), (1, 90), (0, 0), (700, 65), (5, 1), (513, 150)]
-    check_prefill(cases.make_case(lengths, cases.make_params(2, head_size), group=group, dtype=torch.bfloat16))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("block_size", [16, 32, 48, 64, 128])
-def test_prefill_over_page_boundaries(dtype, block_size):
-    lengths = [(n, 33) for n in (1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1000)]
-    case = cases.make_case(lengths, cases.make_params(2, 128), group=2, block_size=block_size, dtype=dtype)
-    check_prefill(case)
-
-
-@pytest.mark.parametrize("window", [1, 2, 30, 64, 128, 129, 400])
-@pytest.mark.parametrize("head_size", PREFILL_HEAD_SIZES)
-def test_prefill_in_a_window(window, head_size):
-    """The later rows of a chunk see less of the past, or nothing; pages before the window may be others', or gone."""
-    lengths = [(n, 40) for n in (0, 5, 127, 128, 300, 1111)]
-    case = cases.make_case(lengths, cases.make_params(2, head_size), dtype=torch.float16, block_size=16)
-    unused = torch.isin(torch.arange(len(case.kv_cache)), case.block_table, invert=True).nonzero()  # full of NaN
-    gone = (1111 - window + 1) // 16
-    case.block_table[-1, :gone] = -1
-    case.block_table[-1, gone - 1] = int(unused[0])  # in one unit with the window's first page
-    check_prefill(case, sliding_window=window)
-
-
-@pytest.mark.parametrize("kind", ["rotating", "static", "none"])
-@pytest.mark.parametrize("hadamard", [True, False])
-@pytest.mark.parametrize("head_size", PREFILL_HEAD_SIZES)
-def test_parameters_of_a_prefill(kind, hadamard, head_size):
-    params = cases.make_params(2, head_size, kind=kind, hadamard=hadamard)
-    check_prefill(cases.make_case([(700, 40), (64, 20)], params, dtype=torch.float16))
-
-
-@pytest.mark.parametrize(
-    ("rotary_dim", "base", "scaling"), [(32, 1e4, 1.0), (64, 1e6, 1.0), (128, 5e5, 1.35), (8, 1e4, 1.0)]
-)
-def test_rotary_of_a_prefill(rotary_dim, base, scaling):
-    params = cases.make_params(2, 128, rotary_dim=rotary_dim, base=base, scaling=scaling)
-    check_prefill(cases.make_case([(900, 30), (3, 50)], params, dtype=torch.float16))
-
-
-@pytest.mark.parametrize("shift", [1.0, 5.0, 20.0, 200.0])
-@pytest.mark.parametrize("base", [1e4, 5e5])
-def test_shift_of_a_prefill(shift, base):
-    """Products with low parts are left out where they do not matter, and nowhere else: scores reach a thousand."""
-    params = cases.make_params(1, 128, shift=shift, base=base)
-    case = cases.make_case([(1500, 70)], params, group=1, dtype=torch.float16, query_gain=2.0)
-    case = to_gpu(case)
-    with kernel_of_prefills():
-        lse = run_past(native_cuda.past_attention, case)[1]
-    expected = run_past(reference.past_attention, replace(case, query=case.query.double()))[1]
-    assert (lse[:70] - expected[:70]).abs().max() < 3e-3
-
-
-@pytest.mark.parametrize("size", [2.0**-9, 2.0**9])
-def test_prefill_of_keys_and_shifts_of_different_sizes(size):
-    """One accumulator has both parts of a score."""
-    params = cases.make_params(1, 128, shift=20.0)
-    params = replace(params, k_smooth=params.k_smooth * size)
-    case = cases.make_case([(600, 70)], params, group=1, dtype=torch.float16, query_gain=min(1, 1 / size))
-    check_prefill(case)
-
-
-def test_prefill_far_from_the_start():
-    params = cases.make_params(1, 128, base=5e5)
-    case = cases.make_case([(131071, 70)], params, group=1, dtype=torch.float16, block_size=64)
-    check_prefill(case, sliding_window=500)
-
-
-def test_prefill_of_many_sequences():
-    g = torch.Generator().manual_seed(3)
-    lengths = [tuple(int(x) for x in torch.randint(0, n, (2,), generator=g)) for n in (130,) * 40]
-    check_prefill(cases.make_case(lengths, cases.make_params(1, 64), dtype=torch.float16, block_size=16))
-
-
-@pytest.mark.parametrize("head_size", PREFILL_HEAD_SIZES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_prefill_of_a_long_chunk(head_size, dtype):
-    """2k tokens over a long past beside a first chunk, as the plugin has them: which kernel is not asked for."""
-    params = cases.make_params(2, head_size, base=5e5)
-    case = cases.make_case([(9001, 2048), (0, 1000), (333, 100)], params, block_size=64, dtype=dtype)
-    heads, rows = case.query.shape[1], case.query.shape[0]
-    on_gpu = torch.cuda.is_available() and torch.cuda.get_device_properties(0).multi_processor_count <= 132
-    assert not on_gpu or native_cuda._is_prefill(rows, 3, heads, 2, torch.device("cuda", 0))
-    check_past(case, prefill=None)
-
-
-def test_prefill_repeats_bit_for_bit():
-    case = to_gpu(cases.make_case([(3000, 200), (777, 99)], cases.make_params(4, 128), dtype=torch.float16))
-    with kernel_of_prefills():
-        first, *others = (run_past(native_cuda.past_attention, case) for _ in range(20))
-    for again in others:
-        assert all(torch.equal(x[:299], y[:299]) for x, y in zip(first, again, strict=True))
 
 
 def run_gather(implementation, case: cases.Case, first: list[int], last: list[int]) -> tuple[torch.Tensor, ...]:

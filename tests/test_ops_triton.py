@@ -129,27 +129,6 @@ def test_pages_before_a_window_may_be_gone(triton):
 
 
 @gpu
-@pytest.mark.parametrize("head_size", layout.HEAD_SIZES)
-@pytest.mark.parametrize("group", [1, 4, 7, 16])
-def test_past(triton, head_size, group):
-    test_ops_cuda.test_past(head_size, group)
-
-
-@gpu
-@pytest.mark.parametrize("window", [1, 2, 30, 128, 129, 400])
-def test_past_in_a_window(triton, window):
-    test_ops_cuda.test_past_in_a_window(window)
-
-
-@kernels
-@pytest.mark.parametrize(("head_size", "window"), [(96, 0), (64, 30)])
-def test_little_past(triton, head_size, window):
-    lengths = [(100, 20), (0, 5), (17, 9), (1, 1), (0, 0)]
-    case = cases.make_case(lengths, cases.make_params(1, head_size), dtype=torch.bfloat16)
-    test_ops_cuda.check_past(case, sliding_window=window)
-
-
-@gpu
 @pytest.mark.parametrize("past", [8191, 131071])
 def test_long_with_large_shift(triton, past):
     test_ops_cuda.test_long_with_large_shift(past)

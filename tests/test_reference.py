@@ -141,26 +141,6 @@ def test_past_only_mask() -> None:
     assert reference.past_only_mask(3, 2).tolist() == [[True, True, False], [True, True, False], [False, False, True]]
 
 
-@pytest.mark.parametrize("window", [0, 1, 9, 40])
-def test_past_and_chunk_make_the_whole(window: int) -> None:
-    """Past tokens alone, and the step's own alone, merged by log-sum-exp; rows without past are zeros and -inf."""
-    case = make_case([(30, 12), (0, 5), (1, 1)], make_params(2, 64), pad=0)
-    case = replace(case, query=case.query.double())
-    whole, whole_lse = run_attention(reference.paged_attention, case, sliding_window=window)
-    past, past_lse = torch.empty_like(whole), torch.empty_like(whole_lse)
-    reference.past_attention(
-        case.query, case.kv_cache, case.block_table, case.seq_lens, case.query_start_loc, case.params, case.scale,
-        past, past_lse, window,
-    )  # fmt: skip
-    alone = replace(case, seq_lens=case.query_start_loc.diff())
-    chunk, chunk_lse = run_attention(reference.paged_attention, alone, sliding_window=window)
-    merged = past * (past_lse - whole_lse).exp()[..., None] + chunk * (chunk_lse - whole_lse).exp()[..., None]
-    assert torch.allclose(merged, whole, atol=1e-5)
-    assert torch.allclose(torch.logaddexp(past_lse, chunk_lse), whole_lse, atol=1e-5)
-    assert bool(past_lse[12:17].isneginf().all())
-    assert not past[past_lse.isneginf()].any()
-
-
 @pytest.mark.parametrize(("chunk", "window"), [(1, 0), (4, 0), (5, 3)])
 def test_past_only_attention_is_the_op(chunk: int, window: int) -> None:
     """Attention of a whole sequence under the mask is what the paged op gives chunk after chunk."""

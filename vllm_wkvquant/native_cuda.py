@@ -30,12 +30,6 @@ CHEBYSHEV = 16
 # scores' standard error is 2e-3; rounding the keys to bf16, as a bf16 cache does, makes one of 6e-3.
 PLAIN = 8.0
 SLOW = 5.0  # largest angle over half a chunk that 16 Chebyshev polynomials stand for; csrc/cpu/prepare.cpp
-# Whether the kernel of prefills may attend past tokens. Its CTAs take 128 rows (query tokens x heads that share a KV
-# head) over all of the past. It does where a sequence and KV head have so many rows in the mean, and all together to a
-# multiprocessor: with fewer, tiles are empty or multiprocessors idle, and the kernel of decodes splits the past.
-PREFILL = True
-PREFILL_ROWS = 64
-PREFILL_SM_ROWS = 96
 
 
 class Params(Structure):
@@ -74,7 +68,6 @@ class PagedAttention(Structure):
         ("scale", c_float),
         ("num_sms", c_int32),
         ("after_write", c_int32),
-        ("prefill", c_int32),
     ]
 
 
@@ -316,12 +309,6 @@ def _num_sms(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _is_prefill(tokens: int, seqs: int, heads: int, kv_heads: int, device: torch.device) -> bool:
-    """Whether past tokens are a matter of the kernel of prefills, where the device can run it."""
-    rows = tokens * heads
-    return PREFILL and rows >= PREFILL_ROWS * kv_heads * seqs and rows >= PREFILL_SM_ROWS * _num_sms(device)
-
-
 def _check(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
@@ -472,7 +459,8 @@ def check_gather(
 
 def check_attention(
     query: torch.Tensor,
-    current: tuple[torch.Tensor, torch.Tensor] | None,
+    key: torch.Tensor,
+    value: torch.Tensor,
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -489,9 +477,9 @@ def check_attention(
     rows, heads = query.shape[:2]
     _check(heads > 0 and heads % kv_heads == 0, f"{heads} query heads do not share {kv_heads} KV heads evenly")
     _check_rows("query", query, rows, like, heads, query.dtype)
-    rows = min(rows, out.shape[0], *(tensor.shape[0] for tensor in current or ()))
-    for name, tensor in zip(("key", "value"), current or (), strict=False):
-        _check_rows(name, tensor, rows, like, kv_heads, query.dtype)
+    rows = min(rows, out.shape[0], key.shape[0], value.shape[0])
+    _check_rows("key", key, rows, like, kv_heads, query.dtype)
+    _check_rows("value", value, rows, like, kv_heads, query.dtype)
     _check_rows("out", out, rows, like, heads, query.dtype)
     _check_cache(kv_cache, like)
     _check_sequences(block_table, seq_lens, query_start_loc, like)
@@ -606,46 +594,9 @@ def paged_attention(
     after_write: bool = False,
 ) -> None:
     """`ops.paged_attention` on a GPU. Sequences whose queries lie beyond the rows of query are skipped."""
-    _attend(
-        query, (key, value), kv_cache, block_table, seq_lens, query_start_loc, params, scale, out, sliding_window, lse,
-        after_write,
-    )  # fmt: skip
-
-
-def past_attention(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    params: KVParams,
-    scale: float,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    sliding_window: int = 0,
-) -> None:
-    """`ops.past_attention` on a GPU."""
-    _attend(query, None, kv_cache, block_table, seq_lens, query_start_loc, params, scale, out, sliding_window, lse)
-
-
-def _attend(
-    query: torch.Tensor,
-    current: tuple[torch.Tensor, torch.Tensor] | None,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    params: KVParams,
-    scale: float,
-    out: torch.Tensor,
-    sliding_window: int,
-    lse: torch.Tensor | None,
-    after_write: bool = False,
-) -> None:
-    """current: key and value of the step's tokens, or None for past tokens only."""
     like = prepare(params)
     rows = check_attention(
-        query, current, kv_cache, block_table, seq_lens, query_start_loc, out, sliding_window, lse, like
+        query, key, value, kv_cache, block_table, seq_lens, query_start_loc, out, sliding_window, lse, like
     )
     seqs, most = seq_lens.shape[0], library().wkvquant_cuda_max_seqs()
     _check(seqs <= most, f"{seqs} sequences are more than the {most} that the CUDA kernels take")
@@ -653,8 +604,8 @@ def _attend(
         stream = torch.cuda.current_stream().cuda_stream
         args = PagedAttention(
             query=query.data_ptr(),
-            key=None if current is None else current[0].data_ptr(),
-            value=None if current is None else current[1].data_ptr(),
+            key=key.data_ptr(),
+            value=value.data_ptr(),
             out=out.data_ptr(),
             lse=None if lse is None else lse.data_ptr(),
             kv_cache=kv_cache.data_ptr(),
@@ -663,8 +614,8 @@ def _attend(
             query_start_loc=query_start_loc.data_ptr(),
             workspace=_workspace(like.device, stream).data_ptr(),
             query_stride=query.stride()[:2],
-            key_stride=(0, 0) if current is None else current[0].stride()[:2],
-            value_stride=(0, 0) if current is None else current[1].stride()[:2],
+            key_stride=key.stride()[:2],
+            value_stride=value.stride()[:2],
             out_stride=out.stride()[:2],
             lse_stride=(0, 0) if lse is None else lse.stride(),
             block_table_stride=block_table.stride(0),
@@ -680,7 +631,6 @@ def _attend(
             scale=scale,
             num_sms=_num_sms(like.device),
             after_write=after_write,
-            prefill=current is None and _is_prefill(rows, seqs, query.shape[1], like.num_kv_heads, like.device),
         )
         status = library().wkvquant_cuda_paged_attention(byref(args), byref(like.fields), stream)
     if status:

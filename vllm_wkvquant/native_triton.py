@@ -237,44 +237,9 @@ def paged_attention(
     lse: torch.Tensor | None = None,
 ) -> None:
     """`ops.paged_attention` on a GPU."""
-    _attend(
-        query, (key, value), kv_cache, block_table, seq_lens, query_start_loc, params, scale, out, sliding_window, lse
-    )
-
-
-def past_attention(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    params: KVParams,
-    scale: float,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    sliding_window: int = 0,
-) -> None:
-    """`ops.past_attention` on a GPU."""
-    _attend(query, None, kv_cache, block_table, seq_lens, query_start_loc, params, scale, out, sliding_window, lse)
-
-
-def _attend(
-    query: torch.Tensor,
-    current: tuple[torch.Tensor, torch.Tensor] | None,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    params: KVParams,
-    scale: float,
-    out: torch.Tensor,
-    sliding_window: int,
-    lse: torch.Tensor | None,
-) -> None:
-    """current: key and value of the step's tokens, or None for past tokens only."""
     like = prepare(params)
     tokens = check_attention(
-        query, current, kv_cache, block_table, seq_lens, query_start_loc, out, sliding_window, lse, like
+        query, key, value, kv_cache, block_table, seq_lens, query_start_loc, out, sliding_window, lse, like
     )
     seqs, heads = seq_lens.shape[0], query.shape[1]
     if not tokens or not seqs:
@@ -287,7 +252,6 @@ def _attend(
         found = torch.empty(parts, tokens, heads, like.head_size, dtype=torch.float32, device=like.device)
         found_lse = torch.empty(parts, tokens, heads, dtype=torch.float32, device=like.device)
         part_strides = (found.stride(0), found_lse.stride(0))
-    key, value = current if current is not None else (None, None)
     with _device(like):
         triton_kernels.attention[tokens // (rows // group) + seqs, like.num_kv_heads, parts](
             query,
@@ -301,8 +265,8 @@ def _attend(
             query_start_loc,
             *like.attend,
             *query.stride()[:2],
-            *((0, 0) if key is None else key.stride()[:2]),
-            *((0, 0) if value is None else value.stride()[:2]),
+            *key.stride()[:2],
+            *value.stride()[:2],
             *found.stride()[-3:-1],
             part_strides[0],
             *((0, 0) if found_lse is None else found_lse.stride()[-2:]),

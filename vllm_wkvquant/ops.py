@@ -3,7 +3,6 @@
     cache_write       new K/V -> page
     paged_attention   past tokens from the page, the step's own tokens as they came -> output
     gather_kv         past tokens from the page, the step's own as they came -> fp16 keys and values in one piece
-    past_attention    past tokens from the page alone -> output and its log-sum-exp, for long prefill chunks on a GPU
 
 `TABLE[op][variant]` holds every implementation; tests and benchmarks iterate it. `reference` is the specification.
 vLLM's attention op is opaque to torch.compile, so these are plain functions and need no fake kernels.
@@ -28,7 +27,6 @@ logger = logging.getLogger("vllm.wkvquant")
 TABLE: dict[str, dict[str, Callable[..., None]]] = {
     "cache_write": {"reference": reference.cache_write},
     "paged_attention": {"reference": reference.paged_attention},
-    "past_attention": {"reference": reference.past_attention},
     "gather_kv": {"reference": reference.gather_kv},
 }
 if native.available():
@@ -37,12 +35,10 @@ if native.available():
 if native_cuda.available():
     TABLE["cache_write"]["cuda"] = native_cuda.cache_write
     TABLE["paged_attention"]["cuda"] = native_cuda.paged_attention
-    TABLE["past_attention"]["cuda"] = native_cuda.past_attention
     TABLE["gather_kv"]["cuda"] = native_cuda.gather_kv
 if native_triton is not None:
     TABLE["cache_write"]["triton"] = native_triton.cache_write
     TABLE["paged_attention"]["triton"] = native_triton.paged_attention
-    TABLE["past_attention"]["triton"] = native_triton.past_attention
     TABLE["gather_kv"]["triton"] = native_triton.gather_kv
 CAPTURED = ("cuda", "triton")  # variants whose calls can be captured into a graph
 
@@ -136,29 +132,6 @@ def paged_attention(
         query, key, value, kv_cache, block_table, seq_lens, query_start_loc, params, scale, out, sliding_window, lse,
         **({"after_write": after_write} if variant == "cuda" else {}),
     )  # fmt: skip
-
-
-def past_attention(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    params: KVParams,
-    scale: float,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    sliding_window: int = 0,
-    variant: str | None = None,
-) -> None:
-    """The part of `paged_attention` that is over past tokens, to be merged with attention over the step's own.
-
-    Arguments as there; T = query_start_loc[-1] tokens are the step's, none of them attended. out, lse: a row that sees
-    no past token gets zeros and -inf. A CPU has the reference alone: nothing there calls this.
-    """
-    variant = variant or default_variant(query.device.type, query.shape[-1])
-    implementation = TABLE["past_attention"]["reference" if variant == "cpp" else variant]
-    implementation(query, kv_cache, block_table, seq_lens, query_start_loc, params, scale, out, lse, sliding_window)
 
 
 def gather_kv(

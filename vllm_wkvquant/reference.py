@@ -227,45 +227,6 @@ def paged_attention(
     dtype: torch.dtype = torch.float64,
 ) -> None:
     """Specification of `ops.paged_attention`, computed in `dtype`."""
-    _attend(
-        query, (key, value), kv_cache, block_table, seq_lens, query_start_loc, params, scale, out, sliding_window, lse,
-        dtype,
-    )  # fmt: skip
-
-
-def past_attention(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    params: KVParams,
-    scale: float,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    sliding_window: int = 0,
-    dtype: torch.dtype = torch.float64,
-) -> None:
-    """Specification of `ops.past_attention`, computed in `dtype`."""
-    _attend(
-        query, None, kv_cache, block_table, seq_lens, query_start_loc, params, scale, out, sliding_window, lse, dtype
-    )
-
-
-def _attend(
-    query: torch.Tensor,
-    current: tuple[torch.Tensor, torch.Tensor] | None,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    params: KVParams,
-    scale: float,
-    out: torch.Tensor,
-    sliding_window: int,
-    lse: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> None:
     block_size, head_size = kv_cache.shape[2], query.shape[-1]
     group = query.shape[1] // kv_cache.shape[1]
     starts = query_start_loc.tolist()
@@ -279,8 +240,7 @@ def _attend(
         p = torch.arange(start, past, device=query.device)
         slots = block_table[i].long()[p // block_size] * block_size + p % block_size
         k, v = dequantize(*layout.load(kv_cache, slots, head_size), p, params, dtype)
-        if current is not None:
-            k, v = (torch.cat([old, new[first:last].to(dtype)]) for old, new in zip((k, v), current, strict=True))
+        k, v = (torch.cat([old, new[first:last].to(dtype)]) for old, new in ((k, key), (v, value)))
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         scores = torch.einsum("qhd,khd->hqk", query[first:last].to(dtype), k) * scale
         q_pos = torch.arange(past, seq_len, device=query.device)[:, None]
@@ -289,8 +249,7 @@ def _attend(
         if sliding_window:
             hidden |= k_pos <= q_pos - sliding_window
         scores = scores.masked_fill(hidden, -math.inf)
-        weights = scores.softmax(-1).masked_fill(hidden, 0)  # NaN where a row sees nothing
-        out[first:last] = torch.einsum("hqk,khd->qhd", weights, v).to(out.dtype)
+        out[first:last] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(out.dtype)
         if lse is not None:
             lse[first:last] = scores.logsumexp(-1).T.to(lse.dtype)
 

@@ -343,7 +343,7 @@ def attention(
 ):
     """A program takes ROWS // GROUP query tokens of one sequence and KV head, over one part of the past.
 
-    Part 0 takes the step's own tokens, too, unless key is None. Each part writes a normalized output and its
+    Part 0 takes the step's own tokens, too. Each part writes a normalized output and its
     log-sum-exp, a part without work -inf alone.
     """
     TOKENS: tl.constexpr = ROWS // GROUP
@@ -477,29 +477,28 @@ def attention(
     )
     acc_odd += middle_sum[:, None] + weight[:, None] * odd_shift[None, :] + weight_first[:, None] * odd_extra[None, :]
 
-    if key is not None:
-        current = tl.where(part == 0, tl.minimum(first + TOKENS, count), 0)
-        for start in range(tl.maximum(first - window + 1, 0), current, KEYS):
-            other = start + n
-            real = (other < current) & (begin + other < num_tokens)
-            keys = (begin + other).to(tl.int64)
-            k = tl.load(
-                key + (keys * k_token + head * k_head)[:, None] + d[None, :],
-                mask=real[:, None] & inside[None, :],
-                other=0,
-            )
-            v = value + (keys * v_token + head * v_head)[:, None] + 2 * byte[None, :]
-            both = real[:, None] & byte_inside[None, :]
-            v_even = tl.load(v, mask=both, other=0)
-            v_odd = tl.load(v + 1, mask=both, other=0)
-            scores = tl.dot(q.to(OPERAND), tl.trans(k.to(OPERAND)), input_precision="tf32x3") * scale
-            distance = index[:, None] - other[None, :]
-            visible = real[None, :] & (distance >= 0) & (distance < window)
-            p, m, keep = _softmax_step(tl.where(visible, scores, float("-inf")), m, ROWS)
-            weight = weight * keep + tl.sum(p, 1)
-            p = p.to(OPERAND)
-            acc_even = tl.dot(p, v_even.to(OPERAND), acc_even * keep[:, None], input_precision="tf32x3")
-            acc_odd = tl.dot(p, v_odd.to(OPERAND), acc_odd * keep[:, None], input_precision="tf32x3")
+    current = tl.where(part == 0, tl.minimum(first + TOKENS, count), 0)
+    for start in range(tl.maximum(first - window + 1, 0), current, KEYS):
+        other = start + n
+        real = (other < current) & (begin + other < num_tokens)
+        keys = (begin + other).to(tl.int64)
+        k = tl.load(
+            key + (keys * k_token + head * k_head)[:, None] + d[None, :],
+            mask=real[:, None] & inside[None, :],
+            other=0,
+        )
+        v = value + (keys * v_token + head * v_head)[:, None] + 2 * byte[None, :]
+        both = real[:, None] & byte_inside[None, :]
+        v_even = tl.load(v, mask=both, other=0)
+        v_odd = tl.load(v + 1, mask=both, other=0)
+        scores = tl.dot(q.to(OPERAND), tl.trans(k.to(OPERAND)), input_precision="tf32x3") * scale
+        distance = index[:, None] - other[None, :]
+        visible = real[None, :] & (distance >= 0) & (distance < window)
+        p, m, keep = _softmax_step(tl.where(visible, scores, float("-inf")), m, ROWS)
+        weight = weight * keep + tl.sum(p, 1)
+        p = p.to(OPERAND)
+        acc_even = tl.dot(p, v_even.to(OPERAND), acc_even * keep[:, None], input_precision="tf32x3")
+        acc_odd = tl.dot(p, v_odd.to(OPERAND), acc_odd * keep[:, None], input_precision="tf32x3")
 
     weight = tl.where(weight > 0, weight, 1.0)
     result = tl.interleave(acc_even, acc_odd) / weight[:, None]

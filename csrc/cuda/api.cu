@@ -1,6 +1,5 @@
 // The C interface but for the cache write.
 #include "paged_attention.cuh"
-#include "prefill.cuh"
 
 extern "C" {
 
@@ -8,7 +7,6 @@ int wkvquant_cuda_paged_attention(const WkvCudaAttention* a, const WkvCudaParams
   using namespace wkvquant;
   if (a->num_seqs == 0 || a->num_tokens == 0) return cudaSuccess;
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
-  if (prefill_takes(*a, *p)) return launch_prefill(*a, *p, s);
   switch (p->head_size) {
     case 64: return launch_64(*a, *p, s);
     case 96: return launch_96(*a, *p, s);
@@ -25,7 +23,6 @@ int64_t wkvquant_cuda_workspace() {
 
 int64_t wkvquant_cuda_shared_bytes(const WkvCudaParams* p, int tiles, int num_seqs) {
   using namespace wkvquant;
-  if (tiles > 2) return prefill_shared_bytes(*p);
   switch (p->head_size) {
     case 64: return tiles == 1 ? shared_bytes<64, 1>(*p, num_seqs) : shared_bytes<64, 2>(*p, num_seqs);
     case 96: return tiles == 1 ? shared_bytes<96, 1>(*p, num_seqs) : shared_bytes<96, 2>(*p, num_seqs);

@@ -64,7 +64,7 @@ struct WkvCudaCacheWrite {
 
 struct WkvCudaAttention {
   const void* query;               // dtype [T, num_heads, head_size]
-  const void* key;                 // dtype [T, num_kv_heads, head_size], or null: past tokens only
+  const void* key;                 // dtype [T, num_kv_heads, head_size]
   const void* value;               // the same
   void* out;                       // dtype [T, num_heads, head_size]
   float* lse;                      // [T, num_heads] or null; -inf (and 0 in out) where a row sees no token
@@ -93,7 +93,6 @@ struct WkvCudaAttention {
   // The kernel before this one in the stream is the step's cache write, and nothing else that this one reads is of a
   // kernel that may still run: it may begin before the write has ended, and waits for that itself.
   int32_t after_write;
-  int32_t prefill;  // past tokens only: by the kernel of prefills, where it is there for these arguments and fits
 };
 
 struct WkvCudaGather {
@@ -125,8 +124,7 @@ WKV_API int wkvquant_cuda_cache_write(const WkvCudaCacheWrite*, const WkvCudaPar
 WKV_API int wkvquant_cuda_gather_kv(const WkvCudaGather*, const WkvCudaParams*, void* stream);
 WKV_API int wkvquant_cuda_paged_attention(const WkvCudaAttention*, const WkvCudaParams*, void* stream);
 WKV_API int64_t wkvquant_cuda_workspace();
-// Dynamic shared memory of a CTA; `tiles`: row tiles of 8, 1 or 2 for decodes, 16 for prefills. -1 where there is no
-// such kernel.
+// Dynamic shared memory of a CTA of `tiles` row tiles of 8, 1 or 2; -1 where there is no such kernel.
 WKV_API int64_t wkvquant_cuda_shared_bytes(const WkvCudaParams*, int tiles, int num_seqs);
 WKV_API int64_t wkvquant_cuda_sizeof(int which);  // 0: WkvCudaParams, 1: WkvCudaCacheWrite, 2: WkvCudaAttention, 3: Gather
 WKV_API int32_t wkvquant_cuda_max_seqs();

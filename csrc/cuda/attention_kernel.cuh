@@ -229,7 +229,7 @@ struct Kernel {
     int segment = 0;
     for (int u = begin; u < end; ++segment) {
       if (segment) item = decode_at(u, end);
-      const bool with_current = a.key && item.end == item.units;
+      const bool with_current = item.end == item.units;
       // The first pages, after the rows' own loads, which wait for what is ahead of them.
       const auto start_pages = [&] {
         if (segment || now == INT_MAX) return;
@@ -285,7 +285,7 @@ struct Kernel {
       item = decode_at(u, end);
       u += item.end - item.begin;
       rows = min(item.queries * group - item.tile * kRows, kRows);
-      finish(a.key && item.end == item.units);
+      finish(item.end == item.units);
     }
   }
 };

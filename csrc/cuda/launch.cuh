@@ -7,9 +7,8 @@
 
 namespace wkvquant {
 
-// Lets a kernel have so many bytes of dynamic shared memory on the current device. kMost: and its SMs all that they can
-// split off from L1, for several CTAs.
-template <auto kKernel, bool kMost = false>
+// Lets a kernel have so many bytes of dynamic shared memory on the current device.
+template <auto kKernel>
 cudaError_t allow_shared(int64_t bytes) {
   static int64_t allowed[64] = {};
   int device = 0;
@@ -17,9 +16,6 @@ cudaError_t allow_shared(int64_t bytes) {
   if (bytes <= allowed[device % 64]) return cudaSuccess;
   const int most = static_cast<int>(bytes);
   if (cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)) return cudaGetLastError();
-  if (kMost &&
-      cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared))
-    return cudaGetLastError();
   allowed[device % 64] = bytes;
   return cudaSuccess;
 }

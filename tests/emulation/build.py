@@ -12,7 +12,6 @@ def sources() -> str:
     """The kernels without ptx.cuh, whose functions shim.h has, and without launches."""
     names = ("common", "attention_plan", "attention_kernel")
     names += ("attention_load", "attention_rows", "attention_past", "attention_finish")
-    names += ("prefill_kernel", "prefill_rows", "prefill_past")
     attention = "".join((CSRC / f"cuda/{name}.cuh").read_text() for name in names)
     others = ""
     for name in ("cache_write", "gather_kv"):

@@ -29,18 +29,6 @@ int launch(const WkvCudaAttention& a, const WkvCudaParams& p) {
 }
 
 template <int D>
-int launch_prefill(const WkvCudaAttention& a, const WkvCudaParams& p) {
-  using S = PrefillShape<D>;
-  const int64_t bytes = prefill_shared_bytes<D>(p);
-  if (bytes > kSharedBytes) return 1;
-  std::vector<uint4> memory(kSharedBytes / sizeof(uint4) + 1);
-  memset(memory.data(), 0xff, memory.size() * sizeof(uint4));
-  run_grid(dim3(std::min(a.num_sms * S::kCtasPerSm, kMaxCtas), 1, 1), S::kThreads,
-           [&] { Prefill<D>(a, p, reinterpret_cast<char*>(memory.data())).run(); });
-  return 0;
-}
-
-template <int D>
 int launch_any(const WkvCudaAttention& a, const WkvCudaParams& p) {
   const int64_t group = a.num_heads / p.num_kv_heads;
   if constexpr (D <= 128)
@@ -54,11 +42,6 @@ extern "C" {
 
 int wkvquant_cuda_paged_attention(const WkvCudaAttention* a, const WkvCudaParams* p, void*) {
   using namespace wkvquant;
-  if (a->prefill && !a->key && a->dtype != kFloat32) switch (p->head_size) {
-      case 64: return launch_prefill<64>(*a, *p);
-      case 96: return launch_prefill<96>(*a, *p);
-      case 128: return launch_prefill<128>(*a, *p);
-    }
   switch (p->head_size) {
     case 64: return launch_any<64>(*a, *p);
     case 96: return launch_any<96>(*a, *p);

@@ -191,29 +191,6 @@ inline int count_arrival(int* counter) { return (*counter)++; }
 inline void acquire() {}
 inline void allow_next() {}
 inline void wait_for_previous() {}
-// Asynchronous copies: what they write to is NaN until the thread waits for them.
-struct Copy {
-  int thread;
-  uint4 *to, data;
-};
-inline std::vector<Copy> copies;
-inline void copy_async(uint4* to, const uint4* from) {
-  if ((uintptr_t)to % 16 || (uintptr_t)from % 16) {
-    fprintf(stderr, "misaligned\n");
-    abort();
-  }
-  copies.push_back({cur->tid, to, *from});
-  memset(to, 0xff, 16);
-}
-inline void wait_for_copies() {
-  size_t kept = 0;
-  for (const Copy& x : copies)
-    if (x.thread == cur->tid)
-      *x.to = x.data;
-    else
-      copies[kept++] = x;
-  copies.resize(kept);
-}
 }  // namespace wkvquant
 template <class F>
 void run_grid(dim3 grid, int threads, F body) {
