@@ -20,13 +20,16 @@ gives a row with an `error` and no time.
 
 import argparse
 import functools
+import importlib.util
 import itertools
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -59,7 +62,9 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--splits", type=ints, default=[0, 2, 4, 8, 16, 32], help="num_splits of FlashAttention to try")
     group.add_argument("--kinds", type=lambda s: s.split(","), default=["rotating"], help="shifts: rotating, none")
     group.add_argument("--prefills", default="8x2048x32768,8x512x8192", help="KV heads x chunk x past")
-    group.add_argument("--gathers", type=lambda s: s.split(","), default=["cuda"], help="of prefills: cuda, triton")
+    group.add_argument(
+        "--variants", type=lambda s: s.split(","), default=["cuda"], help="ours of decode and prefill: cuda, triton"
+    )
     group.add_argument("--decode-chunks", type=int, default=128, help="longest chunk for the kernel of decodes, too")
     group.add_argument("--writes", type=ints, default=[1, 64, 8192], help="tokens of a cache write")
     group.add_argument("--no-peers", action="store_true", help="ours alone, where vLLM is not installed")
@@ -208,14 +213,15 @@ class Ours(Cache):
     def write(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> None:
         native_cuda.cache_write(key, value, self.pages, slots, positions, self.step.params)
 
-    def measure(self, row: Row, kind: str) -> None:
+    def measure(self, row: Row, kind: str, variant: str) -> None:
         s = self.step
         params = s.params if kind == "rotating" else make_params(s.kv_heads, BASE, rotating=False).to("cuda")
 
         def attend(c: int) -> None:
-            native_cuda.paged_attention(
-                s.query, s.key, s.value, self.pages, self.table[c], s.seq_lens, s.starts, params, SCALE, s.out
-            )
+            ops.paged_attention(
+                s.query, s.key, s.value, self.pages, self.table[c], s.seq_lens, s.starts, params, SCALE, s.out,
+                variant=variant,
+            )  # fmt: skip
 
         row.us = timed(attend, s.copies)
         row.options = f"block_size={self.block} shift={kind}"
@@ -396,6 +402,47 @@ class TurboQuant(Cache):
         row.options = f"page={PAGE} splits={splits}"
 
 
+class XFormers(Cache):
+    """xformers on a bf16 cache whose sequences lie in one piece each."""
+
+    def __init__(self, step: Decode) -> None:
+        super().__init__(step)
+        self.table = torch.arange(self.blocks, dtype=torch.int32, device="cuda").view_as(self.table)
+        self.room = self.table.shape[-1] * PAGE  # tokens of a sequence
+        shape = (self.blocks * PAGE, step.kv_heads, HEAD_SIZE)
+        self.keys, self.values = (torch.zeros(shape, dtype=DTYPE, device="cuda") for _ in range(2))
+
+    def write(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> None:
+        self.keys[slots], self.values[slots] = key, value
+
+    def measure(self, row: Row) -> None:
+        from xformers.ops import fmha
+
+        s = self.step
+        group = HEADS // s.kv_heads
+        mask = fmha.attn_bias.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
+            [1] * s.batch, self.room, [s.context] * s.batch, device=torch.device("cuda")
+        )
+        query = s.query.unflatten(1, (s.kv_heads, group))[None]
+        keys, values = (
+            x.view(s.copies, 1, -1, s.kv_heads, 1, HEAD_SIZE).expand(-1, -1, -1, -1, group, -1)
+            for x in (self.keys, self.values)
+        )
+        tries = {}
+        for op in (fmha.triton_splitk.FwOp, fmha.flash.FwOp):
+
+            def attend(c: int, op: Any = op) -> torch.Tensor:
+                return fmha.memory_efficient_attention_forward(query, keys[c], values[c], mask, scale=SCALE, op=op)
+
+            try:
+                tries[op.NAME] = timed(attend, s.copies), attend
+            except (ValueError, NotImplementedError) as error:
+                print(f"xformers {op.NAME}: {error}", file=sys.stderr)
+        row.options, (row.us, best) = min(tries.items(), key=lambda item: item[1][0])
+        s.out.copy_(best(0)[0].flatten(1, 2))
+        row.max_error = s.error(s.exact(s.query, self.keys[: s.context, 0], self.values[: s.context, 0]))
+
+
 def decode_rows(kv_heads: int, batch: int, context: int, args: argparse.Namespace, peak: float) -> Iterator[Row]:
     """Ours, then the peers; ratios need the peers' times, so rows come together."""
     step = Decode(kv_heads, batch, context)
@@ -412,7 +459,12 @@ def decode_rows(kv_heads: int, batch: int, context: int, args: argparse.Namespac
     ours = [Ours(step, block) for block in args.blocks]
     step.fill(list(ours))
     for cache, kind in itertools.product(ours, args.kinds):
-        add("cuda", layout.token_bytes(HEAD_SIZE), lambda row, cache=cache, kind=kind: cache.measure(row, kind))
+        for variant in args.variants:
+
+            def measure_ours(row: Row, cache: Ours = cache, kind: str = kind, variant: str = variant) -> None:
+                cache.measure(row, kind, variant)
+
+            add(variant, layout.token_bytes(HEAD_SIZE), measure_ours)
         add_both(
             "cuda", layout.token_bytes(HEAD_SIZE), lambda row, cache=cache, kind=kind: cache.measure_both(row, kind)
         )
@@ -439,9 +491,10 @@ def decode_rows(kv_heads: int, batch: int, context: int, args: argparse.Namespac
         for variant, peer, token_bytes in (
             ("int4_per_token_head", Int4, HEAD_SIZE + 8),
             ("turboquant_4bit_nc", TurboQuant, HEAD_SIZE + 6),
+            *([("xformers", XFormers, 4 * HEAD_SIZE)] if importlib.util.find_spec("xformers") else []),
         ):
 
-            def measure_peer(row: Row, peer: type[Int4 | TurboQuant] = peer) -> None:
+            def measure_peer(row: Row, peer: type[Int4 | TurboQuant | XFormers] = peer) -> None:
                 cache = peer(step)
                 step.fill([cache])
                 cache.measure(row)
@@ -478,19 +531,16 @@ class Prefill:
         self.table = torch.randperm(blocks, device="cuda").int()[None]
         token = layout.token_bytes(HEAD_SIZE)
         self.pages = torch.empty(blocks, kv_heads, self.block, token, dtype=torch.uint8, device="cuda")
-        pages = math.ceil(self.context / PAGE)
-        self.raw_table = torch.randperm(pages, device="cuda").int()[None]
-        shape = (pages * PAGE, kv_heads, HEAD_SIZE)
+        # bf16 keys and values in order
+        shape = (math.ceil(self.context / 256) * 256, kv_heads, HEAD_SIZE)
         self.keys, self.values = (torch.zeros(shape, dtype=DTYPE, device="cuda") for _ in range(2))
         for first in range(0, past, FILL):
             positions = torch.arange(first, min(first + FILL, past), device="cuda")
             key, value = random_kv(self.params, positions)
             slots = slots_of(self.table[0], first, len(positions), self.block)
             native_cuda.cache_write(key, value, self.pages, slots, positions, self.params)
-            slots = slots_of(self.raw_table[0], first, len(positions), PAGE)
-            self.keys[slots], self.values[slots] = key, value
-        slots = slots_of(self.raw_table[0], past, count, PAGE)
-        self.keys[slots], self.values[slots] = self.key, self.value
+            self.keys[positions], self.values[positions] = key, value
+        self.keys[past : self.context], self.values[past : self.context] = self.key, self.value
 
     def parameters(self, kind: str) -> reference.KVParams:
         return self.params if kind == "rotating" else make_params(self.kv_heads, BASE, rotating=False).to("cuda")
@@ -564,29 +614,60 @@ class Prefill:
         row.options = f"block_size={self.block} shift={kind} passes={len(chunks.passes)}"
         self.check(row, params)
 
-    def measure_flash(self, row: Row) -> None:
+    def measure_flash(self, row: Row, page: int | None) -> None:
+        """page: of the cache; None: keys and values in one piece."""
         from vllm.vllm_flash_attn.flash_attn_interface import flash_attn_varlen_func
 
-        keys, values = (x.view(-1, PAGE, self.kv_heads, HEAD_SIZE) for x in (self.keys, self.values))
+        keys, values, where = self.keys, self.values, {}
+        if page is None:
+            where = {"cu_seqlens_k": self.starts.new_tensor([0, self.context])}
+        else:
+            table = torch.randperm(len(keys) // page, device="cuda")
+            where = {"seqused_k": self.seq_lens, "block_table": table.int()[None]}
+            keys, values = (torch.empty_like(x).view(-1, page, *x.shape[1:]) for x in (keys, values))
+            keys[table], values[table] = self.keys.view_as(keys), self.values.view_as(values)
 
         def attend(c: int) -> None:
             flash_attn_varlen_func(
                 q=self.query, k=keys, v=values, out=self.out, cu_seqlens_q=self.starts, max_seqlen_q=self.count,
-                seqused_k=self.seq_lens, max_seqlen_k=self.context, block_table=self.raw_table, softmax_scale=SCALE,
-                causal=True, fa_version=3,
+                max_seqlen_k=self.context, softmax_scale=SCALE, causal=True, fa_version=3, **where,
             )  # fmt: skip
 
         row.us = timed(attend, 1)
-        row.options = f"page={PAGE}"
+        row.options = f"page={page}" if page else "in one piece"
         attend(0)
+        self.check_raw(row)
+
+    def measure_xformers(self, row: Row) -> None:
+        from xformers.ops import fmha
+
+        group = HEADS // self.kv_heads
+        mask = fmha.attn_bias.BlockDiagonalMask.from_seqlens(
+            [self.count], [self.context], device=torch.device("cuda")
+        ).make_causal_from_bottomright()
+        query = self.query.unflatten(1, (self.kv_heads, group))[None]
+        keys, values = (
+            x[None, : self.context, :, None].expand(-1, -1, -1, group, -1) for x in (self.keys, self.values)
+        )
+        op = fmha.flash.FwOp
+
+        def attend(c: int) -> torch.Tensor:
+            return fmha.memory_efficient_attention_forward(query, keys, values, mask, scale=SCALE, op=op)
+
+        row.us = timed(attend, 1)
+        row.options = op.NAME
+        self.out.copy_(attend(0)[0].flatten(1, 2))
+        self.check_raw(row)
+
+    def check_raw(self, row: Row) -> None:
+        """Look at the error of the first queries and KV head over the bf16 cache."""
         n, group = min(self.checked, self.count), HEADS // self.kv_heads
-        slots = slots_of(self.raw_table[0], 0, self.past + n, PAGE)
-        seen = (x[slots, 0].double() for x in (self.keys, self.values))
-        rows = self.query[:n, :group].double()
-        scores = torch.einsum("qhd,kd->hqk", rows, next(seen)) * SCALE
+        keys, values = (x[: self.past + n, 0].double() for x in (self.keys, self.values))
+        scores = torch.einsum("qhd,kd->hqk", self.query[:n, :group].double(), keys) * SCALE
         hidden = torch.ones(n, self.past + n, dtype=torch.bool, device="cuda").triu(self.past + 1)
-        weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
-        row.max_error = self.error(torch.einsum("hqk,kd->qhd", weights, next(seen)))
+        row.max_error = self.error(
+            torch.einsum("hqk,kd->qhd", scores.masked_fill(hidden, -math.inf).softmax(-1), values)
+        )
 
 
 def prefill_rows(kv_heads: int, count: int, past: int, args: argparse.Namespace) -> Iterator[Row]:
@@ -602,15 +683,18 @@ def prefill_rows(kv_heads: int, count: int, past: int, args: argparse.Namespace)
         found.append(attempt(row, measure))
 
     for kind in ("rotating", "none"):
-        for variant in args.gathers:
+        for variant in args.variants:
             if not args.no_peers:
                 add(variant, lambda row, kind=kind, variant=variant: step.measure(row, kind, variant))
             add(f"{variant}-gather", lambda row, kind=kind, variant=variant: step.measure_gather(row, kind, variant))
         if count <= args.decode_chunks:
             add("cuda-decode", lambda row, kind=kind: step.measure_decode(row, kind))
     if not args.no_peers:
-        add("fa3-bf16", step.measure_flash)
-    bf16 = next((row.us for row in found if row.variant == "fa3-bf16"), None)
+        for page in (None, *args.pages):
+            add("fa3-bf16", lambda row, page=page: step.measure_flash(row, page))
+        if importlib.util.find_spec("xformers"):
+            add("xformers", step.measure_xformers)
+    bf16 = min((row.us for row in found if row.variant == "fa3-bf16" and row.us), default=None)
     for row in found:
         row.ratio_to_bf16 = bf16 / row.us if bf16 and row.us and not row.variant.endswith("-gather") else None
     yield from found

@@ -6,6 +6,7 @@ attends, which suits decodes and drafts.
 """
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,15 +31,48 @@ FlashAttention = Callable[..., Any]
 
 
 def flash_attention(head_size: int, dtype: torch.dtype) -> FlashAttention | None:
-    """vLLM's FlashAttention on this device; None where it has none for queries [T, heads, head_size] of `dtype`."""
+    """What attends queries [T, heads, head_size] of `dtype` on this device; None where nothing does.
+
+    vLLM's FlashAttention where it has one for them, xformers otherwise.
+    """
     if not current_platform.is_cuda() or dtype not in (torch.float16, torch.bfloat16):
         return None
     version = get_flash_attn_version(head_size=head_size)
-    if version is None:
-        return None
-    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+    if version is not None:
+        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
-    return functools.partial(flash_attn_varlen_func, fa_version=version)
+        return functools.partial(flash_attn_varlen_func, fa_version=version)
+    return xformers_attention if importlib.util.find_spec("xformers") else None
+
+
+def xformers_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    softmax_scale: float,
+    causal: bool,
+    window_size: list[int] | None,
+    return_softmax_lse: bool = False,
+    **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`flash_attn_varlen_func` by xformers, whose masks need the lengths on the host: waits for the device."""
+    from xformers.ops import fmha
+
+    counts, lengths = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+    mask = fmha.attn_bias.BlockDiagonalMask.from_seqlens(counts, lengths, device=q.device)
+    if window_size is not None:
+        mask = mask.make_local_attention_from_bottomright(window_size[0] + 1)
+    elif causal:
+        mask = mask.make_causal_from_bottomright()
+    groups, each = k.shape[1], q.shape[1] // k.shape[1]
+    k, v = (x[None, : sum(lengths), :, None].expand(-1, -1, -1, each, -1) for x in (k, v))
+    query = q.unflatten(1, (groups, each))[None]
+    found, lse = fmha.memory_efficient_attention_partial(query, k, v, mask, scale=softmax_scale)
+    out.copy_(found[0].flatten(1, 2))
+    return out, lse.reshape(q.shape[1], -1)
 
 
 def room(tokens: int, num_kv_heads: int, head_size: int) -> int:
