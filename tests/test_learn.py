@@ -158,6 +158,19 @@ def test_learning_beats_rounding_and_each_part_helps(model, tmp_path, monkeypatc
     assert kl["both"] < 0.9 * kl["clip"] < 0.9 * kl["nothing"], kl
 
 
+@pytest.mark.parametrize("paper", [False, True])
+def test_windows_may_go_through_the_block_together(model, tmp_path, monkeypatch, paper: bool) -> None:
+    """As they do on a GPU: losses are those of one after the other, under a simulated cache as well."""
+    monkeypatch.setattr(pipeline, "estimate", lambda plan: ESTIMATE)
+    learning = dataclasses.replace(PAPER.learning if paper else LEARNING, batch=4, epochs=2)
+    losses = []
+    for size in (1, 3):
+        monkeypatch.setattr(learn, "together", lambda *args, size=size: size)
+        report = run(model, tmp_path / str(size), monkeypatch, learning, paper=paper)
+        losses.append([layer["loss"] for layer in report["layers"]])
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=2e-3, atol=0)
+
+
 def test_the_paper_learns(model, tmp_path, monkeypatch) -> None:
     """Losses fall, shift, smoothing and clips move, and followers take part as far as there are any."""
     assert PAPER.learning

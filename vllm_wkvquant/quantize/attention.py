@@ -87,7 +87,7 @@ class CalibrationAttention:
         sliding_window: int | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        """transformers' attention interface: query [1, Hq, T, D], key and value [1, H, T, D] -> [1, T, Hq, D].
+        """transformers' attention interface: query [B, Hq, T, D], key and value [B, H, T, D] -> [B, T, Hq, D].
 
         A batch of sequences of one token, [B, Hq, 1, D], is captured as B tokens; each attends itself alone.
         """
@@ -95,14 +95,23 @@ class CalibrationAttention:
             if self.captured is not None:
                 self.captured.append((query[:, :, 0], key[:, :, 0], value[:, :, 0]))
             return value.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(1, 2), None
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        self.scale = scaling if scaling is not None else q.shape[-1] ** -0.5
+        self.scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         self.sliding_window = sliding_window or 0
+        plain = self.cache is None and not 0 < self.sliding_window < query.shape[2]
+        if query.shape[0] > 1 and self.captured is None and plain:
+            out = scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=self.scale, enable_gqa=True
+            ).transpose(1, 2)
+        else:
+            windows = zip(*(x.transpose(1, 2) for x in (query, key, value)), strict=True)
+            out = torch.stack([self._window(q, k, v) for q, k, v in windows])
+        return out.to(query.dtype), None
+
+    def _window(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """One sequence: query [T, Hq, D], key and value [T, H, D] -> [T, Hq, D]."""
         if self.captured is not None:
             self.captured.append((q, k, v))
         if self.cache is None:
-            out = raw_attention(q, k, v, self.scale, self.sliding_window)
-        else:
-            positions = torch.arange(q.shape[0], device=q.device)
-            out = past_only_attention(q, k, v, *self.cache(k, v, positions), self.scale, self.sliding_window)
-        return out.to(query.dtype)[None], None
+            return raw_attention(q, k, v, self.scale, self.sliding_window)
+        positions = torch.arange(q.shape[0], device=q.device)
+        return past_only_attention(q, k, v, *self.cache(k, v, positions), self.scale, self.sliding_window)

@@ -123,9 +123,11 @@ class BlockRunner:
             run[i] = self(window, params)
 
     def run(self, block: torch.nn.Module, weights: dict[str, torch.Tensor], window: torch.Tensor) -> torch.Tensor:
-        """A block with some of its parameters replaced, by name: [T, hidden] -> [T, hidden] on the device."""
-        x = window.to(self.device)[None]
-        return functional_call(block, weights, (x,), {"attention_mask": None, "position_embeddings": self.rope})[0]
+        """A block with some of its parameters replaced, by name: [T, hidden] or [B, T, hidden] -> the same on the
+        device."""
+        x = window.to(self.device).view(-1, *window.shape[-2:])
+        after = functional_call(block, weights, (x,), {"attention_mask": None, "position_embeddings": self.rope})
+        return after.view(window.shape)
 
     def first(self, tokens: torch.Tensor) -> tuple[torch.Tensor, QKV]:
         """Tokens that are sequences of their own: [B, 1, hidden] -> [B, 1, hidden] in storage; their q, k, v."""

@@ -14,6 +14,7 @@ from vllm_wkvquant.quantize.attention import QUERY_ROWS
 from vllm_wkvquant.quantize.blocks import first_hidden, quantize_block
 from vllm_wkvquant.quantize.calibration import FIRST_TOKENS
 from vllm_wkvquant.quantize.head import LOGIT_ROWS
+from vllm_wkvquant.quantize.learn import together
 from vllm_wkvquant.quantize.plan import Plan, packed_bytes
 
 FIXED = ("load", "clips", "round")  # parts of a block's work that take the same time for any number of windows
@@ -184,9 +185,10 @@ def working_bytes(plan: Plan) -> int:
     if learning:
         if learning.cache or (plan.settings.device != "cpu" and size == 4):  # no fused kernel: all scores are saved
             scores = 16 * length**2 * adapter.num_heads
+        windows = together(learning, plan.settings.device)
         copies = 0 if size == 4 else 4 + size
         learned = weights * (copies + 17 + size + (4 if learning.rounding else 0))
-        total = max(total, (1 + learning.followers) * (block + window) + scores + learned)
+        total = max(total, (1 + learning.followers) * (block + windows * window) + windows * scores + learned)
     vocabulary = adapter.config.vocab_size
     return max(total, vocabulary * (adapter.config.hidden_size * size + 16 * LOGIT_ROWS))
 

@@ -18,8 +18,8 @@ from vllm_wkvquant.reference import FP16_MAX, QMAX, KVParams, hadamard_matrix, k
 CLIP_MIN = 0.3  # a group keeps at least this share of its range
 SIGMOID_INIT = 4.0  # of the paper's gamma and beta: 98 % of the range
 
-# (the block's weights by parameter name, hidden states [T, hidden]) -> hidden states after the block, and after each of
-# its followers
+# (the block's weights by parameter name, hidden states [B, T, hidden]) -> hidden states after the block, and after each
+# of its followers
 Forward = Callable[[dict[str, torch.Tensor], torch.Tensor], list[torch.Tensor]]
 
 
@@ -219,21 +219,27 @@ class LearnedBlock:
 
 
 def relative_mse(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of |error|^2 / |target|^2: a token of massive activations counts as one token.
+    """Of windows [.., T, hidden], the mean over tokens of |error|^2 / |target|^2: a token of massive activations counts
+    as one token.
 
     The norm before the next block divides by a token's length, so its relative error is what that block sees. The first
     positions of the window are left out.
     """
-    output, target = output[SKIPPED:].float(), target[SKIPPED:].float()
-    return ((output - target).square().sum(-1) / target.square().sum(-1)).mean()
+    output, target = output[..., SKIPPED:, :].float(), target[..., SKIPPED:, :].float()
+    return ((output - target).square().sum(-1) / target.square().sum(-1)).mean(-1)
 
 
 def mae(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean absolute error over all tokens and channels (arXiv 2402.12065, section 4.3)."""
-    return (output.float() - target.float()).abs().mean()
+    """Of windows [.., T, hidden], the mean absolute error (arXiv 2402.12065, section 4.3)."""
+    return (output.float() - target.float()).abs().mean((-2, -1))
 
 
 LOSSES = {"relative_mse": relative_mse, "mae": mae}
+
+
+def together(learning: Learning, device: str) -> int:
+    """Windows that go through the block at once: a GPU is faster with all of a batch, a CPU needs the memory less."""
+    return 1 if device == "cpu" else learning.batch
 
 
 def batches(windows: int, learning: Learning, seed: int) -> Iterator[list[int]]:
@@ -306,16 +312,19 @@ def learn(
         optimizer = SignDescent(parameters, learning.rate, steps)
     else:
         optimizer = AdamW(parameters, of_cache, learning)
-    losses: list[float] = []
+    size = together(learning, block.v_linear.weight.device.type)
+    losses: list[torch.Tensor] = []  # read at the end: a GPU is not waited for in between
     for batch in batches(windows, learning, seed):
-        own = [(inputs[i], [t[i] for t in targets]) for i in workers.positions(batch)]
-        gradients, parts = batch_gradients(block, forward, LOSSES[learning.loss], own, workers)
+        mine = workers.positions(batch)
+        parts = [torch.tensor(mine[i : i + size]) for i in range(0, len(mine), size)]
+        own = [(inputs[i], [t[i] for t in targets]) for i in parts]
+        gradients, of_batch = batch_gradients(block, forward, LOSSES[learning.loss], own, workers)
         optimizer.step(gradients)
         del gradients  # as large as the block
         block.project()
-        losses += parts
+        losses += of_batch
     workers.agree(parameters)
-    return workers.mean(torch.tensor(losses).view(learning.epochs, -1).unbind(1)).tolist()
+    return workers.mean(torch.cat(losses).cpu().view(learning.epochs, -1).unbind(1)).tolist()
 
 
 def batch_gradients(
@@ -324,13 +333,13 @@ def batch_gradients(
     loss_function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     windows: list[tuple[torch.Tensor, list[torch.Tensor]]],
     workers: Workers,
-) -> tuple[list[torch.Tensor], list[float]]:
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Gradients of the sum of the losses of all workers' windows, by `block.parameters()`; losses of this worker's,
-    which are (input, targets) each."""
+    which are (inputs, targets) of one or more each."""
     parameters, direct = block.parameters(), block.cache.parameters() if block.cache else []
     with torch.enable_grad():
         fake = block.fake()
-    # the graph of the weights is walked once a step, that of the block once a window: memory holds one window
+    # the graph of the weights is walked once a step, that of the block once for each entry of `windows`
     leaves = {name: t.detach().to(block.dtype).requires_grad_() for name, t in fake.items()}
     sources = [*leaves.values(), *direct]
     sums = [torch.zeros_like(t, dtype=torch.float32) for t in sources]
@@ -339,11 +348,12 @@ def batch_gradients(
         with torch.enable_grad():
             outputs = forward(leaves, window)
             parts = [loss_function(o, t.to(o.device)) for o, t in zip(outputs, targets, strict=True)]
-            loss = torch.stack(parts).mean()
+            of_windows = torch.stack(parts).mean(0)
+            loss = of_windows.sum()
         for total, part in zip(sums, torch.autograd.grad(loss, sources, allow_unused=True), strict=True):
             if part is not None:
                 total += part
-        losses.append(loss.item())
+        losses.append(of_windows.detach())
     for total in sums:
         workers.sum(total)
     gradients = torch.autograd.grad([*fake.values()], parameters, sums[: len(fake)], allow_unused=True)
