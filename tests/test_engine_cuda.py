@@ -19,6 +19,7 @@ MODES: dict[str, dict[str, Any]] = {
     "eager": {},
     "decode steps": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"} | SIZES},
     "default": {"compilation_config": SIZES},
+    "default, second runner": {"compilation_config": SIZES},
 }
 CHUNK = 192  # tokens of a step
 STEPS = 24
@@ -55,6 +56,7 @@ def test_generation_equals_the_specification(smollm2, mode: str, variant: str, m
     if variant not in ops.TABLE["paged_attention"]:
         pytest.skip(f"this build lacks {variant}")
     monkeypatch.setattr(ops, "default_variant", lambda device_type, head_size: variant)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(mode.endswith("second runner"))))
     past = []
     attend = prefill.attend
     monkeypatch.setattr(prefill, "attend", lambda chunks, *args: (past.append(chunks.passes), attend(chunks, *args)))
