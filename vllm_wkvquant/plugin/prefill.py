@@ -24,7 +24,7 @@ from vllm_wkvquant.layout import TILE
 from vllm_wkvquant.reference import KVParams
 
 SHORT = 16  # tokens of the longest query that is left to `ops.paged_attention`
-WORKSPACE = 64 << 20  # bytes of keys and values, unless a step's own need more
+WORKSPACE = 128 << 20  # bytes of keys and values, unless a step's own need more
 
 # flash_attn_varlen_func of the version that vLLM picks
 FlashAttention = Callable[..., Any]
@@ -94,7 +94,8 @@ class Pass:
     """Keys gathered together, and the queries that attend them. Tensors are on the device.
 
     seqs, rows: which of the chunks' sequences and tokens. first, key_start_loc, max_keys: as in `ops.gather_kv`.
-    query_start_loc: from the first of `rows`. own: the keys end with the step's own.
+    num_keys: of all sequences, less up to `missing`. query_start_loc: from the first of `rows`. own: the keys end with
+    the step's own.
     """
 
     seqs: slice
@@ -102,6 +103,8 @@ class Pass:
     first: torch.Tensor
     key_start_loc: torch.Tensor
     max_keys: int
+    num_keys: int
+    missing: int
     query_start_loc: torch.Tensor
     own: bool
 
@@ -165,18 +168,21 @@ def split_chunks(
             torch.cumsum(counts, 0, dtype=torch.int32, out=bounds[1:])
         rows = slice(starts[p.seqs.start], starts[p.seqs.stop])
         query_start_loc = chunks.query_start_loc[p.seqs.start : p.seqs.stop + 1] - rows.start
-        chunks.passes.append(Pass(p.seqs, rows, begin, bounds, p.count, query_start_loc, p.own))
+        found = Pass(p.seqs, rows, begin, bounds, p.count, p.total, p.missing, query_start_loc, p.own)
+        chunks.passes.append(found)
     return chunks
 
 
 @dataclass
 class _Planned:
-    """A pass on the host. count: keys of the sequence that has most."""
+    """A pass on the host. count: keys of the sequence that has most; total: of all, less up to `missing`."""
 
     seqs: slice
     first: list[int]
     count: int
     own: bool
+    total: int = 0
+    missing: int = 0
 
 
 def _plan(starts: list[int], lens: list[int], room: int, window: int, slack: int) -> list[_Planned]:
@@ -186,28 +192,28 @@ def _plan(starts: list[int], lens: list[int], room: int, window: int, slack: int
     may be by less than `slack` too large where there are no more queries than that.
     """
     plan: list[_Planned] = []
-    used = room
+    full = False
     for i, length in enumerate(lens):
         queries = starts[i + 1] - starts[i]
+        if queries == 0:  # padding
+            continue
         shorter = slack if queries <= slack else 0  # that it may be
         begin = max(0, length - queries - window + 1 - shorter) // TILE * TILE if window else 0
-        if queries == 0:  # padding
-            begin = -(-length // TILE) * TILE
         alone = length - begin > room
         while length - begin > room:
             # the last pass is as long as can be, so it starts well inside the past
             count = min(room, -(-(length - begin - room) // TILE) * TILE)
-            plan.append(_Planned(slice(i, i + 1), [begin], count, own=False))
+            plan.append(_Planned(slice(i, i + 1), [begin], count, own=False, total=count))
             begin += count
-        keys = max(0, length - begin)
-        if alone or used + keys > room:
+        keys = length - begin
+        if alone or full or not plan or plan[-1].total + keys > room or plan[-1].seqs.stop < i:
             plan.append(_Planned(slice(i, i), [], 0, own=True))
-            used = 0
-        last = plan[-1]
+        last, full = plan[-1], alone
         last.seqs = slice(last.seqs.start, i + 1)
         last.first.append(begin)
         last.count = max(last.count, keys)
-        used = room if alone else used + keys
+        last.total += keys
+        last.missing += min(shorter, keys)
     return plan
 
 
@@ -246,9 +252,12 @@ def attend(
     # in fp16 even for bf16: it would round the keys a second time, to 8 bits
     query = query.to(torch.float16)
     found = out if out.dtype == torch.float16 else torch.empty_like(query)
-    keys, values = query.new_empty(2, chunks.room, *key.shape[1:])
+    room = query.new_empty(2, chunks.room, *key.shape[1:])
     before: tuple[torch.Tensor, torch.Tensor] | None = None
     for p in chunks.passes:
+        # a tile that a sequence ends in has rows beyond it: times no weight, but NaN times 0 is NaN
+        keys, values = room[:, : p.num_keys]
+        values[p.num_keys - p.missing :].zero_()
         ops.gather_kv(
             key[p.rows],
             value[p.rows],
