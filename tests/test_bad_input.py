@@ -16,7 +16,7 @@ from vllm_wkvquant import cli
 from vllm_wkvquant.checkpoint import INDEX_FILE, KV_PARAMS, kv_tensor_name
 from vllm_wkvquant.quantize.state import RunState
 
-ARGUMENTS = ["--samples", "4", "--seq-len", "32"]
+ARGUMENTS = ["--samples", "4", "--seq-len", "32", "--recipe", "rtn"]
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +223,7 @@ def test_output_not_empty(refused: Callable[..., str], model: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--recipe", "magic"], "recipe 'magic' does not exist; recipes: rtn, static, best, paper"),
+        (["--recipe", "magic"], "recipe 'magic' does not exist; recipes: best, rtn, paper, static"),
         (["--samples", "3"], "--samples 3 is too few: at least 4, of which 2 are held out"),
         (["--seq-len", "513"], "--seq-len 513 is outside 8 .. 512, the positions that the model knows"),
         (["--seq-len", "0"], "--seq-len 0 is outside 8 .. 512, the positions that the model knows"),

@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_model(path / "model", "qwen2", key_bias=8.0)
     save_text(path / "text.txt", tokens=400)
     command = ["quantize", path / "model", path / "ckpt", "--calib-text", save_text(path / "calib.txt", seed=1)]
-    command += ["--samples", 4, "--seq-len", 64]
+    command += ["--samples", 4, "--seq-len", 64, "--recipe", "rtn"]
     assert cli.main([str(x) for x in command]) == 0
     return path
 

@@ -42,6 +42,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def settings(model: Path, out: Path, text: Path, **other: object) -> Settings:
+    other = {"recipe": "rtn", **other}
     return Settings(model, out, text, samples=SAMPLES, seq_len=SEQ_LEN, **other)  # type: ignore[arg-type]
 
 

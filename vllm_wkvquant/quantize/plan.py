@@ -14,7 +14,7 @@ from vllm_wkvquant.config import ConfigError, KVCacheConfig
 from vllm_wkvquant.quantize.adapters import ModelAdapter
 from vllm_wkvquant.quantize.attention import ATTENTION, CalibrationAttention
 from vllm_wkvquant.quantize.calibration import SKIPPED, Windows, read_windows
-from vllm_wkvquant.quantize.recipes import Recipe, find_recipe
+from vllm_wkvquant.quantize.recipes import DEFAULT, Recipe, find_recipe
 from vllm_wkvquant.quantize.state import check_output
 from vllm_wkvquant.quantize.workers import ALONE, Workers
 
@@ -33,7 +33,7 @@ class Settings:
     model: Path
     out: Path
     calib_text: Path
-    recipe: str = "rtn"
+    recipe: str = DEFAULT
     samples: int = 32
     seq_len: int | None = None
     seed: int = 0

@@ -142,7 +142,8 @@ PAPER = replace(
         followers=5,
     ),
 )
-RECIPES = {r.name: r for r in (RTN, STATIC, BEST, PAPER)}
+RECIPES = {r.name: r for r in (BEST, RTN, PAPER, STATIC)}
+DEFAULT = BEST.name
 
 
 def find_recipe(name: str) -> Recipe:
