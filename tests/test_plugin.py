@@ -627,6 +627,37 @@ def test_lengths_that_count_rejected_drafts(gpu_builder) -> None:
         torch.testing.assert_close(out[:46], expected[:46], atol=5e-3, rtol=5e-3)
 
 
+@pytest.mark.parametrize("window", [0, 1, 20])
+def test_xformers_is_called_like_flash_attention(monkeypatch, window: int) -> None:
+    """Its own masks, attended in plain torch: it has no kernel for a CPU."""
+    fmha = pytest.importorskip("xformers.ops.fmha")
+
+    def attend(query, key, value, mask, scale):
+        """query, key, value [1, T, groups, heads, D] -> the same, and the log-sum-exp [1, groups, heads, T]."""
+        scores = torch.einsum("btghd,bkghd->bghtk", query.double(), key.double()) * scale
+        scores += mask.materialize(scores.shape[-2:])
+        out = torch.einsum("bghtk,bkghd->btghd", scores.softmax(-1), value.double())
+        return out.to(query.dtype), scores.logsumexp(-1)
+
+    monkeypatch.setattr(fmha, "memory_efficient_attention_partial", attend)
+    g = torch.Generator().manual_seed(0)
+    counts, lengths = torch.tensor([0, 3, 20, 30]), torch.tensor([0, 3, 70, 101])
+    q = torch.randn(30, 6, 16, generator=g)
+    k, v = (torch.randn(128, 2, 16, generator=g) for _ in range(2))
+    for causal in (True, False) if window == 0 else (True,):
+        found = []
+        for call in (prefill.xformers_attention, flash_stand_in):
+            out = torch.empty_like(q)
+            _, lse = call(
+                q=q, k=k, v=v, out=out, cu_seqlens_q=counts, cu_seqlens_k=lengths, max_seqlen_q=17, max_seqlen_k=67,
+                softmax_scale=0.3, causal=causal, window_size=[window - 1, 0] if window else None,
+                return_softmax_lse=True,
+            )  # fmt: skip
+            found.append((out, lse.float()))
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
 def test_chunks_without_past_skip_the_pages(gpu_builder, monkeypatch) -> None:
     monkeypatch.setattr(ops, "gather_kv", None)
     case, common_metadata = chunked_case([(12, 1), (0, 20), (0, 30)])
