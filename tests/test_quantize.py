@@ -457,8 +457,8 @@ def test_quantize_and_inspect_from_the_command(tmp_path: Path, text: Path, capsy
     arguments = ["--calib-text", str(text), "--samples", "4", "--seq-len", "32"]
     assert cli.main(["quantize", str(model), str(out), *arguments]) == 0
     shown = capsys.readouterr()
-    assert re.search(r"^block 1/2 [\d.]+ s left$", shown.err, re.MULTILINE)
-    assert re.search(r"^block 2/2$", shown.err, re.MULTILINE)
+    assert re.search(r"^block 1/2 loss [\d.]+ -> [\d.]+ [\d.]+ s left$", shown.err, re.MULTILINE)
+    assert re.search(r"^block 2/2 loss [\d.]+ -> [\d.]+$", shown.err, re.MULTILINE)
     assert SEARCHED in shown.out
     assert cli.main(["inspect", str(out)]) == 0
     assert "4.250 bits an element" in " ".join(capsys.readouterr().out.split())
