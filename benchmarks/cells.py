@@ -2,7 +2,7 @@
 
 A cell is one process, hence one fresh engine. Its specification is an object with
     op       a function of engine_cell.py
-    config   config.json of the model
+    config   config.json of the model, whose weights are random; without it `engine` names a model
     engine   arguments of vLLM's LLM
     points   what to measure with that engine: an object for each row
 """
@@ -74,10 +74,12 @@ def run_cell(spec: dict[str, Any], limit_seconds: float, in_process: bool = Fals
     with tempfile.TemporaryDirectory(prefix="wkvquant-cell-") as name:
         folder = Path(name)
         rows, log = folder / "rows.jsonl", folder / "log"
-        (folder / "model").mkdir()
-        (folder / "model" / "config.json").write_text(json.dumps(spec["config"]))
-        # a relative path is the same in every cell, and vLLM's cache of compiled code asks for that
-        (folder / "spec.json").write_text(json.dumps(spec | {"engine": spec["engine"] | {"model": "model"}}))
+        if "config" in spec:
+            (folder / "model").mkdir()
+            (folder / "model" / "config.json").write_text(json.dumps(spec["config"]))
+            # a relative path is the same in every cell, and vLLM's cache of compiled code asks for that
+            spec = spec | {"engine": spec["engine"] | {"model": "model"}}
+        (folder / "spec.json").write_text(json.dumps(spec))
         rows.touch()
         command = [sys.executable, Path(__file__).with_name("engine_cell.py").resolve(), "spec.json", rows.name]
         with log.open("wb") as output:

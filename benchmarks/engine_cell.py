@@ -1,4 +1,4 @@
-"""The process of one measurement by throughput.py or memory.py: a fresh engine with random weights.
+"""The process of one measurement by throughput.py, memory.py or needles.py: a fresh engine.
 
     python benchmarks/engine_cell.py SPEC.json ROWS.jsonl
 
@@ -52,17 +52,17 @@ class RandomModelLoader(DummyModelLoader):
                 parameter.data.fill_(1)
 
 
-def make_engine(spec: dict[str, Any]) -> LLM:
-    """spec["engine"]: arguments of LLM."""
+def make_engine(spec: dict[str, Any], **options: Any) -> LLM:
+    """spec["engine"]: arguments of LLM; so are `options`."""
     if current_platform.is_cpu() and spec["engine"]["kv_cache_dtype"] == "int4_per_token_head":
         raise NotImplementedError("vLLM's CPU attention accepts int4_per_token_head and has no kernel for it")
-    return LLM(
-        **spec["engine"],
-        load_format=LOAD_FORMAT,
-        skip_tokenizer_init=True,
-        dtype="bfloat16",
-        enable_prefix_caching=False,
-        disable_log_stats=False,
+    return LLM(**spec["engine"], disable_log_stats=False, **options)
+
+
+def make_random_engine(spec: dict[str, Any]) -> LLM:
+    """An engine that only its speed and memory can be measured of."""
+    return make_engine(
+        spec, load_format=LOAD_FORMAT, skip_tokenizer_init=True, dtype="bfloat16", enable_prefix_caching=False
     )
 
 
@@ -91,7 +91,7 @@ def describe(llm: LLM) -> dict[str, Any]:
         "kv_cache_tokens": capacity(llm),
         "kv_block_size": config.cache_config.block_size,
     }
-    if config.model_config.quantization == QUANT_METHOD:
+    if config.model_config.quantization == QUANT_METHOD and config.cache_config.cache_dtype == "auto":
         row["kernels"] = ops.default_variant(current_platform.device_type, config.model_config.get_head_size())
     return row
 
@@ -105,7 +105,7 @@ def throughput(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """One row: all requests at once, until the last one is done."""
     (point,) = spec["points"]
     requests, input_len, output_len = (point[name] for name in ("requests", "input_len", "output_len"))
-    llm = make_engine(spec)
+    llm = make_random_engine(spec)
     warm_up = sampling(min(WARM_UP, output_len))
     llm.generate(prompts(llm, min(WARM_UP, requests), input_len), warm_up, use_tqdm=False)
     preempted = metric(llm, "num_preemptions")
@@ -172,7 +172,7 @@ def decode_times(llm: LLM, point: dict[str, Any]) -> dict[str, Any]:
 
 def step(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """A row for each point; one that fails is a row with an error."""
-    llm = make_engine(spec)
+    llm = make_random_engine(spec)
     mode = llm.llm_engine.vllm_config.compilation_config.cudagraph_mode
     common = describe(llm) | {"cudagraph_mode": getattr(mode, "name", str(mode))}
     for point in spec["points"]:
@@ -191,7 +191,7 @@ def storage_bytes(tensors: Any) -> int:
 def memory(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """One row: where the GPU's memory is at the peak of one sequence's prefill and decode, in bytes."""
     (point,) = spec["points"]
-    llm = make_engine(spec)
+    llm = make_random_engine(spec)
     (weights,) = llm.apply_model(lambda model: storage_bytes([*model.parameters(), *model.buffers()]))
     attention = llm.llm_engine.vllm_config.compilation_config.static_forward_context
     cache = storage_bytes(layer.kv_cache for layer in attention.values())
@@ -210,10 +210,44 @@ def memory(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
     }
 
 
+def answers(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A row for each point: the greedy answers to its prompts, and how many tokens of each the prefix cache had.
+
+    A prompt finds nothing in that cache but its own one of the point's `others`, where these are not None: they are
+    answered before, as many at a time as the cache holds with their prompts.
+    """
+    llm = make_engine(spec, enable_prefix_caching=True)
+    block = llm.llm_engine.vllm_config.cache_config.block_size
+
+    def answer(prompts: list[list[int]], salts: list[str], max_tokens: int) -> list[Any]:
+        inputs = [{"prompt_token_ids": p, "cache_salt": salt} for p, salt in zip(prompts, salts, strict=True)]
+        return llm.generate(inputs, SamplingParams(temperature=0, max_tokens=max_tokens), use_tqdm=False)
+
+    for number, point in enumerate(spec["points"]):
+        prompts, others, max_tokens = point["prompts"], point["others"], point["max_tokens"]
+        salts = [f"{number} {i}" for i in range(len(prompts))]
+        at_once, outputs = len(prompts), []
+        if others:
+            longest = max(map(len, prompts + others)) + max_tokens
+            at_once = max(1, capacity(llm) // (longest + 2 * block))
+        start = time.perf_counter()
+        for i in range(0, len(prompts), at_once):
+            part = slice(i, i + at_once)
+            if others:
+                answer(others[part], salts[part], max_tokens=1)
+            outputs += answer(prompts[part], salts[part], max_tokens)
+        yield describe(llm) | {
+            "seconds": round(time.perf_counter() - start, 1),
+            "answers": [output.outputs[0].text for output in outputs],
+            "cached": [output.num_cached_tokens or 0 for output in outputs],
+        }
+
+
 OPERATIONS: dict[str, Callable[[dict[str, Any]], Iterator[dict[str, Any]]]] = {
     "throughput": throughput,
     "step": step,
     "memory": memory,
+    "answers": answers,
 }
 
 
