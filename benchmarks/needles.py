@@ -131,7 +131,7 @@ def make_points(args: argparse.Namespace) -> list[Point]:
 def make_engine(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """Arguments of vLLM's LLM for a variant."""
     variant = VARIANTS[name]
-    dtype = read_config(args.model).get("dtype") or "bfloat16"
+    dtype = args.dtype or read_config(args.model).get("dtype") or "bfloat16"
     return {
         "model": str((args.checkpoint if variant.quantized else args.model).resolve()),
         "dtype": dtype,
@@ -316,6 +316,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of texts and codes (%(default)s)")
     parser.add_argument(
         "--chunk", type=int, default=256, help="most tokens of a prompt that one step prefills (%(default)s)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16"),
+        help="of activations and 16-bit caches (what MODEL's config.json says)",
     )
     parser.add_argument(
         "--max-num-batched-tokens", type=int, default=8192, help="tokens of a step, of all prompts (%(default)s)"

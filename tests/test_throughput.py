@@ -90,7 +90,7 @@ def test_engine_has_the_weights_of_its_variant(tmp_path: Path, monkeypatch: pyte
         codes = model["model.layers.0.mlp.down_proj.weight_packed"].view(torch.uint8)
         assert len(codes.unique()) == 256
         # the GPU's counters, which a CPU lacks
-        monkeypatch.setattr(engine_cell, "make_engine", lambda spec: llm)
+        monkeypatch.setattr(engine_cell, "make_random_engine", lambda spec: llm)
         for name in ("empty_cache", "reset_peak_memory_stats", "synchronize"):
             monkeypatch.setattr(torch.cuda, name, lambda: None)
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 100 << 20)
