@@ -162,10 +162,8 @@ def measure(args: argparse.Namespace, name: str, points: list[Point], keys: list
         print(f"{name}: already there", file=sys.stderr)
         return
     print(f"{name}: measuring {len(missing)} rows", file=sys.stderr)
-    engine = make_engine(args, name)
-    rows, error = run_cell(
-        {"op": "answers", "engine": engine, "points": [points[i].spec() for i in missing]}, args.limit_seconds
-    )
+    spec = {"op": "answers", "engine": make_engine(args, name), "points": [points[i].spec() for i in missing]}
+    rows, error = run_cell(spec, args.limit_seconds)
     rows = [points[i].score(row) for i, row in zip(missing, rows, strict=False)]
     rows += [{"error": error or "no row"}] * (len(missing) - len(rows))
     for i, row in zip(missing, rows, strict=True):
