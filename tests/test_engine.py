@@ -16,12 +16,14 @@ import torch
 from ckpt import VOCAB, write_checkpoint
 from engine import RecordingScheduler, Result, engine, generate, in_subprocess
 from llama import ReferenceLlama
+from test_plugin import flash_stand_in
 from transformers import AutoTokenizer
 from vllm.model_executor.models.utils import extract_layer_index
 
-from vllm_wkvquant import layout
+from vllm_wkvquant import layout, ops
 from vllm_wkvquant.checkpoint import KV_PARAMS
 from vllm_wkvquant.config import ConfigError
+from vllm_wkvquant.plugin import attention, prefill
 from vllm_wkvquant.plugin.attention import WKVQuantBackend
 from vllm_wkvquant.plugin.eval_engine import ExactChunkScheduler, prompt_logprobs
 
@@ -189,10 +191,19 @@ def test_decode_of_a_real_model_equals_the_specification(smollm2) -> None:
     assert sum(distances) > 2 * sum(errors)
 
 
-@pytest.fixture(scope="class")
-def coarse(stress):
-    with engine(stress) as llm:
-        yield llm, ReferenceLlama(stress)
+@pytest.fixture(scope="class", params=["one op", "gathered chunks"])
+def coarse(stress, request):
+    """The engine, and one that treats chunks as on a GPU, in passes of 128 keys, with FlashAttention stood in for."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "gathered chunks":
+            patch.setattr(attention, "_captures", lambda device_type, head_size: True)
+            patch.setattr(prefill, "flash_attention", lambda head_size, dtype: flash_stand_in)
+            patch.setattr(prefill, "WORKSPACE", 0)
+        gather, gathered = ops.gather_kv, []
+        patch.setattr(ops, "gather_kv", lambda *args: (gathered.append(args[8]), gather(*args)))
+        with engine(stress) as llm:
+            yield llm, ReferenceLlama(stress)
+        assert max(gathered, default=0) == (128 if request.param == "gathered chunks" else 0)
 
 
 class TestScheduling:
