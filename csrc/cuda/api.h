@@ -126,7 +126,8 @@ WKV_API int wkvquant_cuda_paged_attention(const WkvCudaAttention*, const WkvCuda
 WKV_API int64_t wkvquant_cuda_workspace();
 // Dynamic shared memory of a CTA of `tiles` row tiles of 8, 1 or 2; -1 where there is no such kernel.
 WKV_API int64_t wkvquant_cuda_shared_bytes(const WkvCudaParams*, int tiles, int num_seqs);
-WKV_API int64_t wkvquant_cuda_sizeof(int which);  // 0: WkvCudaParams, 1: WkvCudaCacheWrite, 2: WkvCudaAttention, 3: Gather
+WKV_API int64_t
+wkvquant_cuda_sizeof(int which);  // 0: WkvCudaParams, 1: WkvCudaCacheWrite, 2: WkvCudaAttention, 3: Gather
 WKV_API int32_t wkvquant_cuda_max_seqs();
 WKV_API const char* wkvquant_cuda_error(int status);
 
