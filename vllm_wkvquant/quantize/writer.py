@@ -28,6 +28,16 @@ COPIED = (
 )
 
 
+def copy_companions(model: Path, directory: Path) -> None:
+    """Copy tokenizer, generation settings and licences. Raises WriteError."""
+    for source in sorted({path for pattern in COPIED for path in model.glob(pattern)}):
+        files = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.is_file())
+        for file in files:
+            target = directory / file.relative_to(model)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(target, file.read_bytes())
+
+
 class CheckpointWriter:
     """Writes one checkpoint into `directory`, which nobody reads until `close` has renamed it to `destination`.
 
@@ -76,18 +86,10 @@ class CheckpointWriter:
         write_json(self.directory / "config.json", config)
         write_json(self.directory / REPORT_FILE, report)
         write_bytes(self.directory / PAGE_FILE, page.encode())
-        self._copy(model)
+        copy_companions(model, self.directory)
         sync_directory(self.directory)
         try:
             self.directory.replace(self.destination)  # an empty directory there gives way
             sync_directory(self.destination.parent)
         except OSError as error:
             raise WriteError(self.destination, error) from error
-
-    def _copy(self, model: Path) -> None:
-        for source in sorted({path for pattern in COPIED for path in model.glob(pattern)}):
-            files = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.is_file())
-            for file in files:
-                target = self.directory / file.relative_to(model)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                write_bytes(target, file.read_bytes())
