@@ -43,8 +43,8 @@ def missing_kv_tensor(name: str) -> ConfigError:
     return ConfigError(f"KV tensor {name} is missing from the checkpoint; quantize the model again")
 
 
-def quantization_config(kv: KVCacheConfig, group_sizes: dict[str, int]) -> dict[str, Any]:
-    """`quantization_config` of config.json: one compressed-tensors group per distinct weight group size.
+def config_groups(group_sizes: dict[str, int]) -> dict[str, Any]:
+    """`config_groups` of compressed-tensors: one per distinct weight group size, whatever linear layers are in it.
 
     group_sizes: linear layer's last name ("down_proj") -> its group size.
     """
@@ -66,12 +66,17 @@ def quantization_config(kv: KVCacheConfig, group_sizes: dict[str, int]) -> dict[
                 "dynamic": False,
             },
         }
+    return groups
+
+
+def quantization_config(kv: KVCacheConfig, group_sizes: dict[str, int]) -> dict[str, Any]:
+    """`quantization_config` of config.json. group_sizes: of `config_groups`."""
     return {
         "quant_method": QUANT_METHOD,
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "ignore": ["lm_head"],
-        "config_groups": groups,
+        "config_groups": config_groups(group_sizes),
         "kv_cache_scheme": None,
         QUANT_METHOD: kv.to_dict(),
     }
