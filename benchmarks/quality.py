@@ -2,15 +2,19 @@
 """What 4-bit weights and different KV caches cost a model, each on the same tokens.
 
     python benchmarks/quality.py MODEL --checkpoint rtn=CKPT --text wiki=wiki_test.txt --device cuda --json OUT.jsonl
+    python benchmarks/quality.py MODEL --checkpoint best=CKPT --weights gptq=DIR --weights awq=DIR --text ...
 
 Rows for every text and checkpoint: FP16, the model itself; W4, the checkpoint's weights with a 16-bit cache; and W4
 with each cache of kv_peers.py, on the same weights. Parts of the cache that are folded into the weights (V's rotation
-and balance) cannot be switched off here: give a checkpoint made without them beside the other.
+and balance) cannot be switched off here: give a checkpoint made without them beside the other. --weights adds rows W4
+of weights that others have quantized, as weight_peers.py writes them.
 
 Differences of perplexity are paired by token, in percent of what they are against. KL divergences are in nats a token,
-of the full distributions. Every ± is a standard error, the larger of that over tokens and that over windows. top-1:
-share of tokens whose likeliest successor is FP16's. bits: of a KV element, with all scales. q1 .. q4: perplexity in the
-first to the last quarter of the window.
+of the full distributions. Every ± is a standard error, the larger of that over tokens and that over windows. lowest W4
+is the W4 with the least perplexity in the table, whoever made it; differences from it are paired by window, which alone
+is in their ±, and have the upper end of the 95 % interval in brackets. top-1: share of tokens whose likeliest successor
+is FP16's. bits: of a quantized weight and of a KV element, with all scales and zero points. seconds: what quantizing
+the weights took, where it is known. q1 .. q4: perplexity in the first to the last quarter of the window.
 
 One line a row is appended to OUT.jsonl, after each pass over a text. Rows that are there, of the same model, text,
 windows, device, type and weights, are not computed again; after a change of the code give a new file.
@@ -33,6 +37,7 @@ from kv_peers import Variant, variants
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from weight_peers import PEER_FILE
 
 from vllm_wkvquant.checkpoint import Checkpoint, ShardedTensors, read_config
 from vllm_wkvquant.config import ConfigError
@@ -68,24 +73,71 @@ def files_digest(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def weight_bits(ckpt: Checkpoint) -> float:
+    """Stored bits of a quantized weight, with its share of scale and zero point."""
+    bits = weights = 0
+    for name, shape in ckpt.tensors.shapes().items():
+        elements = torch.Size(shape).numel()
+        if name.endswith(".weight_packed"):
+            weights += 8 * elements
+        if name.endswith((".weight_packed", ".weight_zero_point")):
+            bits += 32 * elements
+        elif name.endswith(".weight_scale"):
+            bits += 16 * elements
+    return bits / weights
+
+
 @dataclass(frozen=True)
 class Quantized:
-    """A checkpoint under its name, its caches, and a digest of its files."""
+    """Quantized weights under their name, and a digest of their files.
+
+    ckpt: the checkpoint that they are in; None for a plain model, which has dequantized ones. caches: to measure them
+    with. made: bits of a weight and the seconds that it took to quantize them, None where it is not known.
+    """
 
     name: str
-    ckpt: Checkpoint
+    path: Path
+    ckpt: Checkpoint | None
     caches: dict[str, Variant]
+    made: dict[str, float | None]
     digest: str
 
     @classmethod
     def open(cls, name: str, path: Path, model: dict[str, Any], window: int, device: str) -> "Quantized":
-        """Raises ConfigError where it is no checkpoint of this model (its config.json) or too short for the window."""
+        """A checkpoint of ours.
+
+        Raises ConfigError where it is none of this model (its config.json) or too short for the window.
+        """
         ckpt = Checkpoint(path)
-        check_run(window, device, [model, ckpt.config])
-        differing = [key for key in SAME if ckpt.config.get(key) != model.get(key)]
-        if differing:
-            raise ConfigError(f"{path} is not a checkpoint of this model: its {differing[0]} differs")
-        return cls(name, ckpt, variants(ckpt, window, device), files_digest(path))
+        check_same(path, ckpt.config, model, window, device)
+        made = {"weight_bits": weight_bits(ckpt), "seconds": None}
+        return cls(name, path, ckpt, variants(ckpt, window, device), made, files_digest(path))
+
+    @classmethod
+    def open_plain(cls, name: str, path: Path, model: dict[str, Any], window: int, device: str) -> "Quantized":
+        """A plain model with what weight_peers.py says of it, if it does. Raises ConfigError as `open`."""
+        config = read_config(path)
+        check_same(path, config, model, window, device)
+        if "quantization_config" in config:
+            raise ConfigError(f"{path} is not a plain model; --weights takes what weight_peers.py writes")
+        file = path / PEER_FILE
+        peer = json.loads(file.read_text()) if file.is_file() else {}
+        made = {"weight_bits": peer.get("bits_per_weight"), "seconds": peer.get("seconds")}
+        return cls(name, path, None, {"W4": Variant(None, 1, 16)}, made, files_digest(path))
+
+    def load(self, cache: SimulatedCache, dtype: torch.dtype, device: str) -> Any:
+        """The model in transformers; with `cache`, where it is a checkpoint."""
+        if self.ckpt is None:
+            return load_baseline(self.path, dtype, device)
+        return load_quantized(self.ckpt, cache, dtype, device)
+
+
+def check_same(path: Path, config: dict[str, Any], model: dict[str, Any], window: int, device: str) -> None:
+    """Raise ConfigError where `config` is not of this model or too short for the window."""
+    check_run(window, device, [model, config])
+    differing = [key for key in SAME if config.get(key) != model.get(key)]
+    if differing:
+        raise ConfigError(f"{path} is not a checkpoint of this model: its {differing[0]} differs")
 
 
 @dataclass(frozen=True)
@@ -154,6 +206,7 @@ def summarize(scores: dict[str, torch.Tensor], row: str, windows: list[list[int]
         "tokens": nll.numel(),
         "ppl": nll.mean().exp().item(),
         "ppl_by_quarter": by_quarter(nll, windows, window),
+        "nll_by_window": [part.sum().item() for part in nll.split([len(w) - 1 for w in windows])],
     }
     for reference in REFERENCES:
         if f"kl_{reference}_{row}" in scores:
@@ -213,7 +266,9 @@ def measure(
     for text in needed:
         fp16[text.name], scores = score_fp16(text, baseline)
         if not results.find(text, None, "FP16"):
-            results.add(text, None, "FP16", {"bits": 16} | summarize(scores, "FP16", text.windows, window))
+            results.add(
+                text, None, "FP16", {"weight_bits": 16, "bits": 16} | summarize(scores, "FP16", text.windows, window)
+            )
     del baseline
     gc.collect()
     for quantized in checkpoints:
@@ -221,15 +276,24 @@ def measure(
         if not todo:
             continue
         cache = SimulatedCache()
-        w4 = load_quantized(quantized.ckpt, cache, dtype, device)
+        w4 = quantized.load(cache, dtype, device)
         for text in todo:
             wanted = missing[quantized.name, text.name]
             scores = score_quantized(text, quantized, wanted, w4, cache, fp16[text.name])
             for row in wanted:
                 measured = summarize(scores, row, text.windows, window)
-                results.add(text, quantized, row, {"bits": quantized.caches[row].bits} | measured)
+                results.add(text, quantized, row, quantized.made | {"bits": quantized.caches[row].bits} | measured)
         del w4
         gc.collect()
+
+
+def by_window(row: dict[str, Any], other: dict[str, Any], windows: list[list[int]]) -> dict[str, float] | None:
+    """`difference` of two rows paired by window; None for one window, or where a row of an older file has no sums."""
+    if len(windows) < 2 or not all("nll_by_window" in r for r in (row, other)):
+        return None
+    lengths = torch.tensor([len(w) - 1 for w in windows])
+    sums = (torch.tensor(r["nll_by_window"], dtype=torch.float64) for r in (row, other))
+    return difference(*((s / lengths).repeat_interleave(lengths) for s in sums), windows)
 
 
 def print_table(text: Text, rows: list[dict[str, Any]]) -> None:
@@ -242,20 +306,36 @@ def print_table(text: Text, rows: list[dict[str, Any]]) -> None:
     def nats(d: dict[str, float] | None) -> str:
         return f"{d['mean']:.4f} ± {max(d['se'], d['se_window']):.4f}" if d else ""
 
-    names = ["checkpoint", "row", "bits", "perplexity", "% to FP16", "% to W4", "KL(FP16 ‖ row)", "KL(W4 ‖ row)"]
-    table = Table(*names, "top-1", "q1", "q2", "q3", "q4", box=box.MARKDOWN)
+    def number(x: float | None, digits: int) -> str:
+        return "" if x is None else f"{x:.{digits}f}"
+
+    lowest = min((r for r in rows if r["row"] == "W4"), key=lambda r: r["ppl"], default=None)
+
+    def to_lowest(row: dict[str, Any]) -> str:
+        if lowest is None or row is lowest or row["row"] == "FP16":
+            return ""
+        d = by_window(row, lowest, text.windows)
+        return f"{percent(d)} ({d['percent_upper95']:+.2f})" if d else ""
+
+    names = ["checkpoint", "row", "bits", "perplexity", "% to FP16", "% to W4", "% to lowest W4"]
+    names += ["KL(FP16 ‖ row)", "KL(W4 ‖ row)", "top-1", "seconds", "q1", "q2", "q3", "q4"]
+    table = Table(*names, box=box.MARKDOWN)
     for row in rows:
         table.add_row(
             row["checkpoint"] or "",
             row["row"],
-            f"{row['bits']:.2f}",
-            f"{row['ppl']:.3f}",
+            ", ".join(b for b in (number(row.get("weight_bits"), 2), number(row["bits"], 2)) if b),
+            number(row["ppl"], 3),
             *(percent(row.get(f"against_{r.lower()}")) for r in REFERENCES),
+            to_lowest(row),
             *(nats(row.get(f"kl_{r.lower()}")) for r in REFERENCES),
-            f"{row['top1_fp16']:.4f}" if "top1_fp16" in row else "",
-            *("" if ppl is None else f"{ppl:.3f}" for ppl in row["ppl_by_quarter"]),
+            number(row.get("top1_fp16"), 4),
+            number(row.get("seconds"), 0),
+            *(number(ppl, 3) for ppl in row["ppl_by_quarter"]),
         )
     print(f"\n{text.name}: {rows[0]['tokens']} tokens in {len(text.windows)} windows of {rows[0]['window']}")
+    if lowest:
+        print(f"lowest W4: {lowest['checkpoint']}")
     Console(width=TABLE_WIDTH).print(table, highlight=False)
 
 
@@ -294,6 +374,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="a checkpoint that `wkvquant quantize` made from MODEL, and its name in the rows; may be repeated",
     )
     parser.add_argument(
+        "--weights",
+        type=named_path,
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="a plain model with weights of MODEL that others have quantized, and its name; may be repeated",
+    )
+    parser.add_argument(
         "--text",
         type=named_path,
         action="append",
@@ -328,7 +416,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure what is missing and print the tables. Raises ConfigError on bad input."""
     python = ["python"] if args.python_stdlib is not None else []
     for what, names in (
-        ("checkpoints", [n for n, _ in args.checkpoint]),
+        ("checkpoints", [n for n, _ in args.checkpoint + args.weights]),
         ("texts", [n for n, _ in args.text] + python),
     ):
         if len(set(names)) < len(names):
@@ -337,7 +425,11 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"--windows {args.windows} must not be negative")
     config = read_config(args.model)
     check_run(args.window, args.device, [config])
-    checkpoints = [Quantized.open(name, path, config, args.window, args.device) for name, path in args.checkpoint]
+    checkpoints = [
+        opened(name, path, config, args.window, args.device)
+        for opened, given in ((Quantized.open, args.checkpoint), (Quantized.open_plain, args.weights))
+        for name, path in given
+    ]
     known = list(dict.fromkeys(row for quantized in checkpoints for row in quantized.caches))
     unknown = [row for row in args.row if row not in known]
     if unknown:

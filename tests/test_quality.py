@@ -141,6 +141,67 @@ def test_rows_are_of_these_weights(folder: Path, tmp_path: Path) -> None:
     assert measured("model") == ["FP16", "W4"]
 
 
+@pytest.fixture(scope="module")
+def peers(folder: Path) -> Path:
+    """Plain models beside the model: `same`, what `wkvquant eval` takes for FP16, and `near`, whose weights are off."""
+    for name, noise in (("same", 0.0), ("near", 0.002)):
+        shutil.copytree(folder / "model", folder / name)
+        file = folder / name / "model.safetensors"
+        tensors = load_file(file)
+        g = torch.Generator().manual_seed(0)
+        tensors = {n: (t + noise * torch.randn(t.shape, generator=g)).to(t.dtype) for n, t in tensors.items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    peer = {"method": "gptq", "bits_per_weight": 4.25, "seconds": 12.4}
+    (folder / "near" / "peer.json").write_text(json.dumps(peer))
+    return folder
+
+
+def test_weights_of_others_are_rows(peers: Path, rows: dict[str, dict[str, Any]], tmp_path: Path, capsys) -> None:
+    """A plain model is a row W4, and every row of the table is compared with the W4 of least perplexity."""
+    out = tmp_path / "out.jsonl"
+    more = ["--weights", f"same={peers / 'same'}", "--weights", f"near={peers / 'near'}", "--row", "W4", "--row", "kv2"]
+    assert quality.main(arguments(peers, out, *more)) == 0
+    measured = {(row["checkpoint"], row["row"]): row for row in read(out)}
+    assert list(measured) == [(None, "FP16"), ("own", "W4"), ("own", "kv2"), ("same", "W4"), ("near", "W4")]
+    same, near = measured["same", "W4"], measured["near", "W4"]
+    assert same["ppl"] == pytest.approx(rows["FP16"]["ppl"])
+    assert same["kl_fp16"]["mean"] == pytest.approx(0, abs=1e-9)
+    assert 0 < near["kl_fp16"]["mean"] < rows["W4"]["kl_fp16"]["mean"]
+    assert (same["weight_bits"], same["seconds"]) == (None, None)
+    assert (near["weight_bits"], near["seconds"]) == (4.25, 12.4)
+    assert (measured["own", "kv2"]["weight_bits"], measured["own", "kv2"]["seconds"]) == (4 + 20 / 128, None)
+
+    printed = capsys.readouterr().out
+    lowest = min((row for row in measured.values() if row["row"] == "W4"), key=lambda row: row["ppl"])
+    assert f"lowest W4: {lowest['checkpoint']}\n" in printed
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+    column = lines[0].index("% to lowest W4")
+    for row, line in zip(measured.values(), lines[2:], strict=True):
+        if row is lowest or row["row"] == "FP16":
+            assert line[column] == ""
+        else:
+            percent = 100 * (row["ppl"] / lowest["ppl"] - 1)
+            assert line[column].startswith(f"{percent:+.2f} ± ")
+            assert float(line[column].partition("(")[2].rstrip(")")) > percent
+    assert lines[-1][lines[0].index("seconds")] == "12"
+
+
+def test_differences_by_window_are_those_of_difference() -> None:
+    """Mean and the windows' standard error, from sums alone; nothing where windows cannot tell an error."""
+    windows = [[0] * 9, [0] * 9, [0] * 4]
+    a, b = torch.randn(2, 19, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rows = [{"nll_by_window": [part.sum().item() for part in x.split([8, 8, 3])]} for x in (a, b)]
+    expected, found = evaluate.difference(a, b, windows), quality.by_window(*rows, windows)
+    assert found["mean"] == pytest.approx(expected["mean"])
+    assert found["se_window"] == pytest.approx(expected["se_window"])
+    assert found["se"] <= found["se_window"]
+    assert found["percent_upper95"] == pytest.approx(
+        100 * (torch.tensor(expected["mean"] + 1.96 * expected["se_window"]).exp().item() - 1), rel=1e-5
+    )
+    assert quality.by_window(rows[0], {}, windows) is None
+    assert quality.by_window({"nll_by_window": [1.0]}, {"nll_by_window": [2.0]}, windows[:1]) is None
+
+
 def test_python_sources_are_a_text(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     command = [folder / "model", "--python-stdlib", 3000, "--window", 64, "--windows", 2, "--json", out]
@@ -162,6 +223,8 @@ def test_python_sources_are_a_text(folder: Path, tmp_path: Path) -> None:
         (["--text", "python=elsewhere.txt", "--python-stdlib", 9], "two texts have the same name"),
         (["--text", "other=/no/such.txt"], "does not exist"),
         (["--checkpoint", "other=/no/such"], "has no config.json"),
+        (["--weights", "other=/no/such"], "has no config.json"),
+        (["--weights", "own=elsewhere"], "two checkpoints have the same name"),
         (["--json", "/no/such/out.jsonl"], "is not a directory"),
         (["--python-stdlib", 10**10], "has only"),
     ],
@@ -178,6 +241,12 @@ def test_a_checkpoint_of_another_model_is_refused(folder: Path, tmp_path: Path, 
     command = arguments(folder, tmp_path / "out.jsonl")
     assert quality.main([str(other), *command[1:]]) == 2
     assert "is not a checkpoint of this model: its hidden_size differs" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_no_plain_model(folder: Path, tmp_path: Path, capsys) -> None:
+    command = arguments(folder, tmp_path / "out.jsonl", "--weights", f"other={folder / 'ckpt'}")
+    assert quality.main(command) == 2
+    assert "is not a plain model" in capsys.readouterr().err
 
 
 def test_a_damaged_file_of_results_is_named(folder: Path, tmp_path: Path, capsys) -> None:
