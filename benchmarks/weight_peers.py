@@ -74,6 +74,8 @@ def compress(task: Task, modifiers: list[Any]) -> Result:
     from llmcompressor import oneshot
     from torch.utils.data import DataLoader
 
+    if task.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it takes the GPU that it sees
     torch.manual_seed(task.seed)
     loader = DataLoader(task.batches, batch_size=None)
     count, length = len(task.batches), task.batches[0]["input_ids"].shape[1]
@@ -169,9 +171,7 @@ def bits_per_weight(adapter: ModelAdapter, symmetric: bool) -> float:
 def run(args: argparse.Namespace) -> None:
     """Raises ConfigError or WriteError."""
     check_output(args.output, resume=False)
-    if args.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # llm-compressor takes the GPU that it sees
-    elif not torch.cuda.is_available():
+    if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu")
     adapter = ModelAdapter(args.model, "sdpa")
     tokens = read_windows(args.model, args.calib_text, args.samples, args.seq_len, args.seed).tokens
