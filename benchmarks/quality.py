@@ -26,7 +26,6 @@ import gc
 import hashlib
 import json
 import sys
-import sysconfig
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from kv_peers import Variant, variants
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from texts import write_stdlib
 from weight_peers import PEER_FILE
 
 from vllm_wkvquant.checkpoint import Checkpoint, ShardedTensors, read_config
@@ -339,19 +339,6 @@ def print_table(text: Text, rows: list[dict[str, Any]]) -> None:
     Console(width=TABLE_WIDTH).print(table, highlight=False)
 
 
-def write_stdlib(file: Path, characters: int) -> None:
-    """The first `characters` of the interpreter's own standard library: its Python sources, by path."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    content = ""
-    for source in sorted(root.rglob("*.py")):
-        if "site-packages" not in source.parts:
-            content += source.read_text(encoding="utf-8", errors="ignore")
-        if len(content) >= characters:
-            file.write_text(content[:characters], encoding="utf-8")
-            return
-    raise ConfigError(f"--python-stdlib {characters}: {root} has only {len(content)} characters")
-
-
 def named_path(argument: str) -> tuple[str, Path]:
     """NAME=PATH of the command line."""
     name, separator, path = argument.partition("=")
@@ -393,7 +380,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--python-stdlib",
         type=int,
         metavar="N",
-        help="also score the text `python`: the first N characters of this interpreter's standard library",
+        help="also score the text `python`: N characters of this interpreter's sources, as texts.py writes them",
     )
     parser.add_argument(
         "--row",
