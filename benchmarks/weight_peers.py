@@ -70,6 +70,7 @@ Result = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
 
 def compress(task: Task, modifiers: list[Any]) -> Result:
     """Run llm-compressor, block after block."""
+    from compressed_tensors.offload import disable_onloading
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
     from llmcompressor import oneshot
     from torch.utils.data import DataLoader
@@ -88,11 +89,12 @@ def compress(task: Task, modifiers: list[Any]) -> Result:
         pipeline="sequential",
     )
     scales = {}
-    changed = dict(task.model.state_dict())
-    for name, layer in task.layers().items():
-        args = layer.quantization_scheme.weights
-        rounded = fake_quantize(layer.weight.data, layer.weight_scale, layer.weight_zero_point, args)
-        changed[f"{name}.weight"], scales[f"{name}.weight"] = rounded, layer.weight_scale.data
+    with disable_onloading():  # not to the GPU: that would be the peak of its memory
+        changed = dict(task.model.state_dict())
+        for name, layer in task.layers().items():
+            args, scale = layer.quantization_scheme.weights, layer.weight_scale.data
+            changed[f"{name}.weight"] = fake_quantize(layer.weight.data, scale, layer.weight_zero_point.data, args)
+            scales[f"{name}.weight"] = scale
     return changed, scales
 
 
