@@ -19,6 +19,7 @@ share of scale and zero point, seconds (of quantizing alone, without loading and
 """
 
 import argparse
+import importlib
 import os
 import sys
 import time
@@ -147,7 +148,12 @@ def autoround(task: Task) -> Result:
     return weights, {f"{n}.weight": m.scale for n, m in layers.items()}
 
 
-METHODS: dict[str, Callable[[Task], Result]] = {"gptq": gptq, "awq": awq, "autoround": autoround}
+# a method, and the library that it is in
+METHODS: dict[str, tuple[Callable[[Task], Result], str]] = {
+    "gptq": (gptq, "llmcompressor"),
+    "awq": (awq, "llmcompressor"),
+    "autoround": (autoround, "auto_round"),
+}
 
 
 def on_16bit_scale(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -175,6 +181,11 @@ def run(args: argparse.Namespace) -> None:
     check_output(args.output, resume=False)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu")
+    method, library = METHODS[args.method]
+    try:
+        importlib.import_module(library)  # which is not timed
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error}; install benchmarks/peers-requirements.txt in an environment of its own") from error
     adapter = ModelAdapter(args.model, "sdpa")
     tokens = read_windows(args.model, args.calib_text, args.samples, args.seq_len, args.seed).tokens
     batches = [{"input_ids": t[None], "attention_mask": torch.ones_like(t[None])} for t in tokens]
@@ -184,7 +195,7 @@ def run(args: argparse.Namespace) -> None:
         args.model, model, adapter.group_sizes, batches, args.symmetric, args.iterations, args.seed, args.device
     )
     began = time.perf_counter()
-    changed, scales = METHODS[args.method](task)
+    changed, scales = method(task)
     seconds = time.perf_counter() - began
     memory = peak_memory(args.device)
     result = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)

@@ -46,7 +46,7 @@ def replace(monkeypatch: pytest.MonkeyPatch, broken: bool = False) -> list[weigh
             scales[f"{name}.weight"] = quantized.scale
         return changed, scales
 
-    monkeypatch.setitem(weight_peers.METHODS, "gptq", method)
+    monkeypatch.setitem(weight_peers.METHODS, "gptq", (method, "torch"))
     monkeypatch.setattr(weight_peers, "version", lambda name: f"version of {name}")
     return tasks
 
@@ -118,4 +118,7 @@ def test_bad_input_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.
     ):
         assert weight_peers.main(arguments) == 2
         assert message in capsys.readouterr().err
+    monkeypatch.setitem(weight_peers.METHODS, "gptq", (weight_peers.gptq, "no_such_library"))
+    assert weight_peers.main(command(folder, tmp_path / "out")) == 2
+    assert "No module named 'no_such_library'; install benchmarks/peers-requirements.txt" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -44,7 +44,7 @@ def missing_kv_tensor(name: str) -> ConfigError:
 
 
 def config_groups(group_sizes: dict[str, int]) -> dict[str, Any]:
-    """`config_groups` of compressed-tensors: one per distinct weight group size, whatever linear layers are in it.
+    """compressed-tensors' `config_groups`: one per distinct weight group size.
 
     group_sizes: linear layer's last name ("down_proj") -> its group size.
     """
