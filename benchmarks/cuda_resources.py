@@ -23,7 +23,6 @@ from vllm_wkvquant.reference import KVParams
 # (kernel, head size, row tiles of 8) -> (bytes of stack, why they are accepted)
 KNOWN = {
     ("paged_attention", 128, 1): (24, "two CTAs on an SM leave 168 registers"),
-    ("gather_kv", 256, 0): (16, "two CTAs on an SM leave 128 registers"),
 }
 SEQUENCES = 256
 

@@ -36,7 +36,7 @@ class Params(Structure):
     """WkvCudaParams of csrc/cuda/api.h, which documents the fields."""
 
     _fields_ = [
-        *[(name, c_void_p) for name in ("query_scale", "key_scale", "k_shift", "v_shift")],
+        *[(name, c_void_p) for name in ("query_scale", "key_scale", "k_shift", "k_turned", "v_shift")],
         *[(name, c_void_p) for name in ("k_first", "v_first", "k_extra", "v_extra", "rope_turns")],
         *[(name, c_void_p) for name in ("basis", "slots", "slot_shift", "slot_turns", "chebyshev")],
         *[(name, c_int32) for name in ("num_kv_heads", "head_size", "rotary_pairs", "hadamard")],
@@ -200,6 +200,7 @@ def _make(params: KVParams) -> Prepared:
         "query_scale": (host.k_smooth.double() * norm).float(),
         "key_scale": (norm / host.k_smooth.double()).float(),
         "k_shift": shift.float(),
+        "k_turned": torch.cat([-shift[:, pairs : 2 * pairs], shift[:, :pairs], 0 * shift[:, 2 * pairs :]], 1).float(),
         "v_shift": host.v_shift.float(),
         "rope_turns": turns,
         "basis": _operand_a(token, token + 1, functions).transpose(1, 2),

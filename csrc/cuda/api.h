@@ -26,6 +26,7 @@ struct WkvCudaParams {
   const float* query_scale;  // [num_kv_heads, head_size] k_smooth over the norm of the Hadamard rotation
   const float* key_scale;    // [num_kv_heads, head_size] 1 / k_smooth over that norm
   const float* k_shift;      // [num_kv_heads, head_size], rotary channels times rope_scaling
+  const float* k_turned;     // [num_kv_heads, head_size] of rotary channels, what sin is times in K_t; 0 elsewhere
   const float* v_shift;      // [num_kv_heads, head_size]
   const float* k_first;      // [num_kv_heads, head_size] shifts of position 0, or null: as elsewhere
   const float* v_first;

@@ -15,11 +15,13 @@ constexpr int kPart = 4;
 __device__ __forceinline__ __half2 as_half2(uint32_t x) { return *reinterpret_cast<const __half2*>(&x); }
 __device__ __forceinline__ uint32_t as_word(__half2 x) { return *reinterpret_cast<const uint32_t*>(&x); }
 
-// Four floats as fp16, the largest finite number for what is larger.
-__device__ __forceinline__ uint2 pack_finite(const float* x) {
+// Four floats as fp16, the largest finite number for what is larger. In one store: the compiler makes two of a uint2's.
+__device__ __forceinline__ void store_finite(__half* to, const float* x) {
   const __half2 most = __float2half2_rn(65504.0f), least = __hneg2(most);
   const __half2 a = __floats2half2_rn(x[0], x[1]), b = __floats2half2_rn(x[2], x[3]);
-  return {as_word(__hmin2_nan(__hmax2_nan(a, least), most)), as_word(__hmin2_nan(__hmax2_nan(b, least), most))};
+  const uint2 both = {as_word(__hmin2_nan(__hmax2_nan(a, least), most)),
+                      as_word(__hmin2_nan(__hmax2_nan(b, least), most))};
+  __stcg(reinterpret_cast<uint2*>(to), both);
 }
 
 // Codes of a byte each of two words, as numbers: those of `low` in the low half.
@@ -47,6 +49,14 @@ __device__ __forceinline__ void hadamard_codes(__half2 (&x)[4 * groups_of_lane(D
   }
 }
 
+// Cosine and sine of each token's pair j at pair_at(j), where lanes read without conflicts; the last column is 1 and 0,
+// for dimensions that do not rotate.
+template <int D>
+struct Rotation {
+  float2 of[kTile][D / 2 + 1];
+  __device__ static int pair_at(int j) { return j % 4 * (D / 8) + j / 4; }
+};
+
 // What a warp gathers at a time: kPart tokens of a KV head.
 template <int D>
 struct Part {
@@ -60,43 +70,37 @@ struct Part {
   float v_shift[4 * N];
 
   __device__ static int dimension(int lane, int i) { return 4 * (lane + 32 * (i / 4)) + i % 4; }
-  // Index of dimension d's rotary pair in a row of `rotation`, which lanes read without conflicts.
-  __device__ static int pair_at(int j) { return j % 4 * (D / 8) + j / 4; }
 
   // slot: of the first token. Lanes without dimensions get zeros.
   __device__ void load(const WkvCudaParams& p, int head, const uint8_t* page, const PageLayout& layout, int slot,
                        int lane) {
     const int64_t metas = (lane < kPart ? layout.k_meta() : layout.v_meta()) + 4 * (slot + lane % kPart);
     meta = *reinterpret_cast<const uint32_t*>(page + metas);
-    const int64_t row = head * D;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const int group = lane + 32 * i;
       k_words[i] = {}, v_words[i][0] = v_words[i][1] = 0;
-#pragma unroll
-      for (int b = 0; b < 4; ++b) scale[4 * i + b] = shift[4 * i + b] = turned[4 * i + b] = v_shift[4 * i + b] = 0;
       if (lane >= kLanes) continue;
       k_words[i] = *reinterpret_cast<const uint4*>(page + layout.k_word(slot, group / 2));
 #pragma unroll
       for (int b = 0; b < 2; ++b)
         v_words[i][b] = *reinterpret_cast<const uint32_t*>(page + layout.v_half(slot + 2 * b, group));
-      load4(p.query_scale + row + 4 * group, scale + 4 * i);
-      load4(p.k_shift + row + 4 * group, shift + 4 * i);
-      load4(p.v_shift + row + 4 * group, v_shift + 4 * i);
-#pragma unroll
-      for (int b = 0; b < 4; ++b) {
-        const int d = 4 * group + b, pairs = p.rotary_pairs;
-        if (d < 2 * pairs) turned[4 * i + b] = d < pairs ? -p.k_shift[row + d + pairs] : p.k_shift[row + d - pairs];
-      }
+      const int64_t at = head * D + 4 * group;
+      load4(p.query_scale + at, scale + 4 * i);
+      load4(p.k_shift + at, shift + 4 * i);
+      load4(p.k_turned + at, turned + 4 * i);
+      load4(p.v_shift + at, v_shift + 4 * i);
     }
   }
 
-  // The first `count` tokens, first of them at position `first`, to rows of `keys` and `values`, the token's `stride`
-  // apart. rotation: rows of theirs.
-  __device__ void store(const WkvCudaParams& p, int head, int first, int count, const float2 (*rotation)[D / 2],
-                        __half* keys, __half* values, int64_t stride, int lane) const {
+  // The first `count` tokens to rows of `keys` and `values`, a token `stride` apart. rotation: rows of theirs; places:
+  // of the lane's dimensions in one. kFirst: the first token is at position 0 and has shifts of its own.
+  template <bool kFirst>
+  __device__ void store(const WkvCudaParams& p, int head, int count, const float2 (*rotation)[D / 2 + 1],
+                        const int (&places)[4 * N], __half* keys, __half* values, int64_t stride, int lane) const {
     // what a minimum is times in a rotated key, and in the first dimension of a rotated block
     const float minimum_of_all = p.hadamard ? 0 : 1, minimum_of_first = p.hadamard ? kBlock : 1;
+    const int64_t row = head * D;
 #pragma unroll
     for (int t = 0; t < kPart; t += 2) {
       if (t >= count) break;
@@ -114,6 +118,7 @@ struct Part {
         const float2 m = __half22float2(as_half2(__shfl_sync(kFull, meta, t + half)));
         const float2 n = __half22float2(as_half2(__shfl_sync(kFull, meta, kPart + t + half)));
         if (t + half >= count || lane >= kLanes) continue;
+        const float all = m.y * minimum_of_all;
         float k[4 * N], v[4 * N];
 #pragma unroll
         for (int i = 0; i < 4 * N; ++i) {
@@ -129,24 +134,17 @@ struct Part {
           }
 #pragma unroll
         for (int i = 0; i < 4 * N; ++i) {
-          const int d = dimension(lane, i), pairs = p.rotary_pairs;
-          float s = shift[i];
-          if (d < 2 * pairs) {
-            const float2 r = rotation[t + half][pair_at(d < pairs ? d : d - pairs)];
-            s = s * r.x + turned[i] * r.y;
-          }
-          k[i] = fmaf(k[i], m.x, m.y * (d % kBlock ? minimum_of_all : minimum_of_first)) * scale[i];
-          if (p.k_first && first + t + half == 0) {
-            s = p.k_first[head * D + d];
-            v[i] += p.v_first[head * D + d] - v_shift[i];
-          }
-          k[i] += s;
+          const float2 r = rotation[t + half][places[i]];
+          const bool starts = i % 4 == 0 && dimension(lane, i) % kBlock == 0;
+          const float s = kFirst ? p.k_first[row + dimension(lane, i)] : shift[i] * r.x + turned[i] * r.y;
+          k[i] = fmaf(fmaf(k[i], m.x, starts ? m.y * minimum_of_first : all), scale[i], s);
+          if (kFirst) v[i] += p.v_first[row + dimension(lane, i)] - v_shift[i];
         }
 #pragma unroll
         for (int i = 0; i < N; ++i) {
           const int64_t at = (t + half) * stride + dimension(lane, 4 * i);
-          *reinterpret_cast<uint2*>(keys + at) = pack_finite(k + 4 * i);
-          *reinterpret_cast<uint2*>(values + at) = pack_finite(v + 4 * i);
+          store_finite(keys + at, k + 4 * i);
+          store_finite(values + at, v + 4 * i);
         }
       }
     }
@@ -156,7 +154,7 @@ struct Part {
 template <int D, class T>
 __global__ void __launch_bounds__(kWarps * 32, D == 256 ? 2 : 3)
     gather_kv(const __grid_constant__ WkvCudaGather a, const __grid_constant__ WkvCudaParams p) {
-  __shared__ float2 rotation[kTile][D / 2];
+  __shared__ Rotation<D> rotation;
   const int seq = blockIdx.y, begin = a.query_start_loc[seq];
   const int past = a.seq_lens[seq] - (a.query_start_loc[seq + 1] - begin);
   const int64_t row = a.key_start_loc[seq] + static_cast<int64_t>(blockIdx.x) * kTile;
@@ -181,18 +179,27 @@ __global__ void __launch_bounds__(kWarps * 32, D == 256 ? 2 : 3)
       part.load(p, head, pages + head * layout.nbytes(), layout, slot + unit % parts * kPart, lane);
     };
     if (warp < units) load(warp);
-    if (p.rotary_pairs) {
-      for (int t = warp; t < old; t += kWarps)
-        for (int j = lane; j < p.rotary_pairs; j += 32)
-          rotation[t][Part<D>::pair_at(j)] =
-              cos_sin(static_cast<uint64_t>(first + t) * static_cast<uint64_t>(p.rope_turns[j]));
-      __syncthreads();
+    for (int t = warp; t < old; t += kWarps) {
+      for (int j = lane; j < p.rotary_pairs; j += 32)
+        rotation.of[t][rotation.pair_at(j)] =
+            cos_sin(static_cast<uint64_t>(first + t) * static_cast<uint64_t>(p.rope_turns[j]));
+      if (lane == 0) rotation.of[t][D / 2] = {1, 0};
     }
+    int places[4 * Part<D>::N];
+#pragma unroll
+    for (int i = 0; i < 4 * Part<D>::N; ++i) {
+      const int d = part.dimension(lane, i), pairs = p.rotary_pairs;
+      places[i] = d < pairs ? rotation.pair_at(d) : d < 2 * pairs ? rotation.pair_at(d - pairs) : D / 2;
+    }
+    __syncthreads();
     for (int unit = warp; unit < units; unit += kWarps) {
       if (unit != warp) load(unit);
       const int head = unit / parts, t = unit % parts * kPart;
       const int64_t at = t * stride + head * D;
-      part.store(p, head, first + t, min(kPart, old - t), rotation + t, keys + at, values + at, stride, lane);
+      part.template store<false>(p, head, min(kPart, old - t), rotation.of + t, places, keys + at, values + at, stride,
+                                 lane);
+      if (p.k_first && first + t == 0)
+        part.template store<true>(p, head, 1, rotation.of, places, keys + at, values + at, stride, lane);
     }
   }
 
@@ -207,8 +214,8 @@ __global__ void __launch_bounds__(kWarps * 32, D == 256 ? 2 : 3)
       float k[4], v[4];
       load4(static_cast<const T*>(a.key) + token * a.key_stride[0] + head * a.key_stride[1] + d, k);
       load4(static_cast<const T*>(a.value) + token * a.value_stride[0] + head * a.value_stride[1] + d, v);
-      *reinterpret_cast<uint2*>(keys + t * stride + head * D + d) = pack_finite(k);
-      *reinterpret_cast<uint2*>(values + t * stride + head * D + d) = pack_finite(v);
+      store_finite(keys + t * stride + head * D + d, k);
+      store_finite(values + t * stride + head * D + d, v);
     }
   }
 }

@@ -128,6 +128,10 @@ template <class T>
 inline T __ldcg(const T* p) {
   return *p;
 }
+template <class T>
+inline void __stcg(T* p, T x) {
+  *p = x;
+}
 inline unsigned __umulhi(unsigned a, unsigned b) { return (uint64_t)a * b >> 32; }
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t s) {
   uint64_t v = a | (uint64_t)b << 32;
