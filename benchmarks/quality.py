@@ -16,6 +16,9 @@ is in their ±, and have the upper end of the 95 % interval in brackets. top-1: 
 is FP16's. bits: of a quantized weight and of a KV element, with all scales and zero points. seconds: what quantizing
 the weights took, where it is known. q1 .. q4: perplexity in the first to the last quarter of the window.
 
+Checkpoints whose names differ in a number at the end, best-0 and best-1, are one recipe with several calibration seeds:
+a second table has their means and, after ±, the standard deviation of a single one.
+
 One line a row is appended to OUT.jsonl, after each pass over a text. Rows that are there, of the same model, text,
 windows, device, type and weights, are not computed again; after a change of the code give a new file.
 """
@@ -25,6 +28,8 @@ import functools
 import gc
 import hashlib
 import json
+import re
+import statistics
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -339,6 +344,36 @@ def print_table(text: Text, rows: list[dict[str, Any]]) -> None:
     Console(width=TABLE_WIDTH).print(table, highlight=False)
 
 
+def print_seeds(rows: list[dict[str, Any]]) -> None:
+    """A Markdown table of mean and standard deviation over checkpoints that differ in their seed; of none, nothing."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["checkpoint"] and (found := re.fullmatch(r"(.+)-\d+", row["checkpoint"])):
+            groups.setdefault((found[1], row["row"]), []).append(row)
+    groups = {key: of for key, of in groups.items() if len(of) > 1}
+    if not groups:
+        return
+
+    def spread(values: list[float | None], digits: int) -> str:
+        known = [v for v in values if v is not None]
+        return f"{statistics.mean(known):.{digits}f} ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
+
+    table = Table(
+        "checkpoints", "row", "seeds", "perplexity", "% to FP16", "% to W4", "KL(FP16 ‖ row)", "KL(W4 ‖ row)",
+        box=box.MARKDOWN,
+    )  # fmt: skip
+    for (name, row), of in groups.items():
+        table.add_row(
+            name,
+            row,
+            str(len(of)),
+            spread([r["ppl"] for r in of], 3),
+            *(spread([r.get(f"against_{ref.lower()}", {}).get("percent") for r in of], 2) for ref in REFERENCES),
+            *(spread([r.get(f"kl_{ref.lower()}", {}).get("mean") for r in of], 4) for ref in REFERENCES),
+        )
+    Console(width=TABLE_WIDTH).print(table, highlight=False)
+
+
 def named_path(argument: str) -> tuple[str, Path]:
     """NAME=PATH of the command line."""
     name, separator, path = argument.partition("=")
@@ -439,6 +474,7 @@ def run(args: argparse.Namespace) -> None:
         found = [results.find(text, None, "FP16")]
         found += [results.find(text, q, row) for q in checkpoints for row in known if row in rows]
         print_table(text, [row for row in found if row])
+        print_seeds([row for row in found if row])
 
 
 def main(argv: list[str] | None = None) -> int:

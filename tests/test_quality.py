@@ -186,6 +186,25 @@ def test_weights_of_others_are_rows(peers: Path, rows: dict[str, dict[str, Any]]
     assert lines[-1][lines[0].index("seconds")] == "12"
 
 
+def test_seeds_have_a_mean_and_a_spread(folder: Path, tmp_path: Path, capsys) -> None:
+    other = tmp_path / "other"
+    command = ["quantize", folder / "model", other, "--calib-text", folder / "calib.txt", "--seed", 1]
+    command += ["--samples", 4, "--seq-len", 64, "--recipe", "rtn"]
+    assert cli.main([str(x) for x in command]) == 0
+    given = [f"rtn-0={folder / 'ckpt'}", f"rtn-1={other}", f"single-0={other}", f"plain={other}"]
+    more = [x for name in given for x in ("--checkpoint", name)]
+    out = tmp_path / "out.jsonl"
+    assert quality.main(arguments(folder, out, *more, "--row", "W4", "--row", "kv2")) == 0
+    printed = capsys.readouterr().out
+    table = printed[printed.index("| checkpoints") :]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    assert [line[:3] for line in lines[2:]] == [["rtn", "W4", "2"], ["rtn", "kv2", "2"]]
+    kl = [r["kl_w4"]["mean"] for r in read(out) if r["row"] == "kv2" and (r["checkpoint"] or "").startswith("rtn-")]
+    assert kl[0] != kl[1]
+    assert lines[3][-1] == f"{(kl[0] + kl[1]) / 2:.4f} ± {abs(kl[0] - kl[1]) / 2**0.5:.4f}"
+    assert lines[2][-1] == ""
+
+
 def test_differences_by_window_are_those_of_difference() -> None:
     """Mean and the windows' standard error, from sums alone; nothing where windows cannot tell an error."""
     windows = [[0] * 9, [0] * 9, [0] * 4]
