@@ -82,7 +82,7 @@ def test_clip_is_searched_by_importance() -> None:
     assert search_clip(weight, does_not, GROUP, torch.float16).mean() < 0.8
 
 
-@pytest.mark.parametrize("recipe", ["paper", "rotating"])
+@pytest.mark.parametrize("recipe", ["paper", "rotating", "rotating, first"])
 def test_fake_cache_is_the_specification(recipe: str) -> None:
     torch.manual_seed(0)
     tokens, heads, size = 40, 2, 64
@@ -91,10 +91,15 @@ def test_fake_cache_is_the_specification(recipe: str) -> None:
         k_smooth=0.5 + torch.rand(heads, size),
         k_shift=torch.randn(heads, size),
         v_shift=torch.randn(heads, size),
-        key_hadamard=recipe == "rotating",
-        rope_turns=reference.rope_turns(inv_freq) if recipe == "rotating" else None,
+        key_hadamard=recipe != "paper",
+        rope_turns=reference.rope_turns(inv_freq) if recipe != "paper" else None,
+        k_first=5 * torch.randn(heads, size) if "first" in recipe else None,
+        v_first=5 * torch.randn(heads, size) if "first" in recipe else None,
     )
     cache = learn.LearnedCache(start)
+    if "first" in recipe:  # the values of position 0 are divided by the smoothing, too
+        torch.nn.init.normal_(cache.log_v, std=0.3)
+        torch.testing.assert_close(cache.params().v_first * cache.log_v.exp(), start.v_first)
     k, v = (torch.randn(tokens, heads, size).requires_grad_() for _ in range(2))
     positions = torch.arange(tokens)
     got = cache.fake(k, v, positions)

@@ -65,12 +65,13 @@ def raw_attention(
 class CalibrationAttention:
     """The attention of the block under calibration, registered with transformers under `ATTENTION`.
 
-    cache: the simulated cache, or None for a 16-bit one. captured: receives (query, key, value) of each window where
-    it is a list.
+    cache: the simulated cache, or None for a 16-bit one. past_only: a token's own key and value do not pass through
+    it. captured: receives (query, key, value) of each window where it is a list.
     """
 
     def __init__(self) -> None:
         self.cache: Simulation | None = None
+        self.past_only = True
         self.captured: list[QKV] | None = None
         self.scale = 1.0
         self.sliding_window = 0
@@ -114,4 +115,6 @@ class CalibrationAttention:
         if self.cache is None:
             return raw_attention(q, k, v, self.scale, self.sliding_window)
         positions = torch.arange(q.shape[0], device=q.device)
-        return past_only_attention(q, k, v, *self.cache(k, v, positions), self.scale, self.sliding_window)
+        past = self.cache(k, v, positions)
+        own = (k, v) if self.past_only else past
+        return past_only_attention(q, *own, *past, self.scale, self.sliding_window)

@@ -166,7 +166,7 @@ def quantize_block(
     if recipe.learning:
         output_error["rounded"] = rounded_error(plan, runner, reference[train:], hidden[EXACT][train:])
         clock.lap("rounded")
-        learned = learn_block(plan, layer, runner, reference, hidden[EXACT], clock)
+        learned = learn_block(plan, layer, runner, reference, hidden[EXACT], hidden[FIRST], clock)
     tensors, weight_error = quantize_weights(adapter, layer, block, learned)
     clock.lap("round")
 
@@ -225,11 +225,18 @@ def rounded_error(plan: Plan, runner: BlockRunner, inputs: torch.Tensor, exact: 
 
 
 def learn_block(
-    plan: Plan, layer: int, runner: BlockRunner, reference: torch.Tensor, exact: torch.Tensor, clock: Clock
+    plan: Plan,
+    layer: int,
+    runner: BlockRunner,
+    reference: torch.Tensor,
+    exact: torch.Tensor,
+    first: torch.Tensor,
+    clock: Clock,
 ) -> LearnedBlock:
     """What the recipe learns of a block, learned.
 
-    reference: the block's input; exact: the 16-bit model's output after it; both [N, T, hidden].
+    reference: the block's input; exact: the 16-bit model's output after it; both [N, T, hidden]. first: input of tokens
+    at position 0, [B, 1, hidden].
     """
     adapter, recipe, family = plan.adapter, plan.recipe, plan.adapter.family
     learning, block, train = recipe.learning, runner.block, plan.windows.statistics
@@ -242,9 +249,11 @@ def learn_block(
         plan.workers.sum(square)
     cache = None
     if learning.cache:
-        statistics = kv.collect(captured, None, plan.kv, plan.settings.device, plan.workers)
+        firsts = runner.first(first)[1] if recipe.first_shift else None
+        statistics = kv.collect(captured, firsts, plan.kv, plan.settings.device, plan.workers)
         smooth = kv.smoothing_factors(recipe.smoothings[0], statistics, plan.kv.rope.rotary_dim)
-        cache = LearnedCache(KVParams.build(plan.kv, smooth, statistics.k_shift, statistics.v_shift))
+        own = (statistics.k_first, statistics.v_first) if recipe.first_shift else (None, None)
+        cache = LearnedCache(KVParams.build(plan.kv, smooth, statistics.k_shift, statistics.v_shift, *own))
     del captured
     clock.lap("statistics")
     weights = {
@@ -270,9 +279,9 @@ def learn_block(
     clock.lap("targets")
 
     def forward(weights: dict[str, torch.Tensor], window: torch.Tensor) -> list[torch.Tensor]:
-        plan.attention.cache = cache.fake if cache else None
+        plan.attention.cache, plan.attention.past_only = cache.fake if cache else None, learning.past_only
         out = [runner.run(block, weights, window)]
-        plan.attention.cache = None
+        plan.attention.cache, plan.attention.past_only = None, True
         for follower in followers:
             out.append(runner.run(follower, {}, out[-1]))
         return out

@@ -40,21 +40,21 @@ class LearnedWeight:
     ) -> None:
         """importance: fp32 [in], mean square of the layer's input channels, where the clip is searched."""
         self.weight, self.group_size, self.scale_dtype = weight.float(), group_size, scale_dtype
-        self.sigmoid = learning.clip == "sigmoid"
+        self.sigmoid, self.clipping = learning.clip == "sigmoid", learning.clipping
         shape = weight.shape[0], weight.shape[1] // group_size
-        if self.sigmoid:
-            clip = torch.full(shape, SIGMOID_INIT, device=weight.device)
-        else:
+        if learning.clip == "searched":
             assert importance is not None
             clip = search_clip(self.weight, importance, group_size, scale_dtype)
-        self.low, self.high = clip.clone().requires_grad_(), clip.clone().requires_grad_()
+        else:
+            clip = torch.full(shape, SIGMOID_INIT if self.sigmoid else 1.0, device=weight.device)
+        self.low, self.high = (clip.clone().requires_grad_(self.clipping) for _ in range(2))
         self.offset = None
         if learning.rounding:
             self.offset = torch.zeros(*shape, group_size, device=weight.device).requires_grad_()
 
     def parameters(self) -> list[torch.Tensor]:
         """What is learned."""
-        return [self.low, self.high] + ([] if self.offset is None else [self.offset])
+        return [self.low, self.high] * self.clipping + ([] if self.offset is None else [self.offset])
 
     def project(self) -> None:
         """Bring every parameter back to where it may be."""
@@ -119,8 +119,15 @@ class LearnedCache:
         return [self.k_shift, self.v_shift, self.log_k, self.log_v]
 
     def params(self) -> KVParams:
-        """The parameters as the cache will have them; position 0 is shifted like any other."""
-        return replace(self.start, k_smooth=self.log_k.exp(), k_shift=self.k_shift, v_shift=self.v_shift)
+        """The parameters as the cache will have them. What `start` has of position 0 is not learned."""
+        first = self.start.v_first
+        return replace(
+            self.start,
+            k_smooth=self.log_k.exp(),
+            k_shift=self.k_shift,
+            v_shift=self.v_shift,
+            v_first=None if first is None else first / self.log_v.exp(),
+        )
 
     def shifts(self) -> dict[str, torch.Tensor]:
         """All shifts by their names in the checkpoint."""
@@ -129,8 +136,8 @@ class LearnedCache:
         return {
             "k_shift": self.k_shift.detach(),
             "v_shift": self.v_shift.detach(),
-            "k_first": key_shift_at(first, params)[0].clone(),
-            "v_first": value_shift_at(first, params)[0].clone(),
+            "k_first": key_shift_at(first, params)[0].detach().clone(),
+            "v_first": value_shift_at(first, params)[0].detach().clone(),
         }
 
     def fake(
@@ -234,7 +241,12 @@ def mae(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (output.float() - target.float()).abs().mean((-2, -1))
 
 
-LOSSES = {"relative_mse": relative_mse, "mae": mae}
+def mse(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Of windows [.., T, hidden], the mean squared error, which `mae` is instead of."""
+    return (output.float() - target.float()).square().mean((-2, -1))
+
+
+LOSSES = {"relative_mse": relative_mse, "mae": mae, "mse": mse}
 
 
 def together(learning: Learning, device: str) -> int:
@@ -273,15 +285,11 @@ class SignDescent:
 
 
 class AdamW:
-    """torch's AdamW without decay; the cache's parameters, the last `of_cache`, have a learning rate of their own."""
+    """torch's AdamW without decay."""
 
-    def __init__(self, parameters: list[torch.Tensor], of_cache: int, learning: Learning) -> None:
+    def __init__(self, parameters: list[torch.Tensor], rate: float) -> None:
         self.parameters = parameters
-        split = len(parameters) - of_cache
-        groups = [{"params": parameters[:split], "lr": learning.rate}]
-        if of_cache:
-            groups.append({"params": parameters[split:], "lr": learning.cache_rate})
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.0)
 
     def step(self, gradients: list[torch.Tensor]) -> None:
         """One step down."""
@@ -305,13 +313,15 @@ def learn(
     losses are averaged. All workers take the same steps, with the gradients of all their windows.
     """
     windows = workers.total(inputs.shape[0])
-    parameters, of_cache = block.parameters(), len(block.cache.parameters()) if block.cache else 0
+    parameters, of_cache = block.parameters(), block.cache.parameters() if block.cache else []
     steps = learning.epochs * -(-windows // learning.batch)
-    optimizer: SignDescent | AdamW
-    if learning.optimizer == "sign":
-        optimizer = SignDescent(parameters, learning.rate, steps)
-    else:
-        optimizer = AdamW(parameters, of_cache, learning)
+    of_weights = parameters[: len(parameters) - len(of_cache)]
+    sign = learning.optimizer == "sign"
+    optimizers: list[SignDescent | AdamW] = []
+    if of_weights:
+        optimizers.append(SignDescent(of_weights, learning.rate, steps) if sign else AdamW(of_weights, learning.rate))
+    if of_cache:
+        optimizers.append(AdamW(of_cache, learning.cache_rate))
     size = together(learning, block.v_linear.weight.device.type)
     losses: list[torch.Tensor] = []  # read at the end: a GPU is not waited for in between
     for batch in batches(windows, learning, seed):
@@ -319,8 +329,9 @@ def learn(
         parts = [torch.tensor(mine[i : i + size]) for i in range(0, len(mine), size)]
         own = [(inputs[i], [t[i] for t in targets]) for i in parts]
         gradients, of_batch = batch_gradients(block, forward, LOSSES[learning.loss], own, workers)
-        optimizer.step(gradients)
-        del gradients  # as large as the block
+        for optimizer in optimizers:
+            optimizer.step(gradients[: len(optimizer.parameters)])
+            del gradients[: len(optimizer.parameters)]  # as large as the block
         block.project()
         losses += of_batch
     workers.agree(parameters)
@@ -346,8 +357,8 @@ def batch_gradients(
     losses = []
     for window, targets in windows:
         with torch.enable_grad():
-            outputs = forward(leaves, window)
-            parts = [loss_function(o, t.to(o.device)) for o, t in zip(outputs, targets, strict=True)]
+            after = forward(leaves, window)
+            parts = [loss_function(o, t.to(o.device)) for o, t in zip(after, targets, strict=True)]
             of_windows = torch.stack(parts).mean(0)
             loss = of_windows.sum()
         for total, part in zip(sums, torch.autograd.grad(loss, sources, allow_unused=True), strict=True):
@@ -356,7 +367,11 @@ def batch_gradients(
         losses.append(of_windows.detach())
     for total in sums:
         workers.sum(total)
-    gradients = torch.autograd.grad([*fake.values()], parameters, sums[: len(fake)], allow_unused=True)
+    learned = [(t, total) for t, total in zip(fake.values(), sums, strict=False) if t.requires_grad]
+    gradients: tuple[torch.Tensor | None, ...] = (None,) * len(parameters)
+    if learned:
+        outputs, totals = zip(*learned, strict=True)
+        gradients = torch.autograd.grad(outputs, parameters, totals, allow_unused=True)
     by_cache = [None] * (len(parameters) - len(direct)) + sums[len(fake) :]
     return [_sum(a, b) for a, b in zip(gradients, by_cache, strict=True)], losses
 

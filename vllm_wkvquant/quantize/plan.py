@@ -25,15 +25,16 @@ DEFAULT_SEQ_LEN = 2048
 class Settings:
     """Arguments of `wkvquant quantize`.
 
-    seq_len None: 2048, or fewer where the model has fewer positions. memory_budget: bytes of the device's memory, None
-    for what is free. dry_run: estimate, and do nothing. workers: processes that share the windows; ray: address of the
-    Ray cluster that they are on, "local" for one on this host, None for processes of this host.
+    recipe: its name, or a recipe that has none there. seq_len None: 2048, or fewer where the model has fewer positions.
+    memory_budget: bytes of the device's memory, None for what is free. dry_run: estimate, and do nothing. workers:
+    processes that share the windows; ray: address of the Ray cluster that they are on, "local" for one on this host,
+    None for processes of this host.
     """
 
     model: Path
     out: Path
     calib_text: Path
-    recipe: str = DEFAULT
+    recipe: str | Recipe = DEFAULT
     samples: int = 32
     seq_len: int | None = None
     seed: int = 0
@@ -68,7 +69,7 @@ class Plan:
 
 def preflight(settings: Settings, workers: Workers = ALONE) -> Plan:
     """Everything that can be refused before long work. Raises ConfigError."""
-    recipe = find_recipe(settings.recipe)
+    recipe = settings.recipe if isinstance(settings.recipe, Recipe) else find_recipe(settings.recipe)
     if workers.rank == 0:  # who writes
         check_output(settings.out, settings.resume)
     if settings.device.partition(":")[0] not in ("cpu", "cuda"):
@@ -141,7 +142,8 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
         "version": vllm_wkvquant.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "recipe": settings.recipe,
+        "recipe": plan.recipe.name,
+        "recipe settings": hashlib.sha256(repr(plan.recipe).encode()).hexdigest()[:16],
         "samples": settings.samples,
         "seq_len": plan.windows.tokens.shape[1],
         "seed": settings.seed,

@@ -30,12 +30,14 @@ class Smoothing:
 class Learning:
     """What is learned of a block, and how (learn.py).
 
-    clip: how a group's range starts and is held: "searched" for the share of it that loses least, kept in 0.3 .. 1, or
-    "sigmoid", the paper's. rounding: learn which of its two neighbours a weight becomes. cache: learn k_smooth,
-    k_shift, v_shift and the smoothing of V with the weights, under a simulated cache; otherwise the weights are learned
-    under a 16-bit cache and the cache's parameters are taken from statistics afterwards. optimizer: "sign" (rate: how
-    far a parameter may move in all) or "adamw" (rate, cache_rate: learning rates). batch: windows a step. loss: a key
-    of `learn.LOSSES`. followers: how many of the following blocks, in 16 bits, the output is also compared after.
+    clip: how a group's range starts and is held: "searched" for the share of it that loses least, kept in 0.3 .. 1,
+    "whole" for all of it, kept there too, or "sigmoid", the paper's. clipping: learn it; otherwise it stays where it
+    starts. rounding: learn which of its two neighbours a weight becomes. cache: learn k_smooth, k_shift, v_shift and
+    the smoothing of V with the weights, under a simulated cache; otherwise the weights are learned under a 16-bit cache
+    and the cache's parameters are taken from statistics afterwards. past_only: the simulated cache leaves a token's own
+    key and value as they are. optimizer: of the weights, "sign" (rate: how far a parameter may move in all) or "adamw"
+    (rate: learning rate); the cache's is AdamW with learning rate cache_rate. batch: windows a step. loss: a key of
+    `learn.LOSSES`. followers: how many of the following blocks, in 16 bits, the output is also compared after.
     """
 
     clip: str
@@ -48,6 +50,8 @@ class Learning:
     loss: str
     cache_rate: float = 0.0
     followers: int = 0
+    clipping: bool = True
+    past_only: bool = True
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,240 @@
+#!/usr/bin/env python3
+"""Checkpoints of recipes with one part changed, to show what each part is worth.
+
+    python benchmarks/ablate.py MODEL OUT --calib-text wiki_calib.txt --device cuda
+    python benchmarks/ablate.py MODEL OUT --calib-text wiki_calib.txt --variants best,best_no_rounding --seeds 0,1,2
+
+OUT/VARIANT-SEED is a checkpoint like those of `wkvquant quantize` with the same options. What is there is not made
+again, what was interrupted goes on, and a variant that fails does not keep the others from being made. The table, whose
+rows OUT/ablate.jsonl keeps, has the seconds that each took and what it came to on held-out calibration text: KL
+divergences in nats a token, of 4-bit from 16-bit weights and of the 4-bit cache from a 16-bit one, and perplexity. That
+is enough to choose by. For the table on other texts run the command that is printed at the end.
+
+Parts of the cache that need no other checkpoint, and caches of others, are rows of quality.py.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import vllm_wkvquant
+from vllm_wkvquant.config import ConfigError
+from vllm_wkvquant.evaluate import device_name
+from vllm_wkvquant.quantize.pipeline import quantize
+from vllm_wkvquant.quantize.plan import Settings
+from vllm_wkvquant.quantize.recipes import BEST, PAPER, RTN, STATIC, Recipe, Smoothing
+from vllm_wkvquant.quantize.state import partial_directory
+
+TABLE_WIDTH = 160
+ROWS = "ablate.jsonl"
+
+
+def learning(recipe: Recipe, **changes: Any) -> Recipe:
+    """The recipe with something else about what it learns."""
+    assert recipe.learning is not None
+    return replace(recipe, learning=replace(recipe.learning, **changes))
+
+
+def cache_variants(recipe: Recipe) -> dict[str, Recipe]:
+    """Without each part of the cache that the weights depend on, or whose statistics others depend on."""
+    one = replace(recipe, smoothings=(Smoothing(0.5),), search=())
+    return {
+        "one_smoothing": one,
+        "no_smoothing": replace(one, smoothings=(Smoothing(),)),
+        "static_shift": replace(recipe, key_shift="static"),
+        "no_first_shift": replace(recipe, first_shift=False),
+        "no_balance": replace(recipe, value_balance=0.0),
+        "no_key_hadamard": replace(recipe, key_hadamard=False),
+        "no_value_hadamard": replace(recipe, value_hadamard=False),
+    }
+
+
+BEST_VARIANTS = {
+    "no_rounding": learning(BEST, rounding=False),
+    "no_clipping": learning(BEST, clipping=False),
+    "whole_range": learning(BEST, clip="whole"),
+    "mse": learning(BEST, loss="mse"),
+    "mae": learning(BEST, loss="mae"),
+    "one_follower": learning(BEST, followers=1),
+    "5_epochs": learning(BEST, epochs=5),
+    "20_epochs": learning(BEST, epochs=20),
+    "learned_cache": replace(
+        learning(BEST, cache=True, cache_rate=1e-3), smoothings=(Smoothing(0.5),), search=()
+    ),  # otherwise its cache is from statistics
+    **cache_variants(BEST),
+}
+PAPER_VARIANTS = {
+    "no_followers": learning(PAPER, followers=0),
+    "one_follower": learning(PAPER, followers=1),
+    "mse": learning(PAPER, loss="mse"),
+    "no_clipping": learning(PAPER, clipping=False),
+    "no_learned_cache": learning(PAPER, cache=False),
+    "no_past_only": learning(PAPER, past_only=False),
+}
+VARIANTS = {
+    variant.name: variant
+    for variant in [
+        *(RTN, STATIC, BEST, PAPER),
+        *(replace(v, name=f"rtn_{name}") for name, v in cache_variants(RTN).items()),
+        *(replace(v, name=f"best_{name}") for name, v in BEST_VARIANTS.items()),
+        *(replace(v, name=f"paper_{name}") for name, v in PAPER_VARIANTS.items()),
+    ]
+}
+
+
+def as_written(value: Any) -> Any:
+    """What JSON makes of it."""
+    return json.loads(json.dumps(value))
+
+
+def check_made(settings: Settings, recipe: Recipe) -> None:
+    """Raise ConfigError where OUT holds a checkpoint that was made otherwise."""
+    report = json.loads((settings.out / "wkvquant.json").read_text())
+    wanted = {"samples": settings.samples, "seed": settings.seed, "device": settings.device, "dtype": settings.dtype}
+    if settings.seq_len is not None:
+        wanted["seq_len"] = settings.seq_len
+    made = report["settings"] | {"recipe": report["recipe"]}
+    for name, value in {**wanted, "recipe": as_written(asdict(recipe))}.items():
+        if made[name] != value:
+            raise ConfigError(f"{settings.out} was made with another {name}; remove it, or give another OUT")
+
+
+def make(settings: Settings, recipe: Recipe) -> dict[str, Any]:
+    """Make one checkpoint; what the table has of it. Raises ConfigError as `quantize`."""
+    name = settings.out.name
+    start = time.perf_counter()
+    report = quantize(
+        replace(settings, recipe=recipe, resume=partial_directory(settings.out).is_dir()),
+        lambda done, total, note: print(f"{name}: block {done}/{total} {note}", file=sys.stderr),
+    )
+    weights, perplexity = report["weights"], report["perplexity"]
+    chosen = report["smoothing"]
+    return {
+        "seconds": round(time.perf_counter() - start, 1),  # since it was begun or resumed
+        "device": device_name(settings.device),
+        "versions": {"torch": torch.__version__, "vllm-wkvquant": vllm_wkvquant.__version__},
+        "kl_weights": weights and weights["kl"],
+        "kl_weights_se": weights and weights["kl_se"],
+        "kl_cache": report["candidates"][chosen]["kl"],
+        "kl_cache_se": report["candidates"][chosen]["kl_se"],
+        "ppl_w4": perplexity["reference"],
+        "ppl_w4kv4": perplexity[chosen],
+        "ppl_16_bit": perplexity.get("exact"),
+    }
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """A Markdown table."""
+
+    def nats(row: dict[str, Any], name: str) -> str:
+        return f"{row[name]:.4f} ± {row[name + '_se']:.4f}" if row.get(name) is not None else ""
+
+    def number(x: float | None, digits: int) -> str:
+        return "" if x is None else f"{x:.{digits}f}"
+
+    names = ["variant", "seed", "seconds", "KL(16 ‖ W4)", "KL(W4 ‖ W4KV4)", "16 bits", "W4", "W4KV4", "error"]
+    table = Table(*names, box=box.MARKDOWN)
+    for row in rows:
+        table.add_row(
+            row["variant"],
+            str(row["seed"]),
+            number(row.get("seconds"), 0),
+            nats(row, "kl_weights"),
+            nats(row, "kl_cache"),
+            *(number(row.get(name), 3) for name in ("ppl_16_bit", "ppl_w4", "ppl_w4kv4")),
+            row.get("error", ""),
+        )
+    Console(width=TABLE_WIDTH).print(table, highlight=False)
+
+
+def variant_names(text: str) -> list[str]:
+    """argparse type of names out of VARIANTS."""
+    names = text.split(",")
+    if unknown := [name for name in names if name not in VARIANTS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(VARIANTS)}")
+    return names
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, metavar="MODEL", help="directory of a Hugging Face checkpoint")
+    parser.add_argument("out", type=Path, metavar="OUT", help="directory of the checkpoints, made if need be")
+    parser.add_argument("--calib-text", type=Path, required=True, metavar="FILE", help="UTF-8 text to calibrate on")
+    parser.add_argument(
+        "--variants", type=variant_names, default=list(VARIANTS), help=f"out of {', '.join(VARIANTS)} (all)"
+    )
+    parser.add_argument(
+        "--seeds", type=lambda s: [int(x) for x in s.split(",")], default=[0], help="calibration seeds (0)"
+    )
+    parser.add_argument("--samples", type=int, default=128, help="windows of text, a quarter held out (%(default)s)")
+    parser.add_argument("--seq-len", type=int, help="tokens in a window (2048, or what the model has)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the runs (%(default)s)"
+    )
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make what is missing, print what is there; returns how many failed. Raises ConfigError on bad input."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / ROWS
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    shown, failed = [], 0
+    for variant in args.variants:
+        for seed in args.seeds:
+            settings = Settings(
+                model=args.model,
+                out=args.out / f"{variant}-{seed}",
+                calib_text=args.calib_text,
+                samples=args.samples,
+                seq_len=args.seq_len,
+                seed=seed,
+                device=args.device,
+                dtype=args.dtype,
+            )
+            key = {"variant": variant, "seed": seed}
+            if (settings.out / "wkvquant.json").is_file():
+                check_made(settings, VARIANTS[variant])
+                shown.append(next((row for row in rows if row.items() >= key.items()), key))
+                continue
+            try:
+                shown.append(key | make(settings, VARIANTS[variant]))
+            except ConfigError as error:
+                failed += 1
+                shown.append(key | {"error": str(error)})
+                continue
+            with file.open("a") as lines:
+                lines.write(json.dumps(shown[-1]) + "\n")
+    print_table(shown)
+    checkpoints = [f"{row['variant']}-{row['seed']}" for row in shown if "error" not in row]
+    command = ["python", "benchmarks/quality.py", str(args.model)]
+    command += [x for name in checkpoints for x in ("--checkpoint", f"{name}={args.out / name}")]
+    command += ["--text", "NAME=FILE", "--row", "W4", "--row", "kv4", "--device", args.device, "--json", "OUT.jsonl"]
+    print(shlex.join(command))
+    return failed
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0; 1 where a variant failed; 2 for bad input."""
+    try:
+        return 1 if run(build_parser().parse_args(argv)) else 0
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
