@@ -206,6 +206,10 @@ def test_a_workers_error_is_the_runs(files: tuple[Path, Path], tmp_path: Path) -
         ({"workers": 1000, "device": "cuda"}, "--workers 1000: torch sees"),
         ({"workers": 1000, "ray": "local"}, "--workers 1000: the Ray cluster has"),
         ({"ray": "auto"}, "--ray auto: Could not find any running Ray instance"),
+        ({"ray": "cluster"}, "--ray cluster is not host:port, auto or local"),
+        ({"ray": "127.0.0.1:ray"}, "--ray 127.0.0.1:ray is not host:port, auto or local"),
+        ({"ray": "127.0.0.1:1"}, "refused; is `ray start --head` running there, and is this its address and port?"),
+        ({"ray": "127.0.0.1:99999"}, "--ray 127.0.0.1:99999: "),
     ],
 )
 def test_what_workers_cannot_be(other: dict[str, Any], message: str, files: tuple[Path, Path], tmp_path: Path) -> None:

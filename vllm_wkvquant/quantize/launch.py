@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import socket
 import threading
 import traceback
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from vllm_wkvquant.quantize.plan import Settings
 from vllm_wkvquant.quantize.workers import Workers
 
 POLL_SECONDS = 1.0
+CONNECT_SECONDS = 5.0  # to a Ray cluster; Ray itself goes on trying for minutes
 
 
 def run(
@@ -60,6 +62,21 @@ def check(settings: Settings) -> None:
         raise ConfigError(f"--device {settings.device}: workers choose their GPUs themselves; use --device cuda")
     if settings.device == "cuda" and settings.ray is None and settings.workers > torch.cuda.device_count():
         raise ConfigError(f"--workers {settings.workers}: torch sees {torch.cuda.device_count()} GPUs here")
+    if settings.ray not in (None, "auto", "local"):
+        check_address(settings.ray)
+
+
+def check_address(ray: str) -> None:
+    """Raise ConfigError where nothing listens at the address of a Ray cluster."""
+    host, _, port = ray.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"--ray {ray} is not host:port, auto or local")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"--ray {ray}: {error}; is `ray start --head` running there, and is this its address and port?"
+        ) from error
 
 
 def work(rank: int, gpu: int, store: tuple[str, int], settings: Settings, events: Any) -> None:
