@@ -14,7 +14,7 @@ from vllm_wkvquant.config import ConfigError, KVCacheConfig
 from vllm_wkvquant.quantize.adapters import ModelAdapter
 from vllm_wkvquant.quantize.attention import ATTENTION, CalibrationAttention
 from vllm_wkvquant.quantize.calibration import SKIPPED, Windows, read_windows
-from vllm_wkvquant.quantize.recipes import DEFAULT, Recipe, find_recipe
+from vllm_wkvquant.quantize.recipes import DEFAULT, RECIPES, Recipe, find_recipe
 from vllm_wkvquant.quantize.state import check_output
 from vllm_wkvquant.quantize.workers import ALONE, Workers
 
@@ -142,8 +142,7 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
         "version": vllm_wkvquant.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "recipe": plan.recipe.name,
-        "recipe settings": hashlib.sha256(repr(plan.recipe).encode()).hexdigest()[:16],
+        "recipe": plan.recipe.name if plan.recipe == RECIPES.get(plan.recipe.name) else repr(plan.recipe),
         "samples": settings.samples,
         "seq_len": plan.windows.tokens.shape[1],
         "seed": settings.seed,
