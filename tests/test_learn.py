@@ -115,6 +115,28 @@ def test_fake_cache_is_the_specification(recipe: str) -> None:
     torch.testing.assert_close(shifts["k_first"], at_first, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("skip_first", [False, True])
+def test_losses_are_of_the_positions_they_should_be(skip_first: bool) -> None:
+    """Per window: means over tokens (and channels); a relative error counts a long token as one token."""
+    target = torch.ones(2, 10, 4)
+    target[1, 7] = 1000.0
+    output = target.clone()
+    output[0, 2] += 1.0  # left out where the first positions are
+    output[:, 7] *= 1.5
+    tokens = 6 if skip_first else 10
+    early = 0.0 if skip_first else 1.0
+    expected = {
+        "mae": [(0.5 + early) / tokens, 500 / tokens],
+        "mse": [(0.25 + early) / tokens, 250_000 / tokens],
+        "relative_mse": [(0.25 + early) / tokens, 0.25 / tokens],
+    }
+    assert expected.keys() == learn.LOSSES.keys()
+    for name, values in expected.items():
+        loss = learn.loss_of(dataclasses.replace(LEARNING, loss=name, skip_first=skip_first))
+        torch.testing.assert_close(loss(output, target), torch.tensor(values))
+        torch.testing.assert_close(loss(output[1], target[1]), torch.tensor(values[1]))
+
+
 def test_an_offset_reaches_its_neighbour() -> None:
     """`rate` is how far a parameter moves if all gradients agree."""
     parameter = torch.zeros(3)

@@ -21,6 +21,7 @@ SIGMOID_INIT = 4.0  # of the paper's gamma and beta: 98 % of the range
 # (the block's weights by parameter name, hidden states [B, T, hidden]) -> hidden states after the block, and after each
 # of its followers
 Forward = Callable[[dict[str, torch.Tensor], torch.Tensor], list[torch.Tensor]]
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (output, target) [.., T, hidden] -> [..]
 
 
 class LearnedWeight:
@@ -229,10 +230,9 @@ def relative_mse(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Of windows [.., T, hidden], the mean over tokens of |error|^2 / |target|^2: a token of massive activations counts
     as one token.
 
-    The norm before the next block divides by a token's length, so its relative error is what that block sees. The first
-    positions of the window are left out.
+    The norm before the next block divides by a token's length, so its relative error is what that block sees.
     """
-    output, target = output[..., SKIPPED:, :].float(), target[..., SKIPPED:, :].float()
+    output, target = output.float(), target.float()
     return ((output - target).square().sum(-1) / target.square().sum(-1)).mean(-1)
 
 
@@ -246,7 +246,13 @@ def mse(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (output.float() - target.float()).square().mean((-2, -1))
 
 
-LOSSES = {"relative_mse": relative_mse, "mae": mae, "mse": mse}
+LOSSES: dict[str, Loss] = {"relative_mse": relative_mse, "mae": mae, "mse": mse}
+
+
+def loss_of(learning: Learning) -> Loss:
+    """The recipe's loss of windows [.., T, hidden], without their first positions where it leaves them out."""
+    loss, first = LOSSES[learning.loss], SKIPPED if learning.skip_first else 0
+    return lambda output, target: loss(output[..., first:, :], target[..., first:, :])
 
 
 def together(learning: Learning, device: str) -> int:
@@ -322,13 +328,13 @@ def learn(
         optimizers.append(SignDescent(of_weights, learning.rate, steps) if sign else AdamW(of_weights, learning.rate))
     if of_cache:
         optimizers.append(AdamW(of_cache, learning.cache_rate))
-    size = together(learning, block.v_linear.weight.device.type)
+    size, loss = together(learning, block.v_linear.weight.device.type), loss_of(learning)
     losses: list[torch.Tensor] = []  # read at the end: a GPU is not waited for in between
     for batch in batches(windows, learning, seed):
         mine = workers.positions(batch)
         parts = [torch.tensor(mine[i : i + size]) for i in range(0, len(mine), size)]
         own = [(inputs[i], [t[i] for t in targets]) for i in parts]
-        gradients, of_batch = batch_gradients(block, forward, LOSSES[learning.loss], own, workers)
+        gradients, of_batch = batch_gradients(block, forward, loss, own, workers)
         for optimizer in optimizers:
             optimizer.step(gradients[: len(optimizer.parameters)])
             del gradients[: len(optimizer.parameters)]  # as large as the block
@@ -341,7 +347,7 @@ def learn(
 def batch_gradients(
     block: LearnedBlock,
     forward: Forward,
-    loss_function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    loss_function: Loss,
     windows: list[tuple[torch.Tensor, list[torch.Tensor]]],
     workers: Workers,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

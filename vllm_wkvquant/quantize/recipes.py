@@ -37,7 +37,8 @@ class Learning:
     and the cache's parameters are taken from statistics afterwards. past_only: the simulated cache leaves a token's own
     key and value as they are. optimizer: of the weights, "sign" (rate: how far a parameter may move in all) or "adamw"
     (rate: learning rate); the cache's is AdamW with learning rate cache_rate. batch: windows a step. loss: a key of
-    `learn.LOSSES`. followers: how many of the following blocks, in 16 bits, the output is also compared after.
+    `learn.LOSSES`. skip_first: leave the first positions of a window out of it, as out of every statistic. followers:
+    how many of the following blocks, in 16 bits, the output is also compared after.
     """
 
     clip: str
@@ -52,6 +53,7 @@ class Learning:
     followers: int = 0
     clipping: bool = True
     past_only: bool = True
+    skip_first: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ BEST = replace(
         batch=4,
         rate=0.5,
         loss="relative_mse",
+        skip_first=True,
     ),
 )
 PAPER = replace(
