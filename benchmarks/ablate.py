@@ -8,16 +8,19 @@ OUT/VARIANT-SEED is a checkpoint like those of `wkvquant quantize` with the same
 again, what was interrupted goes on, and a variant that fails does not keep the others from being made. The table, whose
 rows OUT/ablate.jsonl keeps, has the seconds that each took and what it came to on held-out calibration text: KL
 divergences in nats a token, of 4-bit from 16-bit weights and of the 4-bit cache from a 16-bit one, and perplexity. That
-is enough to choose by. For the table on other texts run the command that is printed at the end.
+is enough to choose by; a seed draws the held-out windows, too, so compare variants of the same seed. For the table on
+other texts run the command that is printed at the end.
 
 Parts of the cache that need no other checkpoint, and caches of others, are rows of quality.py.
 """
 
 import argparse
+import gc
 import json
 import shlex
 import sys
 import time
+import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +55,7 @@ def cache_variants(recipe: Recipe) -> dict[str, Recipe]:
         "one_smoothing": one,
         "no_smoothing": replace(one, smoothings=(Smoothing(),)),
         "static_shift": replace(recipe, key_shift="static"),
+        "no_key_shift": replace(recipe, key_shift="none"),
         "no_first_shift": replace(recipe, first_shift=False),
         "no_balance": replace(recipe, value_balance=0.0),
         "no_key_hadamard": replace(recipe, key_hadamard=False),
@@ -59,25 +63,31 @@ def cache_variants(recipe: Recipe) -> dict[str, Recipe]:
     }
 
 
+def learned_cache(recipe: Recipe, rate: float) -> Recipe:
+    """The cache learned with the weights, from the smoothing of `one_smoothing`, which is what to compare it with."""
+    return replace(learning(recipe, cache=True, cache_rate=rate), smoothings=(Smoothing(0.5),), search=())
+
+
 BEST_VARIANTS = {
+    "searched_clip": learning(BEST, rounding=False, clipping=False, epochs=1),  # nothing is learned
     "no_rounding": learning(BEST, rounding=False),
     "no_clipping": learning(BEST, clipping=False),
     "whole_range": learning(BEST, clip="whole"),
     "mse": learning(BEST, loss="mse"),
     "mae": learning(BEST, loss="mae"),
+    "all_positions": learning(BEST, skip_first=False),
     "one_follower": learning(BEST, followers=1),
     "5_epochs": learning(BEST, epochs=5),
     "20_epochs": learning(BEST, epochs=20),
-    "learned_cache": replace(
-        learning(BEST, cache=True, cache_rate=1e-3), smoothings=(Smoothing(0.5),), search=()
-    ),  # otherwise its cache is from statistics
+    "learned_cache": learned_cache(BEST, rate=1e-3),  # the paper's; without it the cache is from statistics
+    "learned_cache_faster": learned_cache(BEST, rate=1e-2),
     **cache_variants(BEST),
 }
 PAPER_VARIANTS = {
     "no_followers": learning(PAPER, followers=0),
     "one_follower": learning(PAPER, followers=1),
     "mse": learning(PAPER, loss="mse"),
-    "no_clipping": learning(PAPER, clipping=False),
+    "no_clipping": learning(PAPER, clip="whole", clipping=False),  # its sigmoid would start at 98 %
     "no_learned_cache": learning(PAPER, cache=False),
     "no_past_only": learning(PAPER, past_only=False),
 }
@@ -97,32 +107,38 @@ def as_written(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def check_made(settings: Settings, recipe: Recipe) -> None:
-    """Raise ConfigError where OUT holds a checkpoint that was made otherwise."""
-    report = json.loads((settings.out / "wkvquant.json").read_text())
-    wanted = {"samples": settings.samples, "seed": settings.seed, "device": settings.device, "dtype": settings.dtype}
+def finished(settings: Settings) -> dict[str, Any] | None:
+    """The report of the checkpoint, if it has been made. Raises ConfigError where it was made otherwise."""
+    file = settings.out / "wkvquant.json"
+    if not file.is_file():
+        return None
+    report = json.loads(file.read_text())
+    made = report["settings"] | {"recipe": report["recipe"]}
+    made["device"], _, _ = made["device"].partition(":")
+    wanted = {
+        "recipe": as_written(asdict(settings.recipe)),
+        "samples": settings.samples,
+        "seed": settings.seed,
+        "device": settings.device.partition(":")[0],
+        "dtype": settings.dtype,
+    }
     if settings.seq_len is not None:
         wanted["seq_len"] = settings.seq_len
-    made = report["settings"] | {"recipe": report["recipe"]}
-    for name, value in {**wanted, "recipe": as_written(asdict(recipe))}.items():
+    for name, value in wanted.items():
         if made[name] != value:
             raise ConfigError(f"{settings.out} was made with another {name}; remove it, or give another OUT")
+    return report
 
 
-def make(settings: Settings, recipe: Recipe) -> dict[str, Any]:
-    """Make one checkpoint; what the table has of it. Raises ConfigError as `quantize`."""
-    name = settings.out.name
-    start = time.perf_counter()
-    report = quantize(
-        replace(settings, recipe=recipe, resume=partial_directory(settings.out).is_dir()),
-        lambda done, total, note: print(f"{name}: block {done}/{total} {note}", file=sys.stderr),
-    )
-    weights, perplexity = report["weights"], report["perplexity"]
-    chosen = report["smoothing"]
+def summary(settings: Settings, report: dict[str, Any]) -> dict[str, Any]:
+    """What the table has of a report, and what that was computed from."""
+    weights, perplexity, chosen = report["weights"], report["perplexity"], report["smoothing"]
     return {
-        "seconds": round(time.perf_counter() - start, 1),  # since it was begun or resumed
-        "device": device_name(settings.device),
-        "versions": {"torch": torch.__version__, "vllm-wkvquant": vllm_wkvquant.__version__},
+        "variant": settings.recipe.name,
+        "seed": settings.seed,
+        "model": settings.model.name,
+        "text": settings.calib_text.name,
+        "settings": report["settings"],
         "kl_weights": weights and weights["kl"],
         "kl_weights_se": weights and weights["kl_se"],
         "kl_cache": report["candidates"][chosen]["kl"],
@@ -131,6 +147,33 @@ def make(settings: Settings, recipe: Recipe) -> dict[str, Any]:
         "ppl_w4kv4": perplexity[chosen],
         "ppl_16_bit": perplexity.get("exact"),
     }
+
+
+def make(settings: Settings) -> dict[str, Any]:
+    """Make one checkpoint, or go on with it; its row. Raises ConfigError as `quantize`."""
+    name = settings.out.name
+    blocks = partial_directory(settings.out).glob("block-*.json")  # that an interrupted run has done
+    before = sum(sum(json.loads(file.read_text())["seconds"].values()) for file in blocks)
+    start = time.perf_counter()
+    report = quantize(
+        replace(settings, resume=True),
+        lambda done, total, note: print(f"{name}: block {done}/{total} {note}", file=sys.stderr),
+    )
+    return summary(settings, report) | {
+        "seconds": round(before + time.perf_counter() - start, 1),
+        "device": device_name(settings.device),
+        "versions": {"torch": torch.__version__, "vllm-wkvquant": vllm_wkvquant.__version__},
+    }
+
+
+def failure(settings: Settings, error: Exception) -> dict[str, Any]:
+    """The row of a checkpoint that could not be made, which is said at once; what is no bad input is shown whole."""
+    message = str(error)
+    if not isinstance(error, ConfigError):
+        traceback.print_exception(error)
+        message = f"{type(error).__name__}: {error}"
+    print(f"error: {settings.out.name}: {message}", file=sys.stderr)
+    return {"variant": settings.recipe.name, "seed": settings.seed, "error": message}
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
@@ -188,49 +231,58 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make what is missing, print what is there; returns how many failed. Raises ConfigError on bad input."""
+    """Make what is missing, print what is there; returns the exit status. Raises ConfigError on bad input."""
     args.out.mkdir(parents=True, exist_ok=True)
+    wanted = [
+        Settings(
+            model=args.model,
+            out=args.out / f"{variant}-{seed}",
+            calib_text=args.calib_text,
+            recipe=VARIANTS[variant],
+            samples=args.samples,
+            seq_len=args.seq_len,
+            seed=seed,
+            device=args.device,
+            dtype=args.dtype,
+        )
+        for variant in args.variants
+        for seed in args.seeds
+    ]
+    reports = [finished(settings) for settings in wanted]  # before any work
     file = args.out / ROWS
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    shown, failed = [], 0
-    for variant in args.variants:
-        for seed in args.seeds:
-            settings = Settings(
-                model=args.model,
-                out=args.out / f"{variant}-{seed}",
-                calib_text=args.calib_text,
-                samples=args.samples,
-                seq_len=args.seq_len,
-                seed=seed,
-                device=args.device,
-                dtype=args.dtype,
-            )
-            key = {"variant": variant, "seed": seed}
-            if (settings.out / "wkvquant.json").is_file():
-                check_made(settings, VARIANTS[variant])
-                shown.append(next((row for row in rows if row.items() >= key.items()), key))
-                continue
-            try:
-                shown.append(key | make(settings, VARIANTS[variant]))
-            except ConfigError as error:
-                failed += 1
-                shown.append(key | {"error": str(error)})
-                continue
+    known = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    rows = []
+    for settings, report in zip(wanted, reports, strict=True):
+        if report is not None:
+            own = summary(settings, report)  # of a checkpoint that was removed there may be another row
+            rows.append(next((row for row in known if row.items() >= own.items()), own))
+            continue
+        try:
+            rows.append(make(settings))
+        except Exception as error:
+            rows.append(failure(settings, error))
+        else:
             with file.open("a") as lines:
-                lines.write(json.dumps(shown[-1]) + "\n")
-    print_table(shown)
-    checkpoints = [f"{row['variant']}-{row['seed']}" for row in shown if "error" not in row]
-    command = ["python", "benchmarks/quality.py", str(args.model)]
-    command += [x for name in checkpoints for x in ("--checkpoint", f"{name}={args.out / name}")]
-    command += ["--text", "NAME=FILE", "--row", "W4", "--row", "kv4", "--device", args.device, "--json", "OUT.jsonl"]
-    print(shlex.join(command))
-    return failed
+                lines.write(json.dumps(rows[-1]) + "\n")
+        gc.collect()  # a GPU's memory, after one that failed for want of it
+    print_table(rows)
+    ready, failed = (
+        [f"{row['variant']}-{row['seed']}" for row in rows if ("error" in row) == wrong] for wrong in (False, True)
+    )
+    if ready:
+        command = ["python", "benchmarks/quality.py", str(args.model)]
+        command += [x for name in ready for x in ("--checkpoint", f"{name}={args.out / name}")]
+        command += ["--text", "NAME=FILE", "--row", "W4", "--row", "kv4", "--device", args.device]
+        print(shlex.join([*command, "--dtype", args.dtype, "--json", "OUT.jsonl"]))
+    if failed:
+        print(f"error: {len(failed)} of {len(rows)} failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0; 1 where a variant failed; 2 for bad input."""
     try:
-        return 1 if run(build_parser().parse_args(argv)) else 0
+        return run(build_parser().parse_args(argv))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from models import save_text, tiny_model
 
 from vllm_wkvquant.checkpoint import Checkpoint
-from vllm_wkvquant.config import ConfigError
+from vllm_wkvquant.config import ConfigError, KVCacheConfig
 from vllm_wkvquant.quantize import blocks, pipeline
 from vllm_wkvquant.quantize.recipes import BEST, PAPER, RTN
+from vllm_wkvquant.reference import KVParams, key_shift_at
 
 
 @pytest.fixture(scope="module")
@@ -34,52 +36,136 @@ def fields(recipe: Any) -> dict[str, Any]:
     return flat | {f"learning.{k}": v for k, v in vars(recipe.learning).items()} if recipe.learning else flat
 
 
+def read(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / ablate.ROWS).read_text().splitlines()]
+
+
 def test_a_variant_changes_what_it_names() -> None:
-    """One field of its recipe, or the two that are one part; none is its recipe, and no two are the same."""
-    several = {"one_smoothing": 2, "no_smoothing": 2, "learned_cache": 4}
+    """One field of its recipe, or those that are one part; none is its recipe, and no two are the same."""
+    several = {"one_smoothing": 2, "no_smoothing": 2, "learned_cache": 4, "learned_cache_faster": 4}
+    several |= {"searched_clip": 3}
     seen = []
     for name, variant in ablate.VARIANTS.items():
         assert variant.name == name
         base = next(r for r in (BEST, PAPER, RTN, ablate.STATIC) if name.split("_")[0] == r.name)
         changed = {k for k, v in fields(variant).items() if fields(base)[k] != v}
         part = name.partition("_")[2]
-        assert len(changed) == (several.get(part, 1) if part else 0), name
+        count = 2 if name == "paper_no_clipping" else several.get(part, 1) if part else 0
+        assert len(changed) == count, name
         assert fields(variant) not in seen
         seen.append(fields(variant))
 
 
-def test_every_variant_makes_a_checkpoint(folder: Path, tmp_path: Path, capsys) -> None:
-    """With other codes or other cache parameters than its recipe; and a second run makes nothing."""
-    assert ablate.main(arguments(folder, tmp_path)) == 0
-    capsys.readouterr()
-    rows = [json.loads(line) for line in (tmp_path / ablate.ROWS).read_text().splitlines()]
+@pytest.fixture(scope="module")
+def made(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all variants have been made."""
+    out = tmp_path_factory.mktemp("made")
+    assert ablate.main(arguments(folder, out)) == 0
+    return out
+
+
+def test_every_variant_makes_a_checkpoint(made: Path) -> None:
+    """Recorded under its own name, with other tensors than its recipe: all parts of the cache alone leave the codes."""
+    rows = read(made)
     assert [row["variant"] for row in rows] == list(ablate.VARIANTS)
     assert all(row["kl_cache"] > 0 and row["seconds"] > 0 for row in rows)
     assert all((row["kl_weights"] is None) == (ablate.VARIANTS[row["variant"]].learning is None) for row in rows)
+    of_cache = {"one_smoothing", "no_smoothing", "static_shift", "no_key_shift", "no_first_shift", "no_key_hadamard"}
 
     def tensors(name: str) -> dict[str, torch.Tensor]:
-        ckpt = Checkpoint(tmp_path / f"{name}-0")
+        ckpt = Checkpoint(made / f"{name}-0")
         return ckpt.tensors.get([n for n in ckpt.tensors.shapes() if ".layers." in n])
 
     for name, variant in ablate.VARIANTS.items():
         base, _, part = name.partition("_")
-        report = json.loads((tmp_path / f"{name}-0" / "wkvquant.json").read_text())
+        report = json.loads((made / f"{name}-0" / "wkvquant.json").read_text())
         assert report["recipe"] == ablate.as_written(dataclasses.asdict(variant))
+        assert report["recipe"]["name"] == name
         mine, other = tensors(name), tensors(base)
         assert mine.keys() == other.keys()
-        same = all(torch.equal(mine[n], other[n]) for n in mine)
-        assert same == (not part), name
+        differing = {n.rpartition(".")[2] for n in mine if not torch.equal(mine[n], other[n])}
+        assert bool(differing) == bool(part), name
+        assert ("weight_packed" in differing) == bool(part and part not in of_cache), name
 
-    made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/wkvquant.json")}
-    assert ablate.main(arguments(folder, tmp_path, "--variants", "best,best_mse")) == 0
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/wkvquant.json")} == made
+
+@pytest.mark.parametrize("base", ["rtn", "best"])
+def test_a_cache_lacks_the_part_that_it_is_named_after(made: Path, base: str) -> None:
+    def parameters(part: str) -> tuple[KVCacheConfig, KVParams]:
+        ckpt = Checkpoint(made / f"{base}{part}-0")
+        return ckpt.kv, ckpt.kv_params(1)
+
+    whole, params = parameters("")
+    assert (whole.key_shift, whole.key_hadamard, whole.value_hadamard) == ("rotating", True, True)
+    assert (params.k_smooth != 1).any()
+    assert not torch.equal(params.k_first, params.k_shift)
+
+    assert (parameters("_no_smoothing")[1].k_smooth == 1).all()
+    static, with_static = parameters("_static_shift")
+    assert static == dataclasses.replace(whole, key_shift="static")
+    assert (with_static.k_shift - params.k_shift).abs().max() > 0.1  # the mean of keys that have been turned
+    none, without = parameters("_no_key_shift")
+    assert none == dataclasses.replace(whole, key_shift="none")
+    assert (without.k_shift == 0).all()
+    assert parameters("_no_key_hadamard")[0] == dataclasses.replace(whole, key_hadamard=False)
+    assert parameters("_no_value_hadamard")[0] == dataclasses.replace(whole, value_hadamard=False)
+    at_first = parameters("_no_first_shift")[1]
+    torch.testing.assert_close(
+        at_first.k_first, key_shift_at(torch.zeros(1, dtype=torch.long), params_after(at_first))[0]
+    )
+    torch.testing.assert_close(at_first.v_first, at_first.v_shift)
+    ranges = [
+        json.loads((made / f"{base}{part}-0" / "wkvquant.json").read_text())["layers"][1]["v_smooth"]
+        for part in ("", "_no_balance")
+    ]
+    assert ranges[0][0] < 0.9 < 1.1 < ranges[0][1]
+    assert ranges[1] == [1, 1]
+
+
+def params_after(params: KVParams) -> KVParams:
+    """With position 0 shifted as any other."""
+    return dataclasses.replace(params, k_first=None, v_first=None)
+
+
+def test_what_is_there_is_shown_and_not_made_again(folder: Path, made: Path, tmp_path: Path, capsys) -> None:
+    for name in ("best-0", "best_mse-0"):
+        shutil.copytree(made / name, tmp_path / name)
+    shutil.copy(made / ablate.ROWS, tmp_path)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    command = arguments(folder, tmp_path, "--variants", "best,best_mse")
+    capsys.readouterr()
+    assert ablate.main(command) == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == files
     printed = capsys.readouterr().out
     assert f"--checkpoint best-0={tmp_path}/best-0 --checkpoint best_mse-0=" in printed
-    best = next(row for row in rows if row["variant"] == "best")
-    assert f"{best['kl_weights']:.4f} ± {best['kl_weights_se']:.4f}" in printed
+    best = next(row for row in read(made) if row["variant"] == "best")
+    kl = f"{best['kl_weights']:.4f} ± {best['kl_weights_se']:.4f}"
+    assert cells(printed)["best"][2:4] == [f"{best['seconds']:.0f}", kl]
 
-    assert ablate.main(arguments(folder, tmp_path, "--variants", "best", "--dtype", "bfloat16")) == 2
+    # the row may be lost, or be that of another checkpoint that was there before: what the report says is shown
+    (tmp_path / ablate.ROWS).write_text(json.dumps(best | {"kl_cache": 9.0, "seconds": 123456}) + "\n")
+    assert ablate.main(command) == 0
+    printed = capsys.readouterr().out
+    assert cells(printed)["best"][2:4] == ["", kl]
+    assert "123456" not in printed
+
+
+def cells(printed: str) -> dict[str, list[str]]:
+    """The table's rows by their first cell."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+    return {line[0]: line for line in lines}
+
+
+def test_other_settings_than_those_of_a_checkpoint_are_refused(
+    folder: Path, made: Path, tmp_path: Path, capsys
+) -> None:
+    """By name, and before anything is made."""
+    shutil.copytree(made / "best-0", tmp_path / "best-0")
+    assert ablate.main(arguments(folder, tmp_path, "--variants", "rtn,best", "--dtype", "bfloat16")) == 2
     assert "best-0 was made with another dtype" in capsys.readouterr().err
+    assert not (tmp_path / "rtn-0").exists()
+    shutil.copytree(made / "best-0", tmp_path / "best_mse-0")
+    assert ablate.main(arguments(folder, tmp_path, "--variants", "best_mse")) == 2
+    assert "best_mse-0 was made with another recipe" in capsys.readouterr().err
 
 
 def test_a_seed_is_another_checkpoint(folder: Path, tmp_path: Path) -> None:
@@ -89,18 +175,25 @@ def test_a_seed_is_another_checkpoint(folder: Path, tmp_path: Path) -> None:
 
 
 def test_one_that_fails_does_not_stop_the_others(folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    errors = {"static": ConfigError("no such luck"), "best": torch.OutOfMemoryError("too large")}
+
     def refuse(settings: Any, *args: Any) -> dict[str, Any]:
-        if settings.recipe.name == "static":
-            raise ConfigError("no such luck")
+        if error := errors.get(settings.recipe.name):
+            raise error
         return pipeline.quantize(settings, *args)
 
     monkeypatch.setattr(ablate, "quantize", refuse)
-    assert ablate.main(arguments(folder, tmp_path, "--variants", "static,rtn")) == 1
-    assert "no such luck" in capsys.readouterr().out
-    assert (tmp_path / "rtn-0" / "wkvquant.json").is_file()
+    assert ablate.main(arguments(folder, tmp_path, "--variants", "static,best,rtn")) == 1
+    printed = capsys.readouterr()
+    assert cells(printed.out)["static"][-1] == "no such luck"
+    assert cells(printed.out)["best"][-1] == "OutOfMemoryError: too large"
+    assert printed.err.endswith("error: 2 of 3 failed: static-0, best-0\n")
+    assert [row["variant"] for row in read(tmp_path)] == ["rtn"]
+    assert "--checkpoint rtn-0=" in printed.out
+    assert "--checkpoint static-0=" not in printed.out
 
 
-def test_an_interrupted_one_goes_on(folder: Path, tmp_path: Path, monkeypatch) -> None:
+def test_an_interrupted_one_goes_on(folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     command = arguments(folder, tmp_path, "--variants", "rtn")
     made = []
 
@@ -117,8 +210,16 @@ def test_an_interrupted_one_goes_on(folder: Path, tmp_path: Path, monkeypatch) -
     with pytest.raises(KeyboardInterrupt):
         ablate.main(command)
     monkeypatch.setattr(pipeline, "quantize_block", until(2))
+    with monkeypatch.context() as patch:
+        patch.setitem(ablate.VARIANTS, "rtn", dataclasses.replace(RTN, value_balance=0.0))
+        assert ablate.main(command) == 1
+    assert "begun with other settings (recipe): " in capsys.readouterr().err
+    block = tmp_path / "rtn-0.wkvquant-partial" / "block-00000.json"
+    report = json.loads(block.read_text())
+    block.write_text(json.dumps(report | {"seconds": {"load": 1000.0}}))
     assert ablate.main(command) == 0
     assert made == [0, 1, 2]
+    assert 1000 < read(tmp_path)[0]["seconds"] < 1100  # with those of the block that was done before
 
 
 def test_unknown_variants_are_refused(folder: Path, tmp_path: Path, capsys) -> None:
