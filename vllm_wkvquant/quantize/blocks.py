@@ -23,6 +23,7 @@ from vllm_wkvquant.quantize.fold import fold_value
 from vllm_wkvquant.quantize.learn import LearnedBlock, LearnedCache, LearnedWeight, learn, relative_mse
 from vllm_wkvquant.quantize.plan import Plan
 from vllm_wkvquant.quantize.recipes import LEARNED, SEARCHED, Smoothing
+from vllm_wkvquant.quantize.storage import keep
 from vllm_wkvquant.quantize.weights import round_to_nearest
 from vllm_wkvquant.quantize.workers import ALONE, Workers
 from vllm_wkvquant.reference import KVParams, fake_quantize
@@ -37,12 +38,14 @@ def first_hidden(plan: Plan) -> dict[str, torch.Tensor]:
     on tokens at position 0 [B, 1, hidden], and each candidate's on the held-out windows."""
     embedding = plan.adapter.load_embedding().to(plan.adapter.dtype)
     dtype = getattr(torch, plan.settings.dtype)
-    hidden = torch.nn.functional.embedding(plan.windows.tokens, embedding).to(dtype)
-    held_out = hidden[plan.windows.statistics :]
-    first = torch.nn.functional.embedding(plan.windows.first_tokens[:, None], embedding).to(dtype)
-    runs = {REFERENCE: hidden, FIRST: first} | {name: held_out.clone() for name in plan.recipe.candidates}
-    runs |= {EXACT: hidden.clone()} if plan.recipe.learning else {}
-    return {name: run.to(plan.storage) for name, run in runs.items()}
+
+    def embed(tokens: torch.Tensor) -> torch.Tensor:
+        return keep(plan, torch.nn.functional.embedding(tokens, embedding).to(dtype))
+
+    tokens, held_out = plan.windows.tokens, plan.windows.tokens[plan.windows.statistics :]
+    runs = {REFERENCE: embed(tokens), FIRST: embed(plan.windows.first_tokens[:, None])}
+    runs |= {name: embed(held_out) for name in plan.recipe.candidates}
+    return runs | ({EXACT: embed(tokens)} if plan.recipe.learning else {})
 
 
 def of_all_workers(plan: Plan, hidden: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -104,10 +107,11 @@ class BlockRunner:
     def __call__(
         self, window: torch.Tensor, params: KVParams | None = None, captured: list[QKV] | None = None
     ) -> torch.Tensor:
-        """[T, hidden] -> [T, hidden], both in storage. params: simulate the cache; captured: add q, k, v to it."""
+        """[T, hidden] in storage -> [T, hidden] on the device. params: simulate the cache; captured: add q, k, v to
+        it, in storage."""
         self.attention.cache = None if params is None else partial(fake_quantize, params=params)
         self.attention.captured = None if captured is None else []
-        after = self.run(self.block, {}, window).to(self.storage)
+        after = self.run(self.block, {}, window)
         if captured is not None:
             captured += [(q.to(self.storage), k.to(self.storage), v.to(self.storage)) for q, k, v in self.seen()]
         return after
@@ -120,12 +124,12 @@ class BlockRunner:
     def advance(self, run: torch.Tensor, params: KVParams | None = None) -> None:
         """Take windows [N, T, hidden] past the block, in place."""
         for i, window in enumerate(run):
-            run[i] = self(window, params)
+            run[i].copy_(self(window, params))
 
     def run(self, block: torch.nn.Module, weights: dict[str, torch.Tensor], window: torch.Tensor) -> torch.Tensor:
         """A block with some of its parameters replaced, by name: [T, hidden] or [B, T, hidden] -> the same on the
         device."""
-        x = window.to(self.device).view(-1, *window.shape[-2:])
+        x = window.to(self.device, non_blocking=True).view(-1, *window.shape[-2:])
         after = functional_call(block, weights, (x,), {"attention_mask": None, "position_embeddings": self.rope})
         return after.view(window.shape)
 
@@ -172,7 +176,7 @@ def quantize_block(
 
     captured: list[QKV] = []
     for i, window in enumerate(reference):
-        reference[i] = runner(window, captured=captured if i < train else None)
+        reference[i].copy_(runner(window, captured=captured if i < train else None))
     hidden[FIRST], firsts = runner.first(hidden[FIRST])
     clock.lap("reference")
     statistics = kv.collect(captured, firsts if recipe.first_shift else None, plan.kv, plan.settings.device, workers)
@@ -275,7 +279,9 @@ def learn_block(
     clock.lap("load")
     targets = [exact[:train]]
     for follower in followers:
-        targets.append(torch.stack([runner.run(follower, {}, w).to(plan.storage) for w in targets[-1]]))
+        outputs = [runner.run(follower, {}, w).to(plan.storage) for w in targets[-1]]
+        targets.append(keep(plan, torch.stack(outputs)))
+        del outputs
     clock.lap("targets")
 
     def forward(weights: dict[str, torch.Tensor], window: torch.Tensor) -> list[torch.Tensor]:

@@ -4,6 +4,7 @@ The rehearsal is the first block with a few windows and one learning step. A par
 as it took there, times its FLOP in the run over its FLOP there: so each part goes at its own measured rate.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +17,7 @@ from vllm_wkvquant.quantize.calibration import FIRST_TOKENS
 from vllm_wkvquant.quantize.head import LOGIT_ROWS
 from vllm_wkvquant.quantize.learn import together
 from vllm_wkvquant.quantize.plan import Plan, packed_bytes
+from vllm_wkvquant.quantize.storage import free_bytes, pinned_bytes
 
 FIXED = ("load", "clips", "round")  # parts of a block's work that take the same time for any number of windows
 
@@ -144,11 +146,12 @@ def itemsize(plan: Plan) -> int:
     return getattr(torch, plan.settings.dtype).itemsize
 
 
-def hidden_bytes(plan: Plan) -> int:
-    """Hidden states of all runs."""
+def hidden_bytes(plan: Plan, taken: Callable[[int], int] = int) -> int:
+    """Hidden states of all runs. taken: by so many bytes of one run."""
     samples, length = plan.windows.tokens.shape
-    windows = samples * (2 if plan.recipe.learning else 1) + plan.windows.held_out * len(plan.recipe.candidates)
-    return (windows * length + FIRST_TOKENS) * plan.adapter.config.hidden_size * itemsize(plan)
+    token = plan.adapter.config.hidden_size * itemsize(plan)
+    runs = [samples] * (2 if plan.recipe.learning else 1) + [plan.windows.held_out] * len(plan.recipe.candidates)
+    return sum(taken(windows * length * token) for windows in runs) + taken(FIRST_TOKENS * token)
 
 
 def all_hidden_bytes(plan: Plan) -> int:
@@ -156,13 +159,16 @@ def all_hidden_bytes(plan: Plan) -> int:
     return hidden_bytes(replace(plan, windows=plan.all_windows))
 
 
-def stored_bytes(plan: Plan) -> int:
-    """What is in storage: hidden states, and of one block captured queries, keys and values, or followers' targets."""
+def stored_bytes(plan: Plan, taken: Callable[[int], int] = int) -> int:
+    """What is in storage: hidden states, and of one block captured queries, keys and values, or followers' targets.
+
+    taken: as of `hidden_bytes`.
+    """
     adapter, learning = plan.adapter, plan.recipe.learning
-    train, length = plan.windows.statistics, plan.windows.tokens.shape[1]
-    captured = (adapter.num_heads + 2 * adapter.num_kv_heads) * adapter.head_size
-    targets = (learning.followers if learning else 0) * adapter.config.hidden_size
-    return hidden_bytes(plan) + train * length * max(captured, targets) * itemsize(plan)
+    tokens = plan.windows.statistics * plan.windows.tokens.shape[1] * itemsize(plan)
+    captured = tokens * (adapter.num_heads + 2 * adapter.num_kv_heads) * adapter.head_size
+    targets = (learning.followers if learning else 0) * taken(tokens * adapter.config.hidden_size)
+    return hidden_bytes(plan, taken) + max(captured, targets)
 
 
 def working_bytes(plan: Plan) -> int:
@@ -207,11 +213,13 @@ def device_bytes(plan: Plan) -> int:
 def host_bytes(plan: Plan) -> int:
     """Peak on worker 0's host: while a block is computed, while it is written, or while the checkpoint is."""
     adapter, settings = plan.adapter, plan.settings
+    block = 2 * adapter.numel(adapter.block_names(0))
     if settings.device == "cpu":
-        computed = device_bytes(plan)
+        computed, hidden = device_bytes(plan), hidden_bytes(plan)
+    elif plan.storage == "cpu":
+        computed, hidden = block + stored_bytes(plan, pinned_bytes), hidden_bytes(plan, pinned_bytes)
     else:
-        computed = 2 * adapter.numel(adapter.block_names(0)) + (stored_bytes(plan) if plan.storage == "cpu" else 0)
-    hidden = hidden_bytes(plan) if plan.storage == "cpu" else 0
+        computed, hidden = block, 0
     gathered = all_hidden_bytes(plan) if plan.storage != "cpu" or plan.workers.size > 1 else 0
     outer = outer_bytes(plan)
     shard = min(settings.shard_size, packed_bytes(adapter) + outer)
@@ -241,12 +249,3 @@ def place(plan: Plan) -> Plan:
         f"this run needs about {needed / 1e9:.3g} GB of {what}, {limit}; lower --samples or --seq-len, or calibrate in "
         f"--dtype bfloat16"
     )
-
-
-def free_bytes(device: str) -> int:
-    """Memory that is free on the device."""
-    if device != "cpu":
-        return torch.cuda.mem_get_info(device)[0]
-    with open("/proc/meminfo") as f:
-        fields = dict(line.split(":") for line in f)
-    return 1024 * int(fields["MemAvailable"].split()[0])

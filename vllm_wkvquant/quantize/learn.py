@@ -11,6 +11,7 @@ import torch
 
 from vllm_wkvquant.quantize.calibration import SKIPPED
 from vllm_wkvquant.quantize.recipes import Learning
+from vllm_wkvquant.quantize.storage import take
 from vllm_wkvquant.quantize.weights import FakeQuantize, QuantizedWeight, group_range, quantize_weight, search_clip
 from vllm_wkvquant.quantize.workers import ALONE, Workers
 from vllm_wkvquant.reference import FP16_MAX, QMAX, KVParams, hadamard_matrix, key_shift_at, value_shift_at
@@ -328,12 +329,13 @@ def learn(
         optimizers.append(SignDescent(of_weights, learning.rate, steps) if sign else AdamW(of_weights, learning.rate))
     if of_cache:
         optimizers.append(AdamW(of_cache, learning.cache_rate))
-    size, loss = together(learning, block.v_linear.weight.device.type), loss_of(learning)
+    device = block.v_linear.weight.device
+    size, loss = together(learning, device.type), loss_of(learning)
     losses: list[torch.Tensor] = []  # read at the end: a GPU is not waited for in between
     for batch in batches(windows, learning, seed):
         mine = workers.positions(batch)
-        parts = [torch.tensor(mine[i : i + size]) for i in range(0, len(mine), size)]
-        own = [(inputs[i], [t[i] for t in targets]) for i in parts]
+        parts = [mine[i : i + size] for i in range(0, len(mine), size)]
+        own = [(take(inputs, part, device), [take(t, part, device) for t in targets]) for part in parts]
         gradients, of_batch = batch_gradients(block, forward, loss, own, workers)
         for optimizer in optimizers:
             optimizer.step(gradients[: len(optimizer.parameters)])
@@ -364,7 +366,7 @@ def batch_gradients(
     for window, targets in windows:
         with torch.enable_grad():
             after = forward(leaves, window)
-            parts = [loss_function(o, t.to(o.device)) for o, t in zip(after, targets, strict=True)]
+            parts = [loss_function(o, t) for o, t in zip(after, targets, strict=True)]
             of_windows = torch.stack(parts).mean(0)
             loss = of_windows.sum()
         for total, part in zip(sums, torch.autograd.grad(loss, sources, allow_unused=True), strict=True):

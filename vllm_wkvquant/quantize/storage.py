@@ -1,0 +1,58 @@
+"""Hidden states between their uses: on the device, or on the host, from where windows are moved to it one at a time.
+
+On a GPU's host they are in pinned memory, which the GPU reads by itself: a copy to it is queued before the work that
+needs it and not waited for. Copies back are, so that what is read on the host is whole.
+"""
+
+import functools
+import logging
+
+import torch
+
+from vllm_wkvquant.quantize.plan import Plan
+
+PINNED_SHARE = 0.5  # of what is free on the host, at most: what is pinned cannot be given to anyone else
+
+logger = logging.getLogger("vllm.wkvquant")
+
+
+def keep(plan: Plan, run: torch.Tensor) -> torch.Tensor:
+    """A run [N, T, hidden] in storage: pinned where that is a GPU's host and can pin as much, else as it is."""
+    run = run.to(plan.storage)
+    if plan.storage != "cpu" or plan.settings.device == "cpu":
+        return run
+    if pinned_bytes(run.nbytes) > PINNED_SHARE * free_bytes("cpu") / plan.workers.size:
+        warn_pageable("too little is free")
+        return run
+    try:
+        return run.pin_memory()
+    except RuntimeError as error:
+        warn_pageable(str(error))
+        return run
+
+
+def take(run: torch.Tensor, windows: list[int], device: torch.device) -> torch.Tensor:
+    """These windows of a run [N, T, hidden] on the device, [len(windows), T, hidden]."""
+    if run.device == device:
+        return run[torch.tensor(windows)]
+    return torch.stack([run[i].to(device, non_blocking=True) for i in windows])
+
+
+def pinned_bytes(size: int) -> int:
+    """Bytes that PyTorch pins for so many: a power of two."""
+    return 1 << (size - 1).bit_length()
+
+
+@functools.cache
+def warn_pageable(reason: str) -> None:
+    """Say so once."""
+    logger.warning("hidden states are not all in pinned memory of the host, and slower to move: %s", reason)
+
+
+def free_bytes(device: str) -> int:
+    """Memory that is free on the device."""
+    if device != "cpu":
+        return torch.cuda.mem_get_info(device)[0]
+    with open("/proc/meminfo") as f:
+        fields = dict(line.split(":") for line in f)
+    return 1024 * int(fields["MemAvailable"].split()[0])
