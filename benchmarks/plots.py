@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Draws the decode rows of `attention.py --device cuda --json` as an SVG file.
+"""Draws the rows of another benchmark as an SVG file.
 
     python benchmarks/plots.py docs/results/attention-h100.jsonl docs/results/attention-h100.svg
 
-Bars are speeds over that of FlashAttention 3 on a bf16 cache, the best of its options, for each KV heads x batch x
-context; dots, on the right axis, are read_fraction of this package's kernel. Needs matplotlib:
-`pip install -e .[plots]`.
+Of `attention.py --device cuda --json` the decode rows: bars are speeds over that of FlashAttention 3 on a bf16 cache,
+the best of its options, for each KV heads x batch x context; dots, on the right axis, are read_fraction of this
+package's kernel. Of `outliers.py --json` errors and peaks by layer, and the channels of the head with the largest key.
+Needs matplotlib: `pip install -e .[plots]`.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 VARIANTS = {
     "fa3-fp8": ("FlashAttention 3, fp8 cache", "#9ecae1"),
@@ -41,13 +43,12 @@ def best_times(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
     return {shape: found for shape, found in best.items() if "fa3-bf16" in found}
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    """Write the SVG file. Raises SystemExit where no row has a bf16 peer."""
+def draw_decode(rows: list[dict]) -> Figure:
+    """Raises SystemExit where no row has a bf16 peer."""
     best = best_times(rows)
     if not best:
         raise SystemExit("no decode row has a row of fa3-bf16 beside it")
     device = next(row["device"] for row in rows)
-    plt.rcParams["svg.hashsalt"] = "wkvquant"  # the same input gives the same file
     figure, axis = plt.subplots(figsize=(12, 4.5))
     width = 0.8 / len(VARIANTS)
     for i, (variant, (label, color)) in enumerate(VARIANTS.items()):
@@ -69,8 +70,32 @@ def draw(rows: list[dict], path: Path) -> None:
     handles, names = axis.get_legend_handles_labels()
     dots, dot_names = right.get_legend_handles_labels()
     axis.legend(handles + dots, names + dot_names, fontsize=8, loc="upper left")
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    return figure
+
+
+def draw_outliers(rows: list[dict]) -> Figure:
+    """Of each layer, and of the head in which a component of a key is largest."""
+    figure, ((keys, values), (peaks, channels)) = plt.subplots(2, 2, figsize=(12, 7))
+    of_layers = (
+        (keys, "key_error", "error of attention with keys in 4 bits"),
+        (values, "value_error", "error of attention with values in 4 bits"),
+        (peaks, "key_peak", "largest |component| of a key over its root mean square"),
+    )
+    for axis, name, title in of_layers:
+        for stage in rows[0][name]:
+            axis.plot([row["layer"] for row in rows], [row[name][stage] for row in rows], label=stage, marker=".")
+        axis.set(title=title, xlabel="layer")
+        axis.legend(fontsize=8)
+    keys.set(yscale="log")
+    values.set_ylim(bottom=0)
+    row = max(rows, key=lambda row: max(row["channels"]["before"]))
+    for stage, largest in row["channels"].items():
+        channels.plot(largest, label=stage, drawstyle="steps-mid")
+    channels.set(title=f"largest |component| by channel: layer {row['layer']}, head {row['head']}", xlabel="channel")
+    channels.legend(fontsize=8)
+    windows = f"{row['windows']} windows of {row['window']} tokens"
+    figure.suptitle(f"{row['checkpoint']} on {row['text']}, {windows}, {row['device']}")
+    return figure
 
 
 def main() -> None:
@@ -79,7 +104,11 @@ def main() -> None:
     parser.add_argument("rows", type=Path, metavar="ROWS.jsonl")
     parser.add_argument("svg", type=Path, metavar="OUT.svg")
     args = parser.parse_args()
-    draw([json.loads(line) for line in args.rows.read_text().splitlines()], args.svg)
+    rows = [json.loads(line) for line in args.rows.read_text().splitlines()]
+    plt.rcParams["svg.hashsalt"] = "wkvquant"  # the same input gives the same file
+    figure = draw_outliers(rows) if "key_peak" in rows[0] else draw_decode(rows)
+    figure.tight_layout()
+    figure.savefig(args.svg, metadata={"Date": None})
 
 
 if __name__ == "__main__":
