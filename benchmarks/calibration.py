@@ -19,7 +19,7 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from vllm_wkvquant.quantize.estimate import block_flop, device_bytes, host_bytes
 from vllm_wkvquant.quantize.pipeline import peak_memory
 from vllm_wkvquant.quantize.plan import Plan, Settings, fingerprint, preflight
 from vllm_wkvquant.quantize.recipes import DEFAULT, find_recipe
+from vllm_wkvquant.quantize.runner import Ahead
 from vllm_wkvquant.quantize.state import RunState
 
 TABLE_WIDTH = 140
@@ -92,7 +93,7 @@ def write_text(path: Path, shape: Shape, tokens: int) -> None:
 def measure(plan: Plan, count: int, limit_seconds: float) -> list[Block]:
     """Take hidden states through the first `count` blocks, or as many as the limit allows, at least one."""
     state = RunState(plan.settings.out, fingerprint(plan))
-    hidden = first_hidden(plan)
+    hidden, ahead = first_hidden(plan), Ahead(plan)
     blocks: list[Block] = []
     began = time.perf_counter()
     for layer in range(count):
@@ -100,7 +101,7 @@ def measure(plan: Plan, count: int, limit_seconds: float) -> list[Block]:
         if blocks and spent + spent / len(blocks) > limit_seconds:
             break
         flop = plan.workers.size * sum(block_flop(plan, layer).values())
-        tensors, report = quantize_block(plan, layer, hidden)
+        tensors, report = quantize_block(plan, layer, hidden, ahead)
         start = time.perf_counter()
         state.commit(tensors, report, of_all_workers(plan, hidden))
         blocks.append(Block({**report["seconds"], "write": time.perf_counter() - start}, flop))
@@ -126,7 +127,7 @@ def summarize(plan: Plan, shape: Shape, blocks: list[Block], peak: dict[str, int
         "pflop": flop / 1e15,
         "projected_pflop": flop / len(blocks) * shape.layers / 1e15,
         "tflops": round(flop / seconds / 1e12, 3),
-        "storage": plan.storage,
+        "storage": asdict(plan.storage),
         "peak_bytes": peak,
         "expected_bytes": expected,
     }
@@ -175,7 +176,7 @@ def print_row(row: dict[str, Any]) -> None:
     for name, seconds in row["seconds_by_part"].items():
         table.add_row(name, f"{seconds:.1f}", f"{100 * seconds / row['seconds']:.0f}")
     print(f"\n{row['shape']}, {row['recipe']}, {row['blocks_measured']} blocks, {row['samples']} x {row['seq_len']}")
-    print(f"{row['device']}, {row['dtype']}, hidden states on {row['storage']}, {row['versions']}")
+    print(f"{row['device']}, {row['dtype']}, kept on {row['storage']}, {row['versions']}")
     Console(width=TABLE_WIDTH).print(table, highlight=False)
     print(f"projected: {row['projected_minutes']:.1f} minutes for {SHAPES[row['shape']].layers} blocks")
     print(f"{row['pflop']:.4g} PFLOP measured, {row['projected_pflop']:.4g} in all, {row['tflops']} TFLOP/s")

@@ -198,11 +198,11 @@ def test_an_interrupted_one_goes_on(folder: Path, tmp_path: Path, monkeypatch, c
     made = []
 
     def until(last: int) -> Any:
-        def quantize_block(plan: Any, layer: int, hidden: Any) -> Any:
+        def quantize_block(plan: Any, layer: int, *state: Any) -> Any:
             if layer > last:
                 raise KeyboardInterrupt
             made.append(layer)
-            return blocks.quantize_block(plan, layer, hidden)
+            return blocks.quantize_block(plan, layer, *state)
 
         return quantize_block
 

@@ -10,6 +10,7 @@ import pytest
 
 from vllm_wkvquant.quantize import blocks
 from vllm_wkvquant.quantize.estimate import block_flop
+from vllm_wkvquant.quantize.plan import Storage
 from vllm_wkvquant.quantize.recipes import PAPER
 
 
@@ -54,7 +55,7 @@ def test_measured_blocks_have_all_their_followers(tmp_path: Path, monkeypatch) -
 def test_projection(monkeypatch) -> None:
     """Mean time and FLOP of the measured blocks, for all blocks of the shape."""
     monkeypatch.setattr(calibration, "host_bytes", lambda plan: 1)
-    plan: Any = type("Plan", (), {"settings": type("Settings", (), {"device": "cpu"}), "storage": "cpu"})
+    plan: Any = type("Plan", (), {"settings": type("Settings", (), {"device": "cpu"}), "storage": Storage()})
     took = [calibration.Block({"learn": 50.0, "write": 10.0}, 2e15), calibration.Block({"learn": 30.0}, 4e15)]
     row = calibration.summarize(plan, replace(calibration.SHAPES["tiny"], layers=32), took, {"host": 2})
     assert row["projected_minutes"] == 24.0

@@ -11,6 +11,7 @@ from models import save_text, tiny_model
 from vllm_wkvquant import reference
 from vllm_wkvquant.checkpoint import Checkpoint
 from vllm_wkvquant.quantize import blocks, learn, pipeline
+from vllm_wkvquant.quantize.adapters import ModelAdapter
 from vllm_wkvquant.quantize.estimate import Estimate
 from vllm_wkvquant.quantize.plan import Settings, preflight
 from vllm_wkvquant.quantize.recipes import BEST, PAPER, RECIPES, Learning, Smoothing
@@ -220,6 +221,54 @@ def test_the_paper_learns(model, tmp_path, monkeypatch) -> None:
     params = Checkpoint(tmp_path / "out").kv_params(0)
     assert params.k_first is not None
     torch.testing.assert_close(params.k_first, params.k_shift, rtol=0, atol=0)
+
+
+def test_targets_are_the_16_bit_models_wherever_a_run_begins(tmp_path, monkeypatch) -> None:
+    """After the block and two followers, where there are as many; each block is read once, and again on resuming."""
+    layers, followers = 5, 2
+    model = tiny_model(tmp_path / "model", num_layers=layers), save_text(tmp_path / "calib.txt")
+    learning = dataclasses.replace(PAPER.learning, followers=followers, epochs=1)
+    seen: list[list[torch.Tensor]] = []
+    read: list[int] = []
+    original, load = learn.learn, ModelAdapter.load_block
+
+    def spy(learning, block, forward, inputs, targets, *rest):
+        seen.append([t.clone() for t in targets])
+        if len(seen) == stop:
+            raise KeyboardInterrupt
+        return original(learning, block, forward, inputs, targets, *rest)
+
+    def reading(adapter, layer, *rest):
+        read.append(layer)
+        return load(adapter, layer, *rest)
+
+    monkeypatch.setattr(blocks, "learn", spy)
+    monkeypatch.setattr(pipeline, "estimate", lambda plan: ESTIMATE)
+    plan = preflight(settings(model, tmp_path / "plan", recipe="paper"))
+    with torch.no_grad():
+        exact = [blocks.first_hidden(plan)[blocks.EXACT][: plan.windows.statistics]]
+        for layer in range(layers):
+            runner = blocks.BlockRunner(plan, load(plan.adapter, layer, torch.float32, "cpu"), 48)
+            exact.append(torch.stack([runner(window) for window in exact[-1]]))
+    monkeypatch.setattr(ModelAdapter, "load_block", reading)
+    stop = 0
+    run(model, tmp_path / "whole", monkeypatch, learning, paper=True)
+    assert read == [*range(layers)]
+    expected = [exact[layer + 1 : layer + 2 + followers] for layer in range(layers)]
+    torch.testing.assert_close(seen, expected, rtol=0, atol=0)
+
+    seen.clear()
+    read.clear()
+    stop = 3
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tmp_path / "resumed", monkeypatch, learning, paper=True)
+    seen.clear()
+    stop = 0
+    pipeline.quantize(settings(model, tmp_path / "resumed", recipe="trial", resume=True))
+    assert read == [0, 1, 2, 3, 4, 2, 3, 4]
+    torch.testing.assert_close(seen, expected[2:], rtol=0, atol=0)
+    shards = [sorted((tmp_path / name).glob("*.safetensors")) for name in ("whole", "resumed")]
+    assert [f.read_bytes() for f in shards[0]] == [f.read_bytes() for f in shards[1]]
 
 
 @pytest.mark.parametrize(("recipe", "summed"), [("best", 7), ("paper", 0)])

@@ -30,6 +30,7 @@ from vllm_wkvquant.quantize.fold import fold_value
 from vllm_wkvquant.quantize.pipeline import quantize
 from vllm_wkvquant.quantize.plan import Settings, preflight
 from vllm_wkvquant.quantize.recipes import RECIPES, SEARCHED, Smoothing
+from vllm_wkvquant.quantize.runner import Ahead
 from vllm_wkvquant.quantize.weights import round_to_nearest
 from vllm_wkvquant.reference import fake_quantize
 
@@ -108,9 +109,9 @@ def test_reference_pass_gives_the_whole_models_logits(tmp_path: Path, text: Path
     s = settings(model, tmp_path / "out", text)
     with torch.inference_mode():
         plan = preflight(s)
-        hidden = blocks.first_hidden(plan)
+        hidden, ahead = blocks.first_hidden(plan), Ahead(plan)
         for layer in range(plan.adapter.num_layers):
-            blocks.quantize_block(plan, layer, hidden)
+            blocks.quantize_block(plan, layer, hidden, ahead)
         streamed = plan.adapter.load_head(torch.float32, "cpu")(hidden[blocks.REFERENCE])
     quantize(s)
     whole = load_quantized(Checkpoint(tmp_path / "out"), SimulatedCache(), torch.float32, "cpu")

@@ -53,10 +53,9 @@ def warned(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) ->
 
 def test_nothing_is_pinned_without_a_gpu(plan: Plan, of_gpu: Plan, pinned: list[torch.Tensor]) -> None:
     run = torch.randn(3, 4, 5)
-    assert storage.keep(plan, run) is run
+    assert storage.keep(plan, run, "cpu") is run
     first_hidden(plan)
-    on_gpu = dataclasses.replace(of_gpu, storage="meta")  # stands for the GPU's own memory
-    assert storage.keep(on_gpu, run).device.type == "meta"
+    assert storage.keep(of_gpu, run, "meta").device.type == "meta"  # stands for the GPU's own memory
     assert pinned == []
 
 
@@ -78,8 +77,8 @@ def test_what_cannot_be_pinned_is_kept_as_it_is(
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", fail)
     run = torch.randn(3, 4, 5)
-    assert storage.keep(of_gpu, run) is run
-    assert storage.keep(of_gpu, run) is run
+    assert storage.keep(of_gpu, run, "cpu") is run
+    assert storage.keep(of_gpu, run, "cpu") is run
     (warning,) = warned.messages
     assert "slower to move: CUDA error: out of memory" in warning
 
@@ -96,11 +95,11 @@ def test_no_more_is_pinned_than_half_of_what_is_free(
     run = torch.zeros(3, 100)
     assert storage.pinned_bytes(run.nbytes) == 2048
     monkeypatch.setattr(storage, "free_bytes", lambda device: 2 * workers * 2048 - 1)
-    assert storage.keep(of_gpu, run) is run
+    assert storage.keep(of_gpu, run, "cpu") is run
     assert "too little is free" in warned.messages[0]
     assert pinned == []
     monkeypatch.setattr(storage, "free_bytes", lambda device: 2 * workers * 2048)
-    assert storage.keep(of_gpu, run) is pinned[0]
+    assert storage.keep(of_gpu, run, "cpu") is pinned[0]
 
 
 @pytest.mark.parametrize(("size", "taken"), [(1, 1), (2, 2), (3, 4), (2**32, 2**32), (2**32 + 1, 2**33)])
@@ -116,10 +115,10 @@ def test_the_estimate_counts_what_is_pinned(of_gpu: Plan) -> None:
     assert train < storage.pinned_bytes(train) == 2**17
     of_runs = 2 * samples + held_out + 256 * token
     assert estimate.hidden_bytes(of_gpu) == estimate.hidden_bytes(of_gpu, storage.pinned_bytes) == of_runs
-    assert estimate.stored_bytes(of_gpu) == of_runs + 5 * train
-    assert estimate.stored_bytes(of_gpu, storage.pinned_bytes) == of_runs + 5 * 2**17
+    assert estimate.target_bytes(of_gpu) == 5 * train
+    assert estimate.target_bytes(of_gpu, storage.pinned_bytes) == 5 * 2**17
     block = 2 * of_gpu.adapter.numel(of_gpu.adapter.block_names(0))
-    assert estimate.host_bytes(of_gpu) == block + of_runs + 5 * 2**17
+    assert estimate.host_bytes(of_gpu) == block + of_runs + 5 * 2**17 + estimate.captured_bytes(of_gpu)
 
 
 def test_windows_are_taken_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import argparse
 import re
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,7 +95,10 @@ def estimate_table(estimate: "Estimate") -> Table:
     """What a run will take, for people."""
     table = Table(title="what this run takes (estimated)", show_header=False)
     on_device = f"GPU {estimate.device_bytes / 1e9:.3g} GB, host " if estimate.device_bytes else ""
-    where = f"; hidden states on the {'host' if estimate.storage == 'cpu' else 'GPU'}" if on_device else ""
+    where = ""
+    if on_device:
+        on_host = [name for name, device in asdict(estimate.storage).items() if device == "cpu"]
+        where = f"; kept on the host between uses: {', '.join(on_host) or 'nothing'}"
     table.add_row("work", f"{estimate.flop / 1e15:.3g} PFLOP")
     table.add_row("time", f"{duration(estimate.seconds)} at {estimate.rate / 1e12:.3g} TFLOP/s, files not counted")
     whose = f" of the first of {estimate.workers} workers" if estimate.workers > 1 else ""

@@ -5,14 +5,12 @@ same weights, a simulated 4-bit cache); and, where weights are learned, the exac
 """
 
 import contextlib
-import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch.func import functional_call
 
 from vllm_wkvquant.checkpoint import KV_PARAMS
 from vllm_wkvquant.quantize import kv
@@ -23,10 +21,10 @@ from vllm_wkvquant.quantize.fold import fold_value
 from vllm_wkvquant.quantize.learn import LearnedBlock, LearnedCache, LearnedWeight, learn, relative_mse
 from vllm_wkvquant.quantize.plan import Plan
 from vllm_wkvquant.quantize.recipes import LEARNED, SEARCHED, Smoothing
+from vllm_wkvquant.quantize.runner import Ahead, BlockRunner, Clock
 from vllm_wkvquant.quantize.storage import keep
 from vllm_wkvquant.quantize.weights import round_to_nearest
-from vllm_wkvquant.quantize.workers import ALONE, Workers
-from vllm_wkvquant.reference import KVParams, fake_quantize
+from vllm_wkvquant.reference import KVParams
 
 REFERENCE = "reference"
 EXACT = "exact"
@@ -40,7 +38,7 @@ def first_hidden(plan: Plan) -> dict[str, torch.Tensor]:
     dtype = getattr(torch, plan.settings.dtype)
 
     def embed(tokens: torch.Tensor) -> torch.Tensor:
-        return keep(plan, torch.nn.functional.embedding(tokens, embedding).to(dtype))
+        return keep(plan, torch.nn.functional.embedding(tokens, embedding).to(dtype), plan.storage.hidden)
 
     tokens, held_out = plan.windows.tokens, plan.windows.tokens[plan.windows.statistics :]
     runs = {REFERENCE: embed(tokens), FIRST: embed(plan.windows.first_tokens[:, None])}
@@ -77,84 +75,19 @@ def split(run: torch.Tensor, windows: Windows) -> tuple[torch.Tensor, ...]:
     return run.split([run.shape[0] - windows.held_out, windows.held_out])
 
 
-class Clock:
-    """Seconds of one block by what they went into: `lap` names what was done since the last one."""
-
-    def __init__(self, device: str) -> None:
-        self.device, self.seconds = device, dict[str, float]()
-        self._last = time.perf_counter()
-
-    def lap(self, what: str) -> None:
-        """The device is waited for."""
-        if self.device != "cpu":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds[what] = self.seconds.get(what, 0.0) + now - self._last
-        self._last = now
-
-
-class BlockRunner:
-    """Runs one decoder block over windows that are kept on the CPU or on the device (`Plan.storage`)."""
-
-    def __init__(self, plan: Plan, block: torch.nn.Module, seq_len: int) -> None:
-        self.attention, self.block = plan.attention, block
-        self.device, self.storage = plan.settings.device, plan.storage
-        position = torch.arange(seq_len, device=self.device)[None]
-        dtype = getattr(torch, plan.settings.dtype)
-        rotary = plan.adapter.rotary.to(self.device)
-        self.rope = rotary(torch.empty(0, dtype=dtype, device=self.device), position)
-
-    def __call__(
-        self, window: torch.Tensor, params: KVParams | None = None, captured: list[QKV] | None = None
-    ) -> torch.Tensor:
-        """[T, hidden] in storage -> [T, hidden] on the device. params: simulate the cache; captured: add q, k, v to
-        it, in storage."""
-        self.attention.cache = None if params is None else partial(fake_quantize, params=params)
-        self.attention.captured = None if captured is None else []
-        after = self.run(self.block, {}, window)
-        if captured is not None:
-            captured += [(q.to(self.storage), k.to(self.storage), v.to(self.storage)) for q, k, v in self.seen()]
-        return after
-
-    def seen(self) -> list[QKV]:
-        """What attention has captured, which it captures no longer."""
-        captured, self.attention.captured = self.attention.captured or [], None
-        return captured
-
-    def advance(self, run: torch.Tensor, params: KVParams | None = None) -> None:
-        """Take windows [N, T, hidden] past the block, in place."""
-        for i, window in enumerate(run):
-            run[i].copy_(self(window, params))
-
-    def run(self, block: torch.nn.Module, weights: dict[str, torch.Tensor], window: torch.Tensor) -> torch.Tensor:
-        """A block with some of its parameters replaced, by name: [T, hidden] or [B, T, hidden] -> the same on the
-        device."""
-        x = window.to(self.device, non_blocking=True).view(-1, *window.shape[-2:])
-        after = functional_call(block, weights, (x,), {"attention_mask": None, "position_embeddings": self.rope})
-        return after.view(window.shape)
-
-    def first(self, tokens: torch.Tensor) -> tuple[torch.Tensor, QKV]:
-        """Tokens that are sequences of their own: [B, 1, hidden] -> [B, 1, hidden] in storage; their q, k, v."""
-        self.attention.cache, self.attention.captured = None, []
-        cosine, sine = self.rope
-        rope = cosine[:, :1], sine[:, :1]
-        after = self.block(tokens.to(self.device), attention_mask=None, position_embeddings=rope).to(self.storage)
-        return after, self.seen()[0]
-
-
 def quantize_block(
-    plan: Plan, layer: int, hidden: dict[str, torch.Tensor]
+    plan: Plan, layer: int, hidden: dict[str, torch.Tensor], ahead: Ahead
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """One block: its tensors for the checkpoint, each candidate's k_smooth and what its keys come to (k_channels, the
-    report's) among them, and its report; takes `hidden` past it."""
+    report's) among them, and its report; takes `hidden` and `ahead` past it."""
     adapter, recipe, train, workers = plan.adapter, plan.recipe, plan.windows.statistics, plan.workers
     clock = Clock(plan.settings.device)
-    block = adapter.load_block(layer, getattr(torch, plan.settings.dtype), plan.settings.device)
+    block = ahead.take_block(layer)
     runner = BlockRunner(plan, block, plan.windows.tokens.shape[1])
     reference = hidden[REFERENCE]
     clock.lap("load")
     if recipe.learning:
-        runner.advance(hidden[EXACT])
+        ahead.advance(runner, hidden[EXACT])
         clock.lap("exact")
 
     v_proj, o_proj = (block.get_submodule(n) for n in (adapter.family.v_proj, adapter.family.o_proj))
@@ -170,7 +103,7 @@ def quantize_block(
     if recipe.learning:
         output_error["rounded"] = rounded_error(plan, runner, reference[train:], hidden[EXACT][train:])
         clock.lap("rounded")
-        learned = learn_block(plan, layer, runner, reference, hidden[EXACT], hidden[FIRST], clock)
+        learned = learn_block(plan, layer, runner, ahead, reference, hidden[EXACT], hidden[FIRST], clock)
     tensors, weight_error = quantize_weights(adapter, layer, block, learned)
     clock.lap("round")
 
@@ -194,7 +127,7 @@ def quantize_block(
     errors = {}
     for name, candidate in params.items():
         runner.advance(hidden[name], candidate)
-        errors[name] = relative_error(hidden[name][:, SKIPPED:], reference[train:, SKIPPED:], workers)
+        errors[name] = hidden_error(plan, hidden[name], reference[train:])
         tensors[f"{name}.k_smooth"] = candidate.k_smooth.cpu()
     tensors |= {p: getattr(statistics, p).cpu() for p in KV_PARAMS if p != "k_smooth"}
     clock.lap("candidates")
@@ -207,14 +140,26 @@ def quantize_block(
         "seconds": clock.seconds,
     }
     if learned:
-        output_error["learned"] = mean_loss(reference[train:], hidden[EXACT][train:], workers)
+        output_error["learned"] = mean_loss(plan, reference[train:], hidden[EXACT][train:])
         report |= {"loss": learned.losses, "output_error": output_error, "clip": learned.clips()}
     return tensors, report
 
 
-def mean_loss(run: torch.Tensor, exact: torch.Tensor, workers: Workers) -> float:
+def mean_loss(plan: Plan, run: Iterable[torch.Tensor], exact: torch.Tensor) -> float:
     """`relative_mse` of all workers' windows but their first positions; run, exact: this worker's, [N, T, hidden]."""
-    return workers.mean([relative_mse(a[SKIPPED:], b[SKIPPED:]) for a, b in zip(run, exact, strict=True)]).item()
+    device = plan.settings.device
+    pairs = ((a.to(device), b.to(device)) for a, b in zip(run, exact, strict=True))
+    return plan.workers.mean([relative_mse(a[SKIPPED:], b[SKIPPED:]) for a, b in pairs]).item()
+
+
+def hidden_error(plan: Plan, run: torch.Tensor, reference: torch.Tensor) -> float:
+    """|run - reference| / |reference| of all workers' windows but their first positions; both [N, T, hidden]."""
+    squares = torch.zeros(2, dtype=torch.float64, device=plan.settings.device)
+    for window, exact in zip(run, reference, strict=True):
+        a, b = (x[SKIPPED:].to(squares.device).float() for x in (window, exact))
+        squares += torch.stack([(a - b).square().sum(), b.square().sum()])
+    error, size = plan.workers.sum(squares).sqrt().tolist()
+    return error / max(size, 1e-30)
 
 
 def rounded_error(plan: Plan, runner: BlockRunner, inputs: torch.Tensor, exact: torch.Tensor) -> float:
@@ -224,14 +169,14 @@ def rounded_error(plan: Plan, runner: BlockRunner, inputs: torch.Tensor, exact: 
         weight: Any = runner.block.get_submodule(name).weight
         size = plan.adapter.group_sizes[name.rpartition(".")[2]]
         weights[f"{name}.weight"] = round_to_nearest(weight, size, plan.adapter.dtype).dequantize().to(weight.dtype)
-    outputs = torch.stack([runner.run(runner.block, weights, w).to(plan.storage) for w in inputs])
-    return mean_loss(outputs, exact, plan.workers)
+    return mean_loss(plan, (runner.run(runner.block, weights, w) for w in inputs), exact)
 
 
 def learn_block(
     plan: Plan,
     layer: int,
     runner: BlockRunner,
+    ahead: Ahead,
     reference: torch.Tensor,
     exact: torch.Tensor,
     first: torch.Tensor,
@@ -273,22 +218,16 @@ def learn_block(
     learned = LearnedBlock(weights, cache, block, family.v_proj, family.o_proj)
     clock.lap("clips")
 
-    dtype, device = getattr(torch, plan.settings.dtype), plan.settings.device
-    last = min(layer + learning.followers, adapter.num_layers - 1)
-    followers = [adapter.load_block(i, dtype, device) for i in range(layer + 1, last + 1)]
+    ahead.load(layer)
     clock.lap("load")
-    targets = [exact[:train]]
-    for follower in followers:
-        outputs = [runner.run(follower, {}, w).to(plan.storage) for w in targets[-1]]
-        targets.append(keep(plan, torch.stack(outputs)))
-        del outputs
+    targets = ahead.targets(runner, exact[:train])
     clock.lap("targets")
 
     def forward(weights: dict[str, torch.Tensor], window: torch.Tensor) -> list[torch.Tensor]:
         plan.attention.cache, plan.attention.past_only = cache.fake if cache else None, learning.past_only
         out = [runner.run(block, weights, window)]
         plan.attention.cache, plan.attention.past_only = None, True
-        for follower in followers:
+        for follower in ahead.blocks:
             out.append(runner.run(follower, {}, out[-1]))
         return out
 
@@ -360,11 +299,9 @@ def quantize_weights(
     return tensors, errors
 
 
-def relative_error(x: torch.Tensor, exact: torch.Tensor, workers: Workers = ALONE) -> float:
-    """|x - exact| / |exact|, of what all workers have together."""
-    norms = torch.stack([(x.float() - exact.float()).norm(), exact.float().norm()])
-    error, size = workers.sum(norms.double().square()).sqrt().tolist()
-    return error / max(size, 1e-30)
+def relative_error(x: torch.Tensor, exact: torch.Tensor) -> float:
+    """|x - exact| / |exact|."""
+    return ((x.float() - exact.float()).norm() / exact.float().norm().clamp_min(1e-30)).item()
 
 
 def layer_params(

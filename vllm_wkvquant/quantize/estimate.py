@@ -16,7 +16,8 @@ from vllm_wkvquant.quantize.blocks import first_hidden, quantize_block
 from vllm_wkvquant.quantize.calibration import FIRST_TOKENS
 from vllm_wkvquant.quantize.head import LOGIT_ROWS
 from vllm_wkvquant.quantize.learn import together
-from vllm_wkvquant.quantize.plan import Plan, packed_bytes
+from vllm_wkvquant.quantize.plan import Plan, Storage, packed_bytes
+from vllm_wkvquant.quantize.runner import Ahead
 from vllm_wkvquant.quantize.storage import free_bytes, pinned_bytes
 
 FIXED = ("load", "clips", "round")  # parts of a block's work that take the same time for any number of windows
@@ -29,8 +30,8 @@ class Estimate:
     flop: of all matrix products, of all workers. seconds: without reading and writing files, and without what workers
     tell each other but in the rehearsal. rate: FLOP a second of a block's forward pass in the rehearsal. device_bytes,
     host_bytes: peaks of what worker 0 holds on its device and on the host, where the CPU is no device; Python and
-    libraries are not in it. storage: where hidden states are kept. written: bytes that are written, most of them hidden
-    states after each block, for `--resume`.
+    libraries are not in it. written: bytes that are written, most of them hidden states after each block, for
+    `--resume`.
     """
 
     flop: float
@@ -38,7 +39,7 @@ class Estimate:
     rate: float
     device_bytes: int
     host_bytes: int
-    storage: str
+    storage: Storage
     written: int
     workers: int
 
@@ -48,7 +49,7 @@ def estimate(plan: Plan) -> Estimate:
     small = rehearsal(plan)
     hidden = first_hidden(small)
     for _ in range(2):  # the first time, libraries set themselves up
-        _, report = quantize_block(small, 0, hidden)
+        _, report = quantize_block(small, 0, hidden, Ahead(small))
     seconds, known = report["seconds"], block_flop(small, 0)
     rate = known["reference"] / seconds["reference"]
     layers = range(plan.adapter.num_layers)
@@ -123,10 +124,12 @@ def block_flop(plan: Plan, layer: int) -> dict[str, float]:
         step = 3 * linear - of_window + 3.5 * own
         followers = min(learning.followers, adapter.num_layers - 1 - layer)
         through_follower = 2 * linear + 3.5 * attention
-        flop["exact"] = samples * forward
+        behind = layer == 0 or not learning.followers  # otherwise an earlier block has taken them there already
+        flop["exact"] = (samples if behind else held_out) * forward
         flop["rounded"] = held_out * forward
         flop["statistics"] += train * forward
-        flop["targets"] = followers * train * forward
+        new = followers if behind else int(followers == learning.followers)
+        flop["targets"] = new * train * forward
         flop["learn"] = learning.epochs * train * (step + followers * through_follower)
     return flop
 
@@ -159,44 +162,71 @@ def all_hidden_bytes(plan: Plan) -> int:
     return hidden_bytes(replace(plan, windows=plan.all_windows))
 
 
-def stored_bytes(plan: Plan, taken: Callable[[int], int] = int) -> int:
-    """What is in storage: hidden states, and of one block captured queries, keys and values, or followers' targets.
-
-    taken: as of `hidden_bytes`.
-    """
-    adapter, learning = plan.adapter, plan.recipe.learning
+def captured_bytes(plan: Plan) -> int:
+    """Queries, keys and values of one block, of the windows that statistics are taken from."""
+    adapter = plan.adapter
     tokens = plan.windows.statistics * plan.windows.tokens.shape[1] * itemsize(plan)
-    captured = tokens * (adapter.num_heads + 2 * adapter.num_kv_heads) * adapter.head_size
-    targets = (learning.followers if learning else 0) * taken(tokens * adapter.config.hidden_size)
-    return hidden_bytes(plan, taken) + max(captured, targets)
+    return tokens * (adapter.num_heads + 2 * adapter.num_kv_heads) * adapter.head_size
 
 
-def working_bytes(plan: Plan) -> int:
-    """What one block takes while it is computed, without storage, or the head where that takes more.
+def followers(plan: Plan) -> int:
+    """Blocks that the recipe's loss looks ahead."""
+    return plan.recipe.learning.followers if plan.recipe.learning else 0
 
-    Of a weight that is rounded: itself in fp32, groups, codes, errors. Of one that is learned: itself and its
-    fake-quantized value in fp32 and in the calibration's type, its offset, what is saved for its gradient (5 bytes),
-    the sum of gradients, and that of a window.
+
+def target_bytes(plan: Plan, taken: Callable[[int], int] = int) -> int:
+    """Hidden states after each follower. taken: as of `hidden_bytes`."""
+    tokens = plan.windows.statistics * plan.windows.tokens.shape[1] * itemsize(plan)
+    return followers(plan) * taken(tokens * plan.adapter.config.hidden_size)
+
+
+def block_bytes(plan: Plan) -> int:
+    """A block in the calibration's type."""
+    return plan.adapter.numel(plan.adapter.block_names(0)) * itemsize(plan)
+
+
+def window_bytes(plan: Plan) -> int:
+    """A window's tensors inside a block: inputs and outputs of its linear layers, and half as much around them."""
+    return 6 * plan.windows.tokens.shape[1] * sum(o + c for o, c in plan.adapter.linear_shapes().values())
+
+
+def rounding_bytes(plan: Plan) -> int:
+    """A block and its followers, a window in it, and a weight that is rounded: in fp32, its groups, codes, errors."""
+    adapter, length = plan.adapter, plan.windows.tokens.shape[1]
+    sizes = [o * c for o, c in adapter.linear_shapes().values()]
+    packed = int(sum(sizes) * 0.6) if plan.settings.device == "cpu" else 0
+    scores = 12 * min(QUERY_ROWS, length) * length * adapter.num_heads
+    rounded = max(sizes) * (20 if itemsize(plan) == 4 else 26)
+    return (1 + followers(plan)) * block_bytes(plan) + packed + rounded + window_bytes(plan) + scores
+
+
+def learning_bytes(plan: Plan) -> int:
+    """A block and its followers with a step's activations, and weights that are learned.
+
+    Of a weight: itself and its fake-quantized value in fp32 and in the calibration's type, its offset, what is saved
+    for its gradient (5 bytes), the sum of gradients, and that of a window.
     """
     adapter, learning, size = plan.adapter, plan.recipe.learning, itemsize(plan)
+    if not learning:
+        return 0
     length = plan.windows.tokens.shape[1]
-    shapes = adapter.linear_shapes().values()
-    weights, largest = sum(o * c for o, c in shapes), max(o * c for o, c in shapes)
-    block = adapter.numel(adapter.block_names(0)) * size
-    packed = int(weights * 0.6) if plan.settings.device == "cpu" else 0
-    # a window's tensors inside a block: inputs and outputs of its linear layers, and half as much around them
-    window = 6 * length * sum(o + c for o, c in shapes)
-    scores = 12 * min(QUERY_ROWS, length) * length * adapter.num_heads
-    total = block + packed + largest * (20 if size == 4 else 26) + window + scores
-    if learning:
-        if learning.cache or (plan.settings.device != "cpu" and size == 4):  # no fused kernel: all scores are saved
-            scores = 16 * length**2 * adapter.num_heads
-        windows = together(learning, plan.settings.device)
-        copies = 0 if size == 4 else 4 + size
-        learned = weights * (copies + 17 + size + (4 if learning.rounding else 0))
-        total = max(total, (1 + learning.followers) * (block + windows * window) + windows * scores + learned)
-    vocabulary = adapter.config.vocab_size
-    return max(total, vocabulary * (adapter.config.hidden_size * size + 16 * LOGIT_ROWS))
+    rows = QUERY_ROWS
+    if learning.cache or (plan.settings.device != "cpu" and size == 4):  # no fused kernel: all scores are saved
+        rows = length
+    scores = (16 if rows == length else 12) * min(rows, length) * length * adapter.num_heads
+    windows = together(learning, plan.settings.device)
+    copies = 0 if size == 4 else 4 + size
+    weights = sum(o * c for o, c in adapter.linear_shapes().values())
+    learned = weights * (copies + 17 + size + (4 if learning.rounding else 0))
+    return (1 + followers(plan)) * (block_bytes(plan) + windows * window_bytes(plan)) + windows * scores + learned
+
+
+def working_bytes(plan: Plan, captured: int = 0) -> int:
+    """The most that is computed with at once, besides what is kept of windows: a block, or the head. captured: bytes of
+    what is `captured_bytes`, which is gone while weights are learned."""
+    config = plan.adapter.config
+    head = config.vocab_size * (config.hidden_size * itemsize(plan) + 16 * LOGIT_ROWS)
+    return max(rounding_bytes(plan) + captured, learning_bytes(plan), head)
 
 
 def outer_bytes(plan: Plan) -> int:
@@ -206,35 +236,38 @@ def outer_bytes(plan: Plan) -> int:
 
 def device_bytes(plan: Plan) -> int:
     """Peak on the device."""
-    stored = 0 if plan.storage == "cpu" and plan.settings.device != "cpu" else stored_bytes(plan)
-    return working_bytes(plan) + stored
+    device, storage = plan.settings.device, plan.storage
+    kept = hidden_bytes(plan) * (storage.hidden == device) + target_bytes(plan) * (storage.targets == device)
+    return kept + working_bytes(plan, captured_bytes(plan) * (storage.captured == device))
 
 
 def host_bytes(plan: Plan) -> int:
     """Peak on worker 0's host: while a block is computed, while it is written, or while the checkpoint is."""
-    adapter, settings = plan.adapter, plan.settings
-    block = 2 * adapter.numel(adapter.block_names(0))
+    adapter, settings, storage = plan.adapter, plan.settings, plan.storage
     if settings.device == "cpu":
-        computed, hidden = device_bytes(plan), hidden_bytes(plan)
-    elif plan.storage == "cpu":
-        computed, hidden = block + stored_bytes(plan, pinned_bytes), hidden_bytes(plan, pinned_bytes)
+        computed, hidden, targets = device_bytes(plan), hidden_bytes(plan), target_bytes(plan)
     else:
-        computed, hidden = block, 0
-    gathered = all_hidden_bytes(plan) if plan.storage != "cpu" or plan.workers.size > 1 else 0
+        hidden = hidden_bytes(plan, pinned_bytes) * (storage.hidden == "cpu")
+        targets = target_bytes(plan, pinned_bytes) * (storage.targets == "cpu")
+        captured = captured_bytes(plan) * (storage.captured == "cpu")
+        computed = 2 * adapter.numel(adapter.block_names(0)) + hidden + targets + captured
+    gathered = all_hidden_bytes(plan) if storage.hidden != "cpu" or plan.workers.size > 1 else 0
     outer = outer_bytes(plan)
     shard = min(settings.shard_size, packed_bytes(adapter) + outer)
-    return max(computed, hidden + gathered, hidden + outer + shard)
+    return max(computed, hidden + targets + gathered, hidden + outer + shard)
 
 
 def place(plan: Plan) -> Plan:
-    """The run with its hidden states on the device where they fit in the budget, else on the host.
+    """The run with what is kept between its uses on the device, or as much of it as fits in the budget: first what is
+    captured, last the targets.
 
     The budget is `--memory-budget`, or the memory that is free on the device (the CPU's is the host's, an equal part of
     it for each worker). Raises ConfigError where no placement fits.
     """
     device, given = plan.settings.device, plan.settings.memory_budget
     own = free_bytes(device) // (plan.workers.size if device == "cpu" else 1) if given is None else given
-    for storage in dict.fromkeys((device, "cpu")):
+    placements = [(device, device, device), (device, "cpu", device), ("cpu", "cpu", device), ("cpu", "cpu", "cpu")]
+    for storage in [Storage(*devices) for devices in dict.fromkeys(placements)]:
         placed = replace(plan, storage=storage)
         # the most that a worker needs and the least that one has: all workers decide alike
         needed, negative = plan.workers.amax([torch.tensor([device_bytes(placed), -own])]).tolist()

@@ -29,6 +29,7 @@ from vllm_wkvquant.quantize.files import WriteError
 from vllm_wkvquant.quantize.head import Comparison, compare
 from vllm_wkvquant.quantize.plan import Plan, Settings, fingerprint, preflight
 from vllm_wkvquant.quantize.report import BlockDetail, render
+from vllm_wkvquant.quantize.runner import Ahead
 from vllm_wkvquant.quantize.state import RunState, partial_directory
 from vllm_wkvquant.quantize.workers import ALONE, Workers
 from vllm_wkvquant.quantize.writer import CheckpointWriter
@@ -60,14 +61,16 @@ def quantize(
         announce(estimated)
         hidden = of_this_worker(plan, state.hidden() if state else {}) if done else first_hidden(plan)
         progress(done, layers, "")
+        ahead = Ahead(plan)
         for layer in range(done, layers):
-            tensors, report = quantize_block(plan, layer, hidden)
+            tensors, report = quantize_block(plan, layer, hidden, ahead)
             whole = of_all_workers(plan, hidden)
             if state:
                 state.commit(tensors, report, whole)
             del whole
             losses = report.get("loss")
             progress(layer + 1, layers, f"loss {losses[0]:.3g} -> {losses[-1]:.3g}" if losses else "")
+        del ahead
         runs, of_weights = judge(plan, hidden)
         return finish(plan, state, runs, of_weights, estimated) if state else {}
     except WriteError as error:

@@ -49,11 +49,23 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Storage:
+    """Devices of what is kept between its uses.
+
+    hidden: of all runs' hidden states; targets: of those after each follower, which outputs are compared with;
+    captured: of a block's queries, keys and values.
+    """
+
+    hidden: str = "cpu"
+    targets: str = "cpu"
+    captured: str = "cpu"
+
+
+@dataclass(frozen=True)
 class Plan:
     """A run that has passed every check, as one of its workers sees it.
 
-    windows: this worker's; all_windows: of all workers. storage: device of hidden states and captured q, k, v between
-    uses.
+    windows: this worker's; all_windows: of all workers.
     """
 
     settings: Settings
@@ -64,7 +76,7 @@ class Plan:
     all_windows: Windows
     kv: KVCacheConfig
     workers: Workers = ALONE
-    storage: str = "cpu"
+    storage: Storage = Storage()
 
 
 def preflight(settings: Settings, workers: Workers = ALONE) -> Plan:

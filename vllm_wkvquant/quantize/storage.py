@@ -16,10 +16,10 @@ PINNED_SHARE = 0.5  # of what is free on the host, at most: what is pinned canno
 logger = logging.getLogger("vllm.wkvquant")
 
 
-def keep(plan: Plan, run: torch.Tensor) -> torch.Tensor:
-    """A run [N, T, hidden] in storage: pinned where that is a GPU's host and can pin as much, else as it is."""
-    run = run.to(plan.storage)
-    if plan.storage != "cpu" or plan.settings.device == "cpu":
+def keep(plan: Plan, run: torch.Tensor, where: str) -> torch.Tensor:
+    """A run [N, T, hidden] on `where`, of `plan.storage`: pinned where that is a GPU's host and can pin as much."""
+    run = run.to(where)
+    if where != "cpu" or plan.settings.device == "cpu":
         return run
     if pinned_bytes(run.nbytes) > PINNED_SHARE * free_bytes("cpu") / plan.workers.size:
         warn_pageable("too little is free")
