@@ -72,6 +72,8 @@ BEST_VARIANTS = {
     "searched_clip": learning(BEST, rounding=False, clipping=False, epochs=1),  # nothing is learned
     "no_rounding": learning(BEST, rounding=False),
     "no_clipping": learning(BEST, clipping=False),
+    "no_clipping_no_balance": replace(learning(BEST, clipping=False), value_balance=0.0),
+    "clip_rate_0.1": learning(BEST, clip_rate=0.1),
     "whole_range": learning(BEST, clip="whole"),
     "mse": learning(BEST, loss="mse"),
     "mae": learning(BEST, loss="mae"),

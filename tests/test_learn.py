@@ -139,12 +139,21 @@ def test_losses_are_of_the_positions_they_should_be(skip_first: bool) -> None:
 
 
 def test_an_offset_reaches_its_neighbour() -> None:
-    """`rate` is how far a parameter moves if all gradients agree."""
-    parameter = torch.zeros(3)
-    descent = learn.SignDescent([parameter], reach=0.5, steps=7)
-    for _ in range(7):
-        descent.step([torch.tensor([1.0, -3.0, 0.0])])
-    torch.testing.assert_close(parameter, torch.tensor([-0.5, 0.5, 0.0]))
+    """How far a parameter moves if all gradients agree: rate of the rounding, clip_rate of the range's ends."""
+    learning = dataclasses.replace(LEARNING, rate=0.5, clip_rate=0.125)
+    weight = learn.LearnedWeight(torch.randn(1, GROUP), GROUP, torch.float16, learning, torch.ones(GROUP))
+    before = [p.detach().clone() for p in weight.parameters()]
+    descent = learn.SignDescent(weight.parameters(), weight.rates(learning), steps=7)
+    gradient = torch.tensor([1.0, -3.0, 0.0])
+    with torch.no_grad():
+        for _ in range(7):
+            descent.step(
+                [gradient[:1].clone()[None], gradient[1:2].clone()[None], gradient.repeat(11)[None, None, :GROUP]]
+            )
+    moved = [(p - b).detach().flatten() for p, b in zip(weight.parameters(), before, strict=True)]
+    torch.testing.assert_close(moved[0], torch.tensor([-0.125]))
+    torch.testing.assert_close(moved[1], torch.tensor([0.125]))
+    torch.testing.assert_close(moved[2][:3], torch.tensor([-0.5, 0.5, 0.0]))
 
 
 def test_every_window_once_an_epoch() -> None:

@@ -55,8 +55,18 @@ class LearnedWeight:
             self.offset = torch.zeros(*shape, group_size, device=weight.device).requires_grad_()
 
     def parameters(self) -> list[torch.Tensor]:
-        """What is learned."""
-        return [self.low, self.high] * self.clipping + ([] if self.offset is None else [self.offset])
+        """What is learned: of the clipping, then of the rounding."""
+        return self._of_clipping() + self._of_rounding()
+
+    def rates(self, learning: Learning) -> list[float]:
+        """Of each parameter."""
+        return [learning.clip_rate] * len(self._of_clipping()) + [learning.rate] * len(self._of_rounding())
+
+    def _of_clipping(self) -> list[torch.Tensor]:
+        return [self.low, self.high] * self.clipping
+
+    def _of_rounding(self) -> list[torch.Tensor]:
+        return [] if self.offset is None else [self.offset]
 
     def project(self) -> None:
         """Bring every parameter back to where it may be."""
@@ -275,28 +285,34 @@ def batches(windows: int, learning: Learning, seed: int) -> Iterator[list[int]]:
 
 
 class SignDescent:
-    """Steps by the sign of the gradient, of a size that falls linearly to 0: a parameter moves by `reach` at most.
+    """Steps by the sign of the gradient, of a size that falls linearly to 0: a parameter moves by its reach at most.
 
     So an offset can reach every neighbour, and none depends on the size of its gradient (SignRound, arXiv 2309.05516).
     """
 
-    def __init__(self, parameters: list[torch.Tensor], reach: float, steps: int) -> None:
-        self.parameters, self.size, self.steps, self.done = parameters, 2 * reach / (steps + 1), steps, 0
+    def __init__(self, parameters: list[torch.Tensor], reaches: list[float], steps: int) -> None:
+        self.parameters, self.steps, self.done = parameters, steps, 0
+        self.sizes = [2 * reach / (steps + 1) for reach in reaches]
 
     def step(self, gradients: list[torch.Tensor]) -> None:
         """One step down."""
-        size = self.size * (1 - self.done / self.steps)
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.sub_(gradient.sign_(), alpha=size)
+        left = 1 - self.done / self.steps
+        for parameter, gradient, size in zip(self.parameters, gradients, self.sizes, strict=True):
+            parameter.sub_(gradient.sign_(), alpha=left * size)
         self.done += 1
 
 
 class AdamW:
     """torch's AdamW without decay."""
 
-    def __init__(self, parameters: list[torch.Tensor], rate: float) -> None:
+    def __init__(self, parameters: list[torch.Tensor], rates: list[float]) -> None:
         self.parameters = parameters
-        self.optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.0)
+        groups: dict[float, list[torch.Tensor]] = {}
+        for parameter, rate in zip(parameters, rates, strict=True):
+            groups.setdefault(rate, []).append(parameter)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": group, "lr": rate} for rate, group in groups.items()], weight_decay=0.0
+        )
 
     def step(self, gradients: list[torch.Tensor]) -> None:
         """One step down."""
@@ -323,12 +339,13 @@ def learn(
     parameters, of_cache = block.parameters(), block.cache.parameters() if block.cache else []
     steps = learning.epochs * -(-windows // learning.batch)
     of_weights = parameters[: len(parameters) - len(of_cache)]
+    rates = [rate for weight in block.weights.values() for rate in weight.rates(learning)]
     sign = learning.optimizer == "sign"
     optimizers: list[SignDescent | AdamW] = []
     if of_weights:
-        optimizers.append(SignDescent(of_weights, learning.rate, steps) if sign else AdamW(of_weights, learning.rate))
+        optimizers.append(SignDescent(of_weights, rates, steps) if sign else AdamW(of_weights, rates))
     if of_cache:
-        optimizers.append(AdamW(of_cache, learning.cache_rate))
+        optimizers.append(AdamW(of_cache, [learning.cache_rate] * len(of_cache)))
     device = block.v_linear.weight.device
     size, loss = together(learning, device.type), loss_of(learning)
     losses: list[torch.Tensor] = []  # read at the end: a GPU is not waited for in between

@@ -35,10 +35,11 @@ class Learning:
     starts. rounding: learn which of its two neighbours a weight becomes. cache: learn k_smooth, k_shift, v_shift and
     the smoothing of V with the weights, under a simulated cache; otherwise the weights are learned under a 16-bit cache
     and the cache's parameters are taken from statistics afterwards. past_only: the simulated cache leaves a token's own
-    key and value as they are. optimizer: of the weights, "sign" (rate: how far a parameter may move in all) or "adamw"
-    (rate: learning rate); the cache's is AdamW with learning rate cache_rate. batch: windows a step. loss: a key of
-    `learn.LOSSES`. skip_first: leave the first positions of a window out of it, as out of every statistic. followers:
-    how many of the following blocks, in 16 bits, the output is also compared after.
+    key and value as they are. optimizer: of the weights, "sign" (rate: how far the rounding may move in all,
+    clip_rate: how far an end of the range) or "adamw" (both: learning rate); the cache's is AdamW with learning rate
+    cache_rate. batch: windows a step. loss: a key of `learn.LOSSES`. skip_first: leave the first positions of a window
+    out of it, as out of every statistic. followers: how many of the following blocks, in 16 bits, the output is also
+    compared after.
     """
 
     clip: str
@@ -48,6 +49,7 @@ class Learning:
     epochs: int
     batch: int
     rate: float
+    clip_rate: float
     loss: str
     cache_rate: float = 0.0
     followers: int = 0
@@ -127,6 +129,7 @@ BEST = replace(
         epochs=10,
         batch=4,
         rate=0.5,
+        clip_rate=0.5,
         loss="relative_mse",
         skip_first=True,
     ),
@@ -143,7 +146,8 @@ PAPER = replace(
         optimizer="adamw",
         epochs=5,
         batch=1,
-        rate=1e-2,
+        rate=0.0,
+        clip_rate=1e-2,
         cache_rate=1e-3,
         loss="mae",
         followers=5,
