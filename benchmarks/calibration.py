@@ -43,6 +43,7 @@ from vllm_wkvquant.quantize.plan import Plan, Settings, fingerprint, preflight
 from vllm_wkvquant.quantize.recipes import DEFAULT, find_recipe
 from vllm_wkvquant.quantize.runner import Ahead
 from vllm_wkvquant.quantize.state import RunState
+from vllm_wkvquant.quantize.storage import stage
 
 TABLE_WIDTH = 140
 
@@ -92,7 +93,7 @@ def write_text(path: Path, shape: Shape, tokens: int) -> None:
 
 def measure(plan: Plan, count: int, limit_seconds: float) -> list[Block]:
     """Take hidden states through the first `count` blocks, or as many as the limit allows, at least one."""
-    state = RunState(plan.settings.out, fingerprint(plan))
+    state = RunState(plan.settings.out, fingerprint(plan), stage(plan))
     hidden, ahead = first_hidden(plan), Ahead(plan)
     blocks: list[Block] = []
     began = time.perf_counter()
@@ -106,7 +107,9 @@ def measure(plan: Plan, count: int, limit_seconds: float) -> list[Block]:
         state.commit(tensors, report, of_all_workers(plan, hidden))
         blocks.append(Block({**report["seconds"], "write": time.perf_counter() - start}, flop))
         print(f"block {layer + 1}/{count}: {blocks[-1].total:.1f} s", file=sys.stderr)
+    start = time.perf_counter()
     state.close()
+    blocks[-1].seconds["write"] += time.perf_counter() - start
     return blocks
 
 

@@ -1,16 +1,20 @@
 """Hidden states that a GPU's host keeps: pinned where it can, and the same windows as ever. Pinning has a stand-in."""
 
 import dataclasses
+import json
 import logging
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import save_text, tiny_model
 
-from vllm_wkvquant.quantize import estimate, storage
+from vllm_wkvquant.quantize import estimate, state, storage
 from vllm_wkvquant.quantize.blocks import first_hidden
+from vllm_wkvquant.quantize.files import WriteError
 from vllm_wkvquant.quantize.plan import Plan, Settings, preflight
 
 SAMPLES, SEQ_LEN = 8, 32
@@ -118,7 +122,42 @@ def test_the_estimate_counts_what_is_pinned(of_gpu: Plan) -> None:
     assert estimate.target_bytes(of_gpu) == 5 * train
     assert estimate.target_bytes(of_gpu, storage.pinned_bytes) == 5 * 2**17
     block = 2 * of_gpu.adapter.numel(of_gpu.adapter.block_names(0))
-    assert estimate.host_bytes(of_gpu) == block + of_runs + 5 * 2**17 + estimate.captured_bytes(of_gpu)
+    captured = estimate.captured_bytes(of_gpu)
+    assert estimate.host_bytes(of_gpu) == block + of_runs + 5 * 2**17 + captured + of_runs  # and a copy to be written
+
+
+def test_a_gpu_goes_on_while_a_block_is_written(
+    of_gpu: Plan, plan: Plan, pinned: list[torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written is what the hidden states were, and an error comes out of the call after."""
+    assert storage.stage(plan) is None
+    go_on, write = threading.Event(), state.write_tensors
+
+    def slowly(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        assert go_on.wait(60)
+        write(path, tensors)
+
+    monkeypatch.setattr(state, "write_tensors", slowly)
+    run = state.RunState(tmp_path / "out", {"a": 1}, storage.stage(of_gpu))
+    hidden = {"reference": torch.ones(3, 4, 5)}
+    run.commit({"x": torch.ones(1)}, {}, hidden)
+    hidden["reference"] += 1
+    assert not (run.directory / "run.json").exists()
+    go_on.set()
+    run.commit({"x": torch.ones(1)}, {}, hidden)
+    run.wait()
+    assert len(pinned) == 1
+    torch.testing.assert_close(run.hidden(), {"reference": 2 * torch.ones(3, 4, 5)})
+    assert json.loads((run.directory / "run.json").read_text())["blocks_done"] == 2
+
+    def fail(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        raise WriteError(path, OSError(28, "No space left on device"))
+
+    monkeypatch.setattr(state, "write_tensors", fail)
+    run.commit({"x": torch.ones(1)}, {}, hidden)
+    with pytest.raises(WriteError, match="No space left"):
+        run.commit({"x": torch.ones(1)}, {}, hidden)
+    assert json.loads((run.directory / "run.json").read_text())["blocks_done"] == 2
 
 
 def test_windows_are_taken_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

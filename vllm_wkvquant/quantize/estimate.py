@@ -251,10 +251,12 @@ def host_bytes(plan: Plan) -> int:
         targets = target_bytes(plan, pinned_bytes) * (storage.targets == "cpu")
         captured = captured_bytes(plan) * (storage.captured == "cpu")
         computed = 2 * adapter.numel(adapter.block_names(0)) + hidden + targets + captured
-    gathered = all_hidden_bytes(plan) if storage.hidden != "cpu" or plan.workers.size > 1 else 0
+    gathered = all_hidden_bytes(plan) if plan.workers.size > 1 else 0
+    # a copy that is written while a GPU goes on
+    staged = hidden_bytes(replace(plan, windows=plan.all_windows), pinned_bytes) * (settings.device != "cpu")
     outer = outer_bytes(plan)
     shard = min(settings.shard_size, packed_bytes(adapter) + outer)
-    return max(computed, hidden + targets + gathered, hidden + outer + shard)
+    return staged + max(computed, hidden + targets + gathered, hidden + outer + shard)
 
 
 def place(plan: Plan) -> Plan:

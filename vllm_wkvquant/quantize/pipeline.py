@@ -31,6 +31,7 @@ from vllm_wkvquant.quantize.plan import Plan, Settings, fingerprint, preflight
 from vllm_wkvquant.quantize.report import BlockDetail, render
 from vllm_wkvquant.quantize.runner import Ahead
 from vllm_wkvquant.quantize.state import RunState, partial_directory
+from vllm_wkvquant.quantize.storage import stage
 from vllm_wkvquant.quantize.workers import ALONE, Workers
 from vllm_wkvquant.quantize.writer import CheckpointWriter
 
@@ -55,7 +56,7 @@ def quantize(
         announce(estimate(plan))
         return {}
     try:
-        state = RunState(settings.out, fingerprint(plan)) if workers.rank == 0 else None
+        state = RunState(settings.out, fingerprint(plan), stage(plan)) if workers.rank == 0 else None
         done = workers.total(state.blocks_done if state else 0)
         estimated = estimate(plan)
         announce(estimated)
@@ -71,6 +72,8 @@ def quantize(
             losses = report.get("loss")
             progress(layer + 1, layers, f"loss {losses[0]:.3g} -> {losses[-1]:.3g}" if losses else "")
         del ahead
+        if state:
+            state.wait()
         runs, of_weights = judge(plan, hidden)
         return finish(plan, state, runs, of_weights, estimated) if state else {}
     except WriteError as error:

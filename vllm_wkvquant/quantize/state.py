@@ -1,4 +1,5 @@
-"""What a run has done so far, on disk, so that a killed one loses at most the block it was in.
+"""What a run has done so far, on disk, so that a killed one loses at most the block it was in and, where blocks are
+written while the next one is computed, the one before.
 
     OUT.wkvquant-partial/
       run.json                    settings; how many blocks are done
@@ -13,6 +14,8 @@
 import fcntl
 import json
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.quantize.files import WriteError, write_json, write_tensors
 
 SUFFIX = ".wkvquant-partial"
+
+Stage = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
 def partial_directory(out: Path) -> Path:
@@ -42,8 +47,15 @@ def check_output(out: Path, resume: bool) -> None:
 class RunState:
     """The state of one run; holds a lock on its directory as long as the process lives."""
 
-    def __init__(self, out: Path, settings: dict[str, Any]) -> None:
-        """Open the state of a run towards `out`, or begin one. Raises ConfigError where `settings` differ from it."""
+    def __init__(self, out: Path, settings: dict[str, Any], stage: Stage | None = None) -> None:
+        """Open the state of a run towards `out`, or begin one. Raises ConfigError where `settings` differ from it.
+
+        stage: copies hidden states to where they remain until it is called again. With it, blocks are written while the
+        caller goes on.
+        """
+        self._stage, self._writing = stage, Future[None]()
+        self._writing.set_result(None)
+        self._writer = ThreadPoolExecutor(1)
         self.directory = partial_directory(out)
         self._settings = settings
         self.blocks_done = 0
@@ -87,16 +99,32 @@ class RunState:
         return json.loads(self._file("block", layer, "json").read_text())
 
     def commit(self, tensors: dict[str, torch.Tensor], report: dict[str, Any], hidden: dict[str, torch.Tensor]) -> None:
-        """Keep a finished block and the hidden states after it. Raises WriteError."""
-        layer = self.blocks_done
+        """Keep a finished block and the hidden states after it. Raises WriteError; where writing goes on, the next call
+        or `wait` does."""
+        self.wait()
+        if self._stage is None:
+            self._write(self.blocks_done, tensors, report, hidden)
+        else:
+            hidden = self._stage(hidden)
+            self._writing = self._writer.submit(self._write, self.blocks_done, tensors, report, hidden)
+        self.blocks_done += 1
+
+    def wait(self) -> None:
+        """Until everything is written. Raises WriteError."""
+        self._writing.result()
+
+    def _write(
+        self, layer: int, tensors: dict[str, torch.Tensor], report: dict[str, Any], hidden: dict[str, torch.Tensor]
+    ) -> None:
         write_tensors(self._file("block", layer), tensors)
         write_json(self._file("block", layer, "json"), report)
         write_tensors(self._file("hidden", layer + 1), hidden)
         write_json(self.directory / "run.json", {"settings": self._settings, "blocks_done": layer + 1})
-        self.blocks_done = layer + 1
         self._file("hidden", layer).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Delete the state, once the result is at its place."""
+        self.wait()
+        self._writer.shutdown()
         shutil.rmtree(self.directory)
         self._lock.close()

@@ -10,6 +10,7 @@ import logging
 import torch
 
 from vllm_wkvquant.quantize.plan import Plan
+from vllm_wkvquant.quantize.state import Stage
 
 PINNED_SHARE = 0.5  # of what is free on the host, at most: what is pinned cannot be given to anyone else
 
@@ -29,6 +30,22 @@ def keep(plan: Plan, run: torch.Tensor, where: str) -> torch.Tensor:
     except RuntimeError as error:
         warn_pageable(str(error))
         return run
+
+
+def stage(plan: Plan) -> Stage | None:
+    """For `RunState`: hidden states are copied to memory of the host of their own, where a GPU computes meanwhile."""
+    if plan.settings.device == "cpu":
+        return None
+    copies: dict[str, torch.Tensor] = {}
+
+    def copy(hidden: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for name, run in hidden.items():
+            if name not in copies:
+                copies[name] = keep(plan, torch.empty(run.shape, dtype=run.dtype), "cpu")
+            copies[name].copy_(run)
+        return copies
+
+    return copy
 
 
 def take(run: torch.Tensor, windows: list[int], device: torch.device) -> torch.Tensor:
