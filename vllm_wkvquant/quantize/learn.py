@@ -378,7 +378,7 @@ def batch_gradients(
     # the graph of the weights is walked once a step, that of the block once for each entry of `windows`
     leaves = {name: t.detach().to(block.dtype).requires_grad_() for name, t in fake.items()}
     sources = [*leaves.values(), *direct]
-    sums = [torch.zeros_like(t, dtype=torch.float32) for t in sources]
+    found: list[torch.Tensor | None] = [None] * len(sources)
     losses = []
     for window, targets in windows:
         with torch.enable_grad():
@@ -386,10 +386,12 @@ def batch_gradients(
             parts = [loss_function(o, t) for o, t in zip(after, targets, strict=True)]
             of_windows = torch.stack(parts).mean(0)
             loss = of_windows.sum()
-        for total, part in zip(sums, torch.autograd.grad(loss, sources, allow_unused=True), strict=True):
+        for i, part in enumerate(torch.autograd.grad(loss, sources, allow_unused=True)):
+            total = found[i]
             if part is not None:
-                total += part
+                found[i] = part.float() if total is None else total.add_(part)
         losses.append(of_windows.detach())
+    sums = [torch.zeros_like(t, dtype=torch.float32) if x is None else x for t, x in zip(sources, found, strict=True)]
     for total in sums:
         workers.sum(total)
     learned = [(t, total) for t, total in zip(fake.values(), sums, strict=False) if t.requires_grad]
