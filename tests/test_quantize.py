@@ -201,8 +201,9 @@ def test_calibration_in_16_bits_agrees(recipe: str, tmp_path: Path, text: Path) 
     for dtype in ("float32", "bfloat16"):
         quantize(settings(model, tmp_path / dtype, text, dtype=dtype, recipe=recipe))
     exact, rounded = (Checkpoint(tmp_path / dtype).kv_params(1) for dtype in ("float32", "bfloat16"))
-    assert blocks.relative_error(rounded.k_shift, exact.k_shift) < 0.2
-    assert blocks.relative_error(rounded.v_shift, exact.v_shift) < 0.2
+    most = 0.2 if recipe == "rtn" else 0.3  # the least difference tips what is learned
+    assert blocks.relative_error(rounded.k_shift, exact.k_shift) < most
+    assert blocks.relative_error(rounded.v_shift, exact.v_shift) < most
 
 
 def test_same_seed_same_bytes(tmp_path: Path, text: Path) -> None:

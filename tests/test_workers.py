@@ -113,22 +113,27 @@ def test_two_workers_find_what_one_finds(
     assert len(told) == 1
     expected, of_one = alone(recipe)
     assert report["settings"] == {**expected["settings"], "workers": 2}
-    assert report["smoothing"] == expected["smoothing"]
     tolerance, tensor_tolerance = TOLERANCE[recipe]
     near = partial(pytest.approx, rel=tolerance)
+    # candidates that are as good as each other may change places
+    chosen, of_report = report["smoothing"], report["candidates"]
+    assert of_report[chosen]["kl"] == min(candidate["kl"] for candidate in of_report.values())
+    assert expected["candidates"][chosen]["kl"] == near(expected["candidates"][expected["smoothing"]]["kl"])
     for name, candidate in expected["candidates"].items():
         assert report["candidates"][name]["kl"] == near(candidate["kl"])
         assert report["candidates"][name]["kl_se"] == near(candidate["kl_se"])
     assert report["perplexity"] == near(expected["perplexity"])
     for ours, theirs in zip(report["layers"], expected["layers"], strict=True):
         assert ours["weight_error"] == near(theirs["weight_error"])
-        assert ours["hidden_error"] == near(theirs["hidden_error"])
+        if chosen == expected["smoothing"]:
+            assert ours["hidden_error"] == near(theirs["hidden_error"])
         for learned in ours.keys() & {"loss", "output_error"}:
             assert ours[learned] == near(theirs[learned])
     of_two = tensors(tmp_path / "out")
     assert of_two.keys() == of_one.keys()
     for name, tensor in of_one.items():
-        assert relative_error(of_two[name], tensor) < tensor_tolerance, name
+        if chosen == expected["smoothing"] or not name.endswith("k_smooth"):
+            assert relative_error(of_two[name], tensor) < tensor_tolerance, name
 
 
 # -- ends
