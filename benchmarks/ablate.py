@@ -63,6 +63,12 @@ def cache_variants(recipe: Recipe) -> dict[str, Recipe]:
     }
 
 
+def tuning(recipe: Recipe, **changes: Any) -> Recipe:
+    """The recipe with these fields of its tuning changed."""
+    assert recipe.tuning is not None
+    return replace(recipe, tuning=replace(recipe.tuning, **changes))
+
+
 def learned_cache(recipe: Recipe, rate: float) -> Recipe:
     """The cache learned with the weights, from the smoothing of `one_smoothing`, which is what to compare it with."""
     return replace(learning(recipe, cache=True, cache_rate=rate), smoothings=(Smoothing(0.5),), search=())
@@ -81,6 +87,8 @@ BEST_VARIANTS = {
     "one_follower": learning(BEST, followers=1),
     "5_epochs": learning(BEST, epochs=5),
     "20_epochs": learning(BEST, epochs=20),
+    "no_tuning": replace(BEST, tuning=None),
+    "tuning_16_bit_cache": tuning(BEST, cache=False),
     "learned_cache": learned_cache(BEST, rate=1e-3),  # the paper's; without it the cache is from statistics
     "learned_cache_faster": learned_cache(BEST, rate=1e-2),
     **cache_variants(BEST),
@@ -135,6 +143,10 @@ def finished(settings: Settings) -> dict[str, Any] | None:
 def summary(settings: Settings, report: dict[str, Any]) -> dict[str, Any]:
     """What the table has of a report, and what that was computed from."""
     weights, perplexity, chosen = report["weights"], report["perplexity"], report["smoothing"]
+    cache, ppl = report["candidates"][chosen], (perplexity["reference"], perplexity[chosen])
+    if report["tuning"]:
+        weights, cache = report["tuning"]["weights"], report["tuning"]["cache"]
+        ppl = report["tuning"]["perplexity"]["weights"], report["tuning"]["perplexity"]["both"]
     return {
         "variant": settings.recipe.name,
         "seed": settings.seed,
@@ -143,10 +155,10 @@ def summary(settings: Settings, report: dict[str, Any]) -> dict[str, Any]:
         "settings": report["settings"],
         "kl_weights": weights and weights["kl"],
         "kl_weights_se": weights and weights["kl_se"],
-        "kl_cache": report["candidates"][chosen]["kl"],
-        "kl_cache_se": report["candidates"][chosen]["kl_se"],
-        "ppl_w4": perplexity["reference"],
-        "ppl_w4kv4": perplexity[chosen],
+        "kl_cache": cache["kl"],
+        "kl_cache_se": cache["kl_se"],
+        "ppl_w4": ppl[0],
+        "ppl_w4kv4": ppl[1],
         "ppl_16_bit": perplexity.get("exact"),
     }
 

@@ -60,6 +60,7 @@ def test_time_is_that_of_the_rehearsal_in_proportion(plan, monkeypatch: pytest.M
     rehearsed = {"load": 1.0, "clips": 1.0, "round": 1.0, "exact": 5.0, "learn": 100.0, "candidates": 1.0}
     monkeypatch.setattr(estimate, "quantize_block", lambda *_: (None, {"seconds": known}))
     monkeypatch.setattr(estimate, "head_flop", lambda _: 0.0)
+    monkeypatch.setattr(estimate, "tuning_flop", lambda _: 0.0)
     seconds = {}
     for name in ["", *rehearsed]:
         known = dict.fromkeys((*rehearsed, "statistics", "rounded", "targets", "reference", "search"), 1e-9)

@@ -95,14 +95,18 @@ def pack_weight(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tens
     }
 
 
+def unpack_steps(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """code - zero_point, int8 [out, in / group, group], of `pack_weight`'s tensors."""
+    shape = torch.Size(tensors["weight_shape"].tolist())
+    of_groups = torch.Size(tensors["weight_scale"].shape)
+    codes = unpack_from_int32(tensors["weight_packed"], 4, shape)
+    zero = unpack_from_int32(tensors["weight_zero_point"], 4, of_groups, packed_dim=0)
+    return codes.view(*of_groups, -1) - zero[..., None]
+
+
 def unpack_weight(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     """Dequantized weight fp32 [out, in] from `pack_weight`'s tensors: scale * (code - zero_point)."""
-    out, cols = tensors["weight_shape"].tolist()
-    scale = tensors["weight_scale"].float()
-    codes = unpack_from_int32(tensors["weight_packed"], 4, torch.Size((out, cols))).float()
-    zero = unpack_from_int32(tensors["weight_zero_point"], 4, torch.Size(scale.shape), packed_dim=0).float()
-    grouped = codes.view(out, scale.shape[1], -1)
-    return ((grouped - zero[..., None]) * scale[..., None]).view(out, cols)
+    return (unpack_steps(tensors).float() * tensors["weight_scale"].float()[..., None]).flatten(1)
 
 
 class ShardedTensors:

@@ -171,6 +171,13 @@ def run_quantize(args: argparse.Namespace) -> int:
     if report["weights"]:
         w = report["weights"]
         Console().print(f"KL(16-bit || 4-bit weights) there {w['kl']:.5f} (se {w['kl_se']:.5f})", highlight=False)
+    if report["tuning"]:
+        w, c, b = (report["tuning"][name] for name in ("weights", "cache", "both"))
+        Console().print(
+            f"tuned all together: KL(16-bit || 4-bit weights) {w['kl']:.5f}, KL(16-bit cache || 4-bit cache) "
+            f"{c['kl']:.5f}, KL(16-bit || 4-bit weights and cache) {b['kl']:.5f}",
+            highlight=False,
+        )
     Console().print(f"{settings.out}: {report['smoothing']} chosen", highlight=False, soft_wrap=True)
     return 0
 

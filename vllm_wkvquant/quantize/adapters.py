@@ -177,13 +177,16 @@ class ModelAdapter:
 
     def load_block(self, layer: int, dtype: torch.dtype, device: str) -> torch.nn.Module:
         """One decoder block with its weights, [out, in] each; freed by the caller dropping it."""
-        prefix = self.block_prefix(layer)
-        with torch.device("meta"):
-            meta = self.skeleton.get_submodule(f"{self.family.layers}.{layer}")
-            block = type(meta)(self.config, layer)
+        prefix, block = self.block_prefix(layer), self.empty_block(layer)
         state = {n.removeprefix(prefix): t for n, t in self.tensors.get(self.block_names(layer)).items()}
         block.load_state_dict({n: t.to(device, dtype) for n, t in state.items()}, assign=True)
-        return block.eval().requires_grad_(False)
+        return block.requires_grad_(False)
+
+    def empty_block(self, layer: int) -> torch.nn.Module:
+        """One decoder block without weights, on the meta device."""
+        with torch.device("meta"):
+            meta = self.skeleton.get_submodule(f"{self.family.layers}.{layer}")
+            return type(meta)(self.config, layer).eval()
 
     def load_embedding(self) -> torch.Tensor:
         """Token embedding [vocabulary, hidden] as stored."""

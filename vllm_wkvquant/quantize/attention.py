@@ -103,10 +103,23 @@ class CalibrationAttention:
             out = scaled_dot_product_attention(
                 query, key, value, is_causal=True, scale=self.scale, enable_gqa=True
             ).transpose(1, 2)
+        elif self.captured is None and self.cache is not None:
+            out = self._simulated(query, key, value)
         else:
             windows = zip(*(x.transpose(1, 2) for x in (query, key, value)), strict=True)
             out = torch.stack([self._window(q, k, v) for q, k, v in windows])
         return out.to(query.dtype), None
+
+    def _simulated(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Windows under the cache, the heads of all together: shapes as of `__call__`."""
+        assert self.cache is not None
+        positions = torch.arange(query.shape[2], device=query.device)
+        past = self.cache(key.transpose(1, 2), value.transpose(1, 2), positions)  # [B, T, H, D] each
+        past_k, past_v = (x.transpose(0, 1).flatten(1, 2) for x in past)  # [T, B * H, D]
+        q, k, v = (x.permute(2, 0, 1, 3).flatten(1, 2) for x in (query, key, value))
+        own = (k, v) if self.past_only else (past_k, past_v)
+        out = past_only_attention(q, *own, past_k, past_v, self.scale, self.sliding_window)
+        return out.unflatten(1, (query.shape[0], -1)).transpose(0, 1)
 
     def _window(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """One sequence: query [T, Hq, D], key and value [T, H, D] -> [T, Hq, D]."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vllm_wkvquant.config import ConfigError
-from vllm_wkvquant.quantize import kv
+from vllm_wkvquant.quantize import kv, tune
 from vllm_wkvquant.quantize.attention import QUERY_ROWS
 from vllm_wkvquant.quantize.blocks import first_hidden, quantize_block
 from vllm_wkvquant.quantize.calibration import FIRST_TOKENS
@@ -56,10 +56,12 @@ def estimate(plan: Plan) -> Estimate:
     blocks = [block_flop(plan, layer) for layer in layers]
     fixed = len(layers) * sum(seconds.get(name, 0.0) for name in FIXED)
     scaled = sum(seconds[name] * flop / known[name] for block in blocks for name, flop in block.items() if flop)
-    head = head_flop(plan)
+    head, tuning = head_flop(plan), tuning_flop(plan)
+    # tuning goes forward and back as learning does
+    tuned = tuning * seconds["learn"] / known["learn"] if tuning else 0.0
     return Estimate(
-        flop=plan.workers.size * (sum(sum(block.values()) for block in blocks) + head),
-        seconds=fixed + scaled + head / rate,
+        flop=plan.workers.size * (sum(sum(block.values()) for block in blocks) + head + tuning),
+        seconds=fixed + scaled + head / rate + tuned,
         rate=rate,
         device_bytes=0 if plan.settings.device == "cpu" else device_bytes(plan),
         host_bytes=host_bytes(plan),
@@ -91,6 +93,14 @@ def attention_flop(plan: Plan, layer: int, rows: int = 1) -> float:
     return 4 * pairs * plan.adapter.num_heads * plan.adapter.head_size
 
 
+def simulated_flop(plan: Plan, layer: int) -> float:
+    """Of one window's attention under a simulated cache, which is no fused kernel, and the rotation of keys there and
+    back."""
+    adapter, length = plan.adapter, plan.windows.tokens.shape[1]
+    rotation = 4 * length * adapter.num_kv_heads * adapter.head_size**2 if plan.recipe.key_hadamard else 0
+    return attention_flop(plan, layer, QUERY_ROWS) + rotation
+
+
 def block_flop(plan: Plan, layer: int) -> dict[str, float]:
     """Matrix products of a block, by the parts of its `Clock` that are not FIXED.
 
@@ -103,9 +113,7 @@ def block_flop(plan: Plan, layer: int) -> dict[str, float]:
     sizes = {name: 2 * length * out * cols for name, (out, cols) in adapter.linear_shapes().items()}
     linear, attention = sum(sizes.values()), attention_flop(plan, layer)
     forward = linear + attention
-    # attention under a simulated cache, which is no fused kernel, and the rotation of keys there and back
-    simulated = attention_flop(plan, layer, QUERY_ROWS)
-    simulated += 4 * length * adapter.num_kv_heads * adapter.head_size**2 if recipe.key_hadamard else 0
+    simulated = simulated_flop(plan, layer)
     flop: dict[str, float] = {
         "statistics": train * sizes[adapter.family.v_proj] if recipe.value_balance else 0,
         "reference": samples * forward + linear * plan.windows.first_tokens.numel() / length,
@@ -136,9 +144,31 @@ def block_flop(plan: Plan, layer: int) -> dict[str, float]:
 
 def head_flop(plan: Plan) -> float:
     """Of the logits of all runs that are compared after the last block."""
-    runs = 1 + len(plan.recipe.candidates) + (2 if plan.recipe.learning else 0)
-    rows = plan.windows.held_out * plan.windows.tokens.shape[1]
-    return 2 * runs * rows * plan.adapter.config.vocab_size * plan.adapter.config.hidden_size
+    runs = 1 + len(plan.recipe.candidates) + (2 if plan.recipe.learning else 0) + (5 if plan.recipe.tuning else 0)
+    return runs * plan.windows.held_out * logits_flop(plan)
+
+
+def logits_flop(plan: Plan) -> float:
+    """Of a window's logits."""
+    config = plan.adapter.config
+    return 2 * plan.windows.tokens.shape[1] * config.vocab_size * config.hidden_size
+
+
+def tuning_flop(plan: Plan) -> float:
+    """Of tuning all blocks together: each window forward, again where gradients come to a block, and back, which takes
+    as much for weights and again for inputs; held-out windows forward."""
+    tuning, linears = plan.recipe.tuning, plan.adapter.linear_shapes().values()
+    if not tuning:
+        return 0.0
+    linear = 2 * plan.windows.tokens.shape[1] * sum(out * cols for out, cols in linears) * plan.adapter.num_layers
+    layers = range(plan.adapter.num_layers)
+    of_16_bits = sum(attention_flop(plan, layer) for layer in layers)
+    of_4_bits = sum(simulated_flop(plan, layer) for layer in layers)
+    attention = of_4_bits if tuning.cache else of_16_bits
+    windows, held_out, head = plan.windows.statistics, plan.windows.held_out, logits_flop(plan)
+    learned = tuning.epochs * windows * (4 * (linear + attention) + 3 * head)
+    compared = (tuning.epochs + 1) * held_out * (linear + attention + 2 * head)
+    return learned + compared + held_out * (2 * linear + of_16_bits + of_4_bits)
 
 
 # -- memory
@@ -221,12 +251,31 @@ def learning_bytes(plan: Plan) -> int:
     return (1 + followers(plan)) * (block_bytes(plan) + windows * window_bytes(plan)) + windows * scores + learned
 
 
+def tuning_bytes(plan: Plan) -> int:
+    """All codes with the steps, what is learned and Adam's state, hidden states before every block, the head with a
+    part of its logits, and one block with its weights, what is saved for their gradients, and windows in it."""
+    adapter, config = plan.adapter, plan.adapter.config
+    if not plan.recipe.tuning:
+        return 0
+    length, size = plan.windows.tokens.shape[1], itemsize(plan)
+    shapes = {name.rpartition(".")[2]: rows * cols for name, (rows, cols) in adapter.linear_shapes().items()}
+    weights = sum(shapes.values())
+    groups = sum(count // adapter.group_sizes[name] for name, count in shapes.items())
+    others = adapter.numel(adapter.block_names(0)) - weights
+    windows = tune.together(plan)
+    shifts = 8 * length * adapter.num_kv_heads * adapter.head_size
+    kept = adapter.num_layers * (weights + 28 * (groups + others) + shifts)
+    kept += adapter.num_layers * windows * length * config.hidden_size * size
+    head = config.vocab_size * (config.hidden_size * size + 24 * LOGIT_ROWS)
+    return kept + head + weights * (12 + 2 * size) + windows * (window_bytes(plan) + tune.score_bytes(plan))
+
+
 def working_bytes(plan: Plan, captured: int = 0) -> int:
     """The most that is computed with at once, besides what is kept of windows: a block, or the head. captured: bytes of
     what is `captured_bytes`, which is gone while weights are learned."""
     config = plan.adapter.config
     head = config.vocab_size * (config.hidden_size * itemsize(plan) + 16 * LOGIT_ROWS)
-    return max(rounding_bytes(plan) + captured, learning_bytes(plan), head)
+    return max(rounding_bytes(plan) + captured, learning_bytes(plan), tuning_bytes(plan), head)
 
 
 def outer_bytes(plan: Plan) -> int:

@@ -10,11 +10,19 @@ from dataclasses import replace
 import torch
 
 from vllm_wkvquant.quantize.calibration import SKIPPED
-from vllm_wkvquant.quantize.recipes import Learning
+from vllm_wkvquant.quantize.recipes import Learning, Tuning
 from vllm_wkvquant.quantize.storage import take
 from vllm_wkvquant.quantize.weights import FakeQuantize, QuantizedWeight, group_range, quantize_weight, search_clip
 from vllm_wkvquant.quantize.workers import ALONE, Workers
-from vllm_wkvquant.reference import FP16_MAX, QMAX, KVParams, hadamard_matrix, key_shift_at, value_shift_at
+from vllm_wkvquant.reference import (
+    FP16_MAX,
+    QMAX,
+    KVParams,
+    Simulation,
+    hadamard_matrix,
+    key_shift_at,
+    value_shift_at,
+)
 
 CLIP_MIN = 0.3  # a group keeps at least this share of its range
 SIGMOID_INIT = 4.0  # of the paper's gamma and beta: 98 % of the range
@@ -112,6 +120,20 @@ def fake_quantize_tokens(x: torch.Tensor) -> torch.Tensor:
     return codes * scale + minimum
 
 
+def fake_quantize_cache(params: KVParams, positions: torch.Tensor) -> Simulation:
+    """`reference.fake_quantize` with straight-through gradients, of windows [.., T, H, D] at these positions [T]."""
+    h = hadamard_matrix(params.k_smooth.shape[-1]).to(params.k_smooth.device) if params.key_hadamard else None
+    k_shift, v_shift = key_shift_at(positions, params), value_shift_at(positions, params)
+
+    def fake(key: torch.Tensor, value: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert at.shape == positions.shape
+        k = (key.float() - k_shift) / params.k_smooth
+        k = fake_quantize_tokens(k) if h is None else fake_quantize_tokens(k @ h) @ h
+        return k * params.k_smooth + k_shift, fake_quantize_tokens(value.float() - v_shift) + v_shift
+
+    return fake
+
+
 class LearnedCache:
     """A layer's cache parameters [H, D] while they are learned: k_shift, v_shift, and smoothing of K and V as logs.
 
@@ -155,17 +177,8 @@ class LearnedCache:
     def fake(
         self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`reference.fake_quantize` with straight-through gradients."""
-        params = self.params()
-        shift = key_shift_at(positions, params)
-        k = (key.float() - shift) / params.k_smooth
-        if params.key_hadamard:
-            h = hadamard_matrix(key.shape[-1]).to(k.device)
-            k = fake_quantize_tokens(k @ h) @ h
-        else:
-            k = fake_quantize_tokens(k)
-        v_shift = value_shift_at(positions, params)
-        return k * params.k_smooth + shift, fake_quantize_tokens(value.float() - v_shift) + v_shift
+        """`fake_quantize_cache`, with gradients to what is learned."""
+        return fake_quantize_cache(self.params(), positions)(key, value, positions)
 
 
 class LearnedBlock:
@@ -271,7 +284,7 @@ def together(learning: Learning, device: str) -> int:
     return 1 if device == "cpu" else learning.batch
 
 
-def batches(windows: int, learning: Learning, seed: int) -> Iterator[list[int]]:
+def batches(windows: int, learning: Learning | Tuning, seed: int) -> Iterator[list[int]]:
     """Windows of each step, of all workers: every epoch has each once.
 
     A batch has one window of every residue modulo its size, so that workers whose number divides the size have equal

@@ -1,4 +1,5 @@
-"""`wkvquant quantize`: check everything, then one decoder block after another, then the checkpoint.
+"""`wkvquant quantize`: check everything, then one decoder block after another, then all of them together where the
+recipe says so, then the checkpoint.
 
 Only the hidden states of all runs and one block, with the followers that the recipe asks for, are in memory. Several
 workers run this same code, each on its share of the windows; worker 0 alone writes.
@@ -7,7 +8,7 @@ workers run this same code, each on its share of the windows; worker 0 alone wri
 import math
 import resource
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from vllm_wkvquant.quantize.report import BlockDetail, render
 from vllm_wkvquant.quantize.runner import Ahead
 from vllm_wkvquant.quantize.state import RunState, partial_directory
 from vllm_wkvquant.quantize.storage import stage
+from vllm_wkvquant.quantize.tune import Tuned, tune
 from vllm_wkvquant.quantize.workers import ALONE, Workers
 from vllm_wkvquant.quantize.writer import CheckpointWriter
 
@@ -75,7 +77,9 @@ def quantize(
         if state:
             state.wait()
         runs, of_weights = judge(plan, hidden)
-        return finish(plan, state, runs, of_weights, estimated) if state else {}
+        chosen = choose(plan, runs)
+        tuned = tune_all(plan, state, hidden, chosen, progress) if plan.recipe.tuning else None
+        return finish(plan, state, runs, of_weights, chosen, tuned, estimated) if state else {}
     except WriteError as error:
         raise ConfigError(
             f"{error}; {partial_directory(settings.out)} keeps the finished blocks: free some space, then run again "
@@ -90,44 +94,88 @@ def judge(plan: Plan, hidden: dict[str, torch.Tensor]) -> tuple[dict[str, Compar
     return runs, compare(plan, held_out) if EXACT in hidden else {}
 
 
+def choose(plan: Plan, runs: dict[str, Comparison]) -> str:
+    """The candidate with the least KL divergence, which worker 0 knows. runs: of `judge`."""
+    candidates = plan.recipe.candidates
+    best = min(range(len(candidates)), key=lambda i: runs[candidates[i]].kl.mean().item())
+    return candidates[plan.workers.total(best if plan.workers.rank == 0 else 0)]
+
+
+@dataclass(frozen=True)
+class TunedRuns:
+    """A tuned model, and on held-out windows its weights compared with the 16-bit model, its cache with the same
+    weights and a 16-bit cache, and both with the 16-bit model."""
+
+    tuned: Tuned
+    weights: Comparison
+    cache: Comparison
+    both: Comparison
+
+
+def tune_all(
+    plan: Plan, state: RunState | None, hidden: dict[str, torch.Tensor], chosen: str, progress: Progress
+) -> TunedRuns:
+    """Tune all blocks together; empties `hidden`."""
+    layers, tuning = plan.adapter.num_layers, plan.recipe.tuning
+    assert tuning
+    epochs, exact = tuning.epochs, hidden.pop(EXACT)
+    hidden.clear()
+    blocks = (plan.workers.spread_all(state.block(layer) if state else None) for layer in range(layers))
+    tuned = tune(
+        plan,
+        ((tensors, cache_tensors(tensors, chosen)) for tensors in blocks),
+        exact,
+        lambda done, kl: progress(layers, layers, f"all together {done}/{epochs}, KL {kl:.4g}"),
+    )
+    w4, w4kv4 = tuned.runs
+    of_both = compare(plan, {EXACT: exact[plan.windows.statistics :], REFERENCE: w4, chosen: w4kv4})
+    of_cache = compare(plan, {REFERENCE: w4, chosen: w4kv4})
+    return TunedRuns(tuned, of_both[REFERENCE], of_cache[chosen], of_both[chosen])
+
+
+def cache_tensors(tensors: dict[str, torch.Tensor], chosen: str) -> dict[str, torch.Tensor]:
+    """KV parameters of a finished block with the chosen smoothing."""
+    return {p: tensors[f"{chosen}.{p}" if p == "k_smooth" else p] for p in KV_PARAMS}
+
+
+def mean_and_se(x: torch.Tensor) -> dict[str, float]:
+    """Of a divergence [N, T]."""
+    return {"kl": x.mean().item(), "kl_se": x.std().item() / math.sqrt(x.numel())}
+
+
 def finish(
     plan: Plan,
     state: RunState,
     runs: dict[str, Comparison],
     of_weights: dict[str, Comparison],
+    chosen: str,
+    tuned: TunedRuns | None,
     estimated: Estimate,
 ) -> dict[str, Any]:
-    """Choose the candidate, write the checkpoint, clean up. runs, of_weights: of `judge`."""
+    """Write the checkpoint, clean up. runs, of_weights: of `judge`."""
     adapter, settings = plan.adapter, plan.settings
     perplexity = {name: run.perplexity for name, run in runs.items()}
     kl = {name: runs[name].kl for name in plan.recipe.candidates}
-    chosen = min(kl, key=lambda name: kl[name].mean().item())
-
-    def se(x: torch.Tensor) -> float:
-        return x.std().item() / math.sqrt(x.numel())
-
     candidates = {
-        name: {"kl": x.mean().item(), "kl_se": se(x), "above_chosen_se": se(x - kl[chosen])} for name, x in kl.items()
+        name: {**mean_and_se(x), "above_chosen_se": mean_and_se(x - kl[chosen])["kl_se"]} for name, x in kl.items()
     }
     weights = None
     if of_weights:
-        x = of_weights[REFERENCE].kl
-        weights = {"kl": x.mean().item(), "kl_se": se(x)}
+        weights = mean_and_se(of_weights[REFERENCE].kl)
         perplexity[EXACT] = of_weights[EXACT].perplexity
     layers, details = [], []
     writer = CheckpointWriter(state.directory / "checkpoint", settings.out, settings.shard_size)
     writer.add({n: t.to(adapter.dtype) for n, t in adapter.tensors.get(adapter.outer_names()).items()})
     for layer in range(adapter.num_layers):
         tensors, block = state.block(layer), state.report(layer)
-        raw = tensors.pop("k_channels")
-        channels = {name: tensors.pop(f"{name}.k_channels") for name in kl}
-        smooth = {name: tensors.pop(f"{name}.k_smooth") for name in kl}
-        params = {p: tensors.pop(p) for p in KV_PARAMS if p != "k_smooth"} | {"k_smooth": smooth[chosen]}
-        writer.add(dict(sorted({**tensors, **{kv_tensor_name(layer, p): t for p, t in params.items()}}.items())))
+        params, raw = cache_tensors(tensors, chosen), tensors["k_channels"]
+        cached = tensors[f"{chosen}.k_channels"]
+        own = {n: t for n, t in tensors.items() if n.startswith(adapter.block_prefix(layer))}
+        if tuned:
+            own |= tuned.tuned.tensors[layer]
+        writer.add(dict(sorted({**own, **{kv_tensor_name(layer, p): t for p, t in params.items()}}.items())))
         seconds = block.pop("seconds")  # not in wkvquant.json, which is the same whenever it is made
-        details.append(
-            BlockDetail(seconds, smooth[chosen], params["k_shift"], params["v_shift"], raw, channels[chosen])
-        )
+        details.append(BlockDetail(seconds, params["k_smooth"], params["k_shift"], params["v_shift"], raw, cached))
         layers.append({**block, "hidden_error": block["hidden_error"][chosen]})
     report = {
         "version": vllm_wkvquant.__version__,
@@ -146,6 +194,7 @@ def finish(
         "candidates": candidates,
         "weights": weights,
         "perplexity": perplexity,
+        "tuning": tuned and describe_tuning(tuned),
         "layers": layers,
     }
     config = adapter.output_config(quantization_config(plan.kv, adapter.group_sizes))
@@ -153,6 +202,18 @@ def finish(
     writer.close(settings.model, config, report, page)
     state.close()
     return report
+
+
+def describe_tuning(tuned: TunedRuns) -> dict[str, Any]:
+    """For the report: what the others of its entries come to after tuning, and how that went."""
+    return {
+        "epochs": tuned.tuned.kl,
+        "kept": tuned.tuned.kept,
+        "weights": mean_and_se(tuned.weights.kl),
+        "cache": mean_and_se(tuned.cache.kl),
+        "both": mean_and_se(tuned.both.kl),
+        "perplexity": {"weights": tuned.weights.perplexity, "both": tuned.both.perplexity},
+    }
 
 
 def peak_memory(device: str) -> dict[str, int]:

@@ -59,6 +59,21 @@ class Learning:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """What is learned of all blocks together once each has its codes (tune.py): steps of the groups, norms, biases.
+
+    rate: Adam's at the beginning, in units of the logarithm of a step and of the root mean square of a norm or bias; it
+    falls linearly to 0. batch: windows a step. cache: under the simulated 4-bit cache, a token's own key and value as
+    they are; otherwise under a 16-bit one.
+    """
+
+    epochs: int
+    batch: int
+    rate: float
+    cache: bool = True
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One way of making a checkpoint.
 
@@ -78,6 +93,11 @@ class Recipe:
     smoothings: tuple[Smoothing, ...]
     search: tuple[Smoothing, ...] = ()
     learning: Learning | None = None
+    tuning: Tuning | None = None
+
+    def __post_init__(self) -> None:
+        if self.tuning and not self.learning:
+            raise ConfigError(f"recipe {self.name!r} has tuning without learning, which runs the 16-bit model for it")
 
     @property
     def learns_cache(self) -> bool:
@@ -133,6 +153,7 @@ BEST = replace(
         loss="relative_mse",
         skip_first=True,
     ),
+    tuning=Tuning(epochs=5, batch=4, rate=1e-3),
 )
 PAPER = replace(
     STATIC,

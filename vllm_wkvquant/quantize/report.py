@@ -224,6 +224,10 @@ def quality(report: dict[str, Any]) -> str:
     chosen = len(rows) + list(report["candidates"]).index(report["smoothing"])
     for name, candidate in report["candidates"].items():
         rows.append([f"4-bit weights and cache, {name}", plus_minus(candidate), number(perplexity[name], 5)])
+    if report["tuning"]:
+        tuned, ppl = report["tuning"], report["tuning"]["perplexity"]
+        rows.append(["4-bit weights tuned all together", plus_minus(tuned["weights"]), number(ppl["weights"], 5)])
+        rows.append(["these weights with the 4-bit cache", plus_minus(tuned["cache"]), number(ppl["both"], 5)])
     text = "On the held-out windows of the calibration text. The divergence of the weights is from the 16-bit model, "
     text += "that of a cache from the same weights with a 16-bit cache. The row in bold was chosen."
     return f"<h2>Quality</h2><p>{text}</p>" + table(rows, ("", "KL divergence", "perplexity"), chosen)

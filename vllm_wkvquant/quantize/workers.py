@@ -84,5 +84,12 @@ class Workers:
         self.agree([whole])
         return whole
 
+    def spread_all(self, whole: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+        """What worker 0 has by name on its CPU, on every worker's."""
+        names: list[list[str] | None] = [None if whole is None else [*whole]]
+        if self.size > 1:
+            dist.broadcast_object_list(names)
+        return {name: self.spread(None if whole is None else whole[name]) for name in names[0] or []}
+
 
 ALONE = Workers()

@@ -1,0 +1,144 @@
+"""Tuning all blocks together: what it may change, that it runs what is served, that it makes no model worse."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import save_text, tiny_model
+
+from vllm_wkvquant.checkpoint import Checkpoint, unpack_weight
+from vllm_wkvquant.config import ConfigError
+from vllm_wkvquant.evaluate import SimulatedCache, load_quantized
+from vllm_wkvquant.quantize import tune
+from vllm_wkvquant.quantize.calibration import read_windows
+from vllm_wkvquant.quantize.pipeline import quantize
+from vllm_wkvquant.quantize.plan import Settings
+from vllm_wkvquant.quantize.recipes import BEST, RTN, Tuning
+from vllm_wkvquant.reference import fake_quantize
+
+SAMPLES, SEQ_LEN = 12, 48
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("tune")
+    return tiny_model(root / "model", "qwen2", key_bias=3.0, num_layers=2), save_text(root / "calib.txt")
+
+
+def make(files: tuple[Path, Path], out: Path, tuning: Tuning | None) -> dict[str, Any]:
+    """The report of `best` with two epochs of learning and this tuning."""
+    assert BEST.learning
+    recipe = dataclasses.replace(BEST, learning=dataclasses.replace(BEST.learning, epochs=2), tuning=tuning)
+    model, text = files
+    return quantize(Settings(model, out, text, recipe=recipe, samples=SAMPLES, seq_len=SEQ_LEN))
+
+
+@pytest.fixture(scope="module")
+def made(files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Where a checkpoint lies that was tuned, `tuned`, and one that was not, `plain`; the report of the first."""
+    root = tmp_path_factory.mktemp("made")
+    make(files, root / "plain", None)
+    return root, make(files, root / "tuned", Tuning(epochs=4, batch=4, rate=3e-2))
+
+
+def test_predictions_come_closer(made: tuple[Path, dict[str, Any]]) -> None:
+    """On windows that took no part."""
+    tuning = made[1]["tuning"]
+    assert len(tuning["epochs"]) == 5
+    assert tuning["kept"] == min(range(5), key=lambda i: tuning["epochs"][i])
+    assert tuning["epochs"][tuning["kept"]] < 0.95 * tuning["epochs"][0]
+
+
+def test_codes_stay(made: tuple[Path, dict[str, Any]]) -> None:
+    """Steps, norms and biases of the blocks change, and nothing else."""
+    plain, tuned = (Checkpoint(made[0] / name).tensors for name in ("plain", "tuned"))
+    names = list(plain.shapes())
+    assert list(tuned.shapes()) == names
+    before, after = plain.get(names), tuned.get(names)
+    assert {n: t.dtype for n, t in after.items()} == {n: t.dtype for n, t in before.items()}
+    changed = {name for name in names if not torch.equal(before[name], after[name])}
+    expected = ("weight_scale", "layernorm.weight", "q_proj.bias", "k_proj.bias", "v_proj.bias")
+    assert changed == {name for name in names if name.endswith(expected)}
+
+
+def test_the_checkpoint_is_what_was_compared(files: tuple[Path, Path], made: tuple[Path, dict[str, Any]]) -> None:
+    """Perplexity and divergence of the report are those of the files, read by what `wkvquant eval` reads them with."""
+    root, report = made
+    windows = read_windows(*files, SAMPLES, SEQ_LEN, seed=0)
+    ckpt, cache = Checkpoint(root / "tuned"), SimulatedCache()
+    model: Any = load_quantized(ckpt, cache, torch.float32, "cpu")
+    params = [ckpt.kv_params(layer) for layer in range(2)]
+    simulated = [lambda k, v, at, p=p: fake_quantize(k, v, at, p) for p in params]
+    losses: dict[str, list[torch.Tensor]] = {"weights": [], "both": []}
+    with torch.inference_mode():
+        for tokens in windows.tokens[windows.statistics :]:
+            for name, cache.layers in (("weights", None), ("both", simulated)):
+                losses[name].append(model(tokens[None], labels=tokens[None], use_cache=False).loss)
+    for name, of_windows in losses.items():
+        assert report["tuning"]["perplexity"][name] == pytest.approx(
+            torch.stack(of_windows).mean().exp().item(), rel=1e-4
+        )
+
+
+def test_before_tuning_the_model_is_the_candidate(made: tuple[Path, dict[str, Any]], files: tuple[Path, Path]) -> None:
+    """With a rate of 0 nothing changes: perplexities after tuning are those before."""
+    root, _ = made
+    report = make(files, root / "still", Tuning(epochs=1, batch=4, rate=0.0))
+    assert report["tuning"]["kept"] == 0
+    found = report["tuning"]["perplexity"]
+    assert found["weights"] == pytest.approx(report["perplexity"]["reference"], rel=1e-5)
+    assert found["both"] == pytest.approx(report["perplexity"][report["smoothing"]], rel=1e-4)
+    for name in ("weights", "cache"):
+        before = report["weights"] if name == "weights" else report["candidates"][report["smoothing"]]
+        assert report["tuning"][name]["kl"] == pytest.approx(before["kl"], rel=1e-2)
+
+
+def test_what_makes_it_worse_is_not_kept(made: tuple[Path, dict[str, Any]], files: tuple[Path, Path]) -> None:
+    """A rate at which the model falls apart leaves it as it was."""
+    root, _ = made
+    report = make(files, root / "apart", Tuning(epochs=2, batch=4, rate=30.0))
+    assert report["tuning"]["kept"] == 0
+    plain, apart = (Checkpoint(root / name) for name in ("plain", "apart"))
+    for name, quantized in plain.weight_names():
+        assert torch.equal(plain.weight(name, quantized), apart.weight(name, quantized)), name
+
+
+def test_the_cache_is_in_the_loop(made: tuple[Path, dict[str, Any]], files: tuple[Path, Path]) -> None:
+    """Without it other steps are found, and the divergence that is followed is that of a 16-bit cache."""
+    root, tuned = made
+    report = make(files, root / "16-bit", Tuning(epochs=4, batch=4, rate=3e-2, cache=False))
+    assert report["tuning"]["epochs"][0] != tuned["tuning"]["epochs"][0]
+    assert report["tuning"]["weights"]["kl"] < report["weights"]["kl"]
+    a, b = (Checkpoint(root / name).tensors.get([SCALE_OF_O])[SCALE_OF_O] for name in ("tuned", "16-bit"))
+    assert not torch.equal(a, b)
+
+
+SCALE_OF_O = "model.layers.0.self_attn.o_proj.weight_scale"
+
+
+def test_gradient_of_a_step() -> None:
+    """That of the product, and its value that of the checkpoint's weight."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-15, 16, (6, 3, 32), generator=generator, dtype=torch.int8)
+    step = torch.rand(6, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    weight = tune.StepTimesCode.apply(step, codes, torch.float64)
+    torch.testing.assert_close(weight, (codes * step[..., None]).flatten(1))
+    assert torch.autograd.gradcheck(lambda x: tune.StepTimesCode.apply(x, codes, torch.float64), (step,))
+
+
+def test_unpacked_weights_are_step_times_code(made: tuple[Path, dict[str, Any]]) -> None:
+    name = "model.layers.1.mlp.down_proj"
+    tensors = Checkpoint(made[0] / "plain").tensors.get([f"{name}.{suffix}" for suffix in tune.PACKED])
+    packed = {n.rpartition(".")[2]: t for n, t in tensors.items()}
+    codes = tune.unpack_steps(packed)
+    assert codes.dtype == torch.int8
+    assert codes.min() >= -15
+    weight = tune.StepTimesCode.apply(packed["weight_scale"].float(), codes, torch.float32)
+    assert torch.equal(weight, unpack_weight(packed))
+
+
+def test_tuning_needs_learning() -> None:
+    with pytest.raises(ConfigError, match="'rtn' has tuning without learning"):
+        dataclasses.replace(RTN, tuning=Tuning(epochs=1, batch=1, rate=1e-3))
