@@ -13,6 +13,12 @@ holds a quarter out), its groups (128 weights along the input, or the largest po
 scales; lm_head and embedding stay. Settings that are not mentioned are the libraries' own. Codes are asymmetric, as
 ours; with --symmetric there are no zero points.
 
+A model in float16 wants another --dtype: AWQ sums the squared errors of a window in the model's type (SmolLM2's reach
+1.3e5 with 2048 tokens, float16 65504), and AutoRound's gradients, of a mean over a whole batch, are subnormal in it
+(2e-4 of an output's error with SmolLM2). float32 does for gptq and awq, bfloat16 for autoround, which works in it with
+a float32 model, too. AWQ alone may have TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 with float32: float16's mantissa without
+its range.
+
 OUTPUT is a plain transformers model in float32 that holds what the codes stand for, scale * (code - zero_point), so
 that it runs wherever the model does, and peer.json: method, settings, versions, bits of a quantized weight with its
 share of scale and zero point, seconds (of quantizing alone, without loading and writing), peak memory in bytes.
@@ -217,6 +223,7 @@ def run(args: argparse.Namespace) -> None:
         "calibration": {"text": args.calib_text.name, "samples": len(tokens), "seq_len": args.seq_len},
         "seed": args.seed,
         "dtype": str(dtype).removeprefix("torch."),
+        "float32_matmul": torch.get_float32_matmul_precision(),
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         "seconds": seconds,
         "peak_bytes": memory,
