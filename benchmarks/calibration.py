@@ -8,10 +8,13 @@ hidden states through them with the functions, and with the settings, of `wkvqua
 written to the disk. So every measured block has all its followers, as most blocks of a whole model have. Random
 weights and text cost what real ones do, but their losses say nothing.
 
-projected: minutes for all blocks of the shape at the mean time of those measured; the comparison of the logits and the
-writing of the checkpoint are not in it. PFLOP: of the measured blocks, counted from shapes (estimate.py); TFLOP/s:
-these over their time. Memory is the peak of this process, beside what the preflight of `wkvquant quantize` expects,
-which leaves Python and libraries out.
+Where the recipe tunes all blocks together, the measured ones are. That is projected by FLOP, since the head's part of
+it does not grow with the blocks.
+
+projected: minutes for all blocks of the shape at the mean time of those measured, and for tuning them; the comparison
+of the logits and the writing of the checkpoint are not in it. PFLOP: of the measured blocks, without their tuning,
+counted from shapes (estimate.py); TFLOP/s: these over their time. Memory is the peak of this process, beside what the
+preflight of `wkvquant quantize` expects, which leaves Python and libraries out.
 """
 
 import argparse
@@ -36,14 +39,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 import vllm_wkvquant
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.evaluate import device_name
-from vllm_wkvquant.quantize.blocks import first_hidden, of_all_workers, quantize_block
-from vllm_wkvquant.quantize.estimate import block_flop, device_bytes, host_bytes, place
-from vllm_wkvquant.quantize.pipeline import peak_memory
+from vllm_wkvquant.quantize.blocks import EXACT, first_hidden, of_all_workers, quantize_block
+from vllm_wkvquant.quantize.estimate import block_flop, device_bytes, host_bytes, place, tuning_flop
+from vllm_wkvquant.quantize.pipeline import cache_tensors, peak_memory
 from vllm_wkvquant.quantize.plan import Plan, Settings, fingerprint, preflight
 from vllm_wkvquant.quantize.recipes import DEFAULT, find_recipe
 from vllm_wkvquant.quantize.runner import Ahead
 from vllm_wkvquant.quantize.state import RunState
 from vllm_wkvquant.quantize.storage import stage
+from vllm_wkvquant.quantize.tune import tune
 
 TABLE_WIDTH = 140
 
@@ -91,11 +95,13 @@ def write_text(path: Path, shape: Shape, tokens: int) -> None:
     path.write_text(" ".join(map(str, ids.tolist())))
 
 
-def measure(plan: Plan, count: int, limit_seconds: float) -> list[Block]:
-    """Take hidden states through the first `count` blocks, or as many as the limit allows, at least one."""
+def measure(plan: Plan, count: int, limit_seconds: float) -> tuple[list[Block], float | None]:
+    """Take hidden states through the first `count` blocks, or as many as the limit allows, at least one. What they
+    took, and the seconds that tuning them together did, where the recipe does that and all were taken."""
     state = RunState(plan.settings.out, fingerprint(plan), stage(plan))
     hidden, ahead = first_hidden(plan), Ahead(plan)
     blocks: list[Block] = []
+    tuned: list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
     began = time.perf_counter()
     for layer in range(count):
         spent = time.perf_counter() - began
@@ -103,6 +109,7 @@ def measure(plan: Plan, count: int, limit_seconds: float) -> list[Block]:
             break
         flop = plan.workers.size * sum(block_flop(plan, layer).values())
         tensors, report = quantize_block(plan, layer, hidden, ahead)
+        tuned.append((tensors, cache_tensors(tensors, plan.recipe.candidates[0])))
         start = time.perf_counter()
         state.commit(tensors, report, of_all_workers(plan, hidden))
         blocks.append(Block({**report["seconds"], "write": time.perf_counter() - start}, flop))
@@ -110,25 +117,44 @@ def measure(plan: Plan, count: int, limit_seconds: float) -> list[Block]:
     start = time.perf_counter()
     state.close()
     blocks[-1].seconds["write"] += time.perf_counter() - start
-    return blocks
+    if not plan.recipe.tuning or len(blocks) < plan.adapter.num_layers:
+        return blocks, None
+    exact = hidden.pop(EXACT)
+    hidden.clear()
+    start = time.perf_counter()
+    tune(plan, tuned, exact, lambda done, kl: print(f"all together, {done} epochs", file=sys.stderr))
+    return blocks, time.perf_counter() - start
 
 
-def summarize(plan: Plan, shape: Shape, blocks: list[Block], peak: dict[str, int]) -> dict[str, Any]:
-    """What a row has of the measured blocks. peak: of `peak_memory`."""
+def summarize(
+    plan: Plan, shape: Shape, blocks: list[Block], tuning_seconds: float | None, peak: dict[str, int]
+) -> dict[str, Any]:
+    """What a row has of the measured blocks. tuning_seconds: of `measure`; peak: of `peak_memory`."""
     seconds = sum(block.total for block in blocks)
     flop = sum(block.flop for block in blocks)
     parts = list(dict.fromkeys(name for block in blocks for name in block.seconds))
     expected = {"host": host_bytes(plan)}
     if plan.settings.device != "cpu":
         expected["device"] = device_bytes(plan)
+    projected, projected_flop = seconds / len(blocks) * shape.layers, flop / len(blocks) * shape.layers
+    tuning: dict[str, float] = {}
+    if tuning_seconds is not None:
+        own, whole = tuning_flop(plan), tuning_flop(plan, shape.layers)
+        projected, projected_flop = projected + tuning_seconds * whole / own, projected_flop + whole
+        tuning = {
+            "tuning_seconds": round(tuning_seconds, 2),
+            "tuning_pflop": own / 1e15,
+            "projected_tuning_minutes": round(tuning_seconds * whole / own / 60, 2),
+        }
     return {
         "blocks_measured": len(blocks),
         "seconds": round(seconds, 2),
         "seconds_by_part": {name: round(sum(b.seconds.get(name, 0.0) for b in blocks), 2) for name in parts},
         "seconds_by_block": [round(block.total, 2) for block in blocks],
-        "projected_minutes": round(seconds / len(blocks) * shape.layers / 60, 2),
+        **tuning,
+        "projected_minutes": round(projected / 60, 2),
         "pflop": flop / 1e15,
-        "projected_pflop": flop / len(blocks) * shape.layers / 1e15,
+        "projected_pflop": projected_flop / 1e15,
         "tflops": round(flop / seconds / 1e12, 3),
         "storage": asdict(plan.storage),
         "peak_bytes": peak,
@@ -169,8 +195,8 @@ def run_shape(args: argparse.Namespace) -> dict[str, Any]:
             torch.cuda.reset_peak_memory_stats()
         with torch.no_grad():
             plan = place(preflight(settings))
-            blocks = measure(plan, args.blocks, args.limit_seconds)
-        return summarize(plan, shape, blocks, peak_memory(args.device))
+            blocks, tuning_seconds = measure(plan, args.blocks, args.limit_seconds)
+        return summarize(plan, shape, blocks, tuning_seconds, peak_memory(args.device))
 
 
 def print_row(row: dict[str, Any]) -> None:
@@ -181,6 +207,8 @@ def print_row(row: dict[str, Any]) -> None:
     print(f"\n{row['shape']}, {row['recipe']}, {row['blocks_measured']} blocks, {row['samples']} x {row['seq_len']}")
     print(f"{row['device']}, {row['dtype']}, kept on {row['storage']}, {row['versions']}")
     Console(width=TABLE_WIDTH).print(table, highlight=False)
+    if "tuning_seconds" in row:
+        print(f"tuned together in {row['tuning_seconds']:.1f} s, {row['projected_tuning_minutes']:.1f} minutes in all")
     print(f"projected: {row['projected_minutes']:.1f} minutes for {SHAPES[row['shape']].layers} blocks")
     print(f"{row['pflop']:.4g} PFLOP measured, {row['projected_pflop']:.4g} in all, {row['tflops']} TFLOP/s")
     for where, peak in row["peak_bytes"].items():

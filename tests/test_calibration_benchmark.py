@@ -57,11 +57,26 @@ def test_projection(monkeypatch) -> None:
     monkeypatch.setattr(calibration, "host_bytes", lambda plan: 1)
     plan: Any = type("Plan", (), {"settings": type("Settings", (), {"device": "cpu"}), "storage": Storage()})
     took = [calibration.Block({"learn": 50.0, "write": 10.0}, 2e15), calibration.Block({"learn": 30.0}, 4e15)]
-    row = calibration.summarize(plan, replace(calibration.SHAPES["tiny"], layers=32), took, {"host": 2})
+    row = calibration.summarize(plan, replace(calibration.SHAPES["tiny"], layers=32), took, None, {"host": 2})
     assert row["projected_minutes"] == 24.0
     assert (row["pflop"], row["projected_pflop"]) == (6.0, 96.0)
     assert row["tflops"] == round(6e15 / 90 / 1e12, 3)
     assert row["seconds_by_part"] == {"learn": 80.0, "write": 10.0}
+
+
+def test_tuning_is_measured_and_projected(tmp_path: Path) -> None:
+    """By its FLOP: those of the blocks grow with their number, those of the head do not."""
+    out = tmp_path / "out.jsonl"
+    assert calibration.main(arguments("--recipe", "best", "--output", out)) == 0
+    row = measured(out)
+    assert row["blocks_measured"] == 2
+    assert row["tuning_seconds"] > 0
+    layers = calibration.SHAPES["tiny"].layers
+    projected = row["projected_tuning_minutes"] * 60 / row["tuning_seconds"]
+    assert min(1, layers / 2) <= projected * 1.1
+    assert row["projected_pflop"] == pytest.approx(
+        row["pflop"] * layers / 2 + row["tuning_pflop"] * projected, rel=0.2, abs=1e-9
+    )
 
 
 def test_limit_and_rows_that_are_there(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -154,14 +154,14 @@ def logits_flop(plan: Plan) -> float:
     return 2 * plan.windows.tokens.shape[1] * config.vocab_size * config.hidden_size
 
 
-def tuning_flop(plan: Plan) -> float:
+def tuning_flop(plan: Plan, blocks: int | None = None) -> float:
     """Of tuning all blocks together: each window forward, again where gradients come to a block, and back, which takes
-    as much for weights and again for inputs; held-out windows forward."""
+    as much for weights and again for inputs; held-out windows forward. blocks: of the model, if not its own number."""
     tuning, linears = plan.recipe.tuning, plan.adapter.linear_shapes().values()
+    layers = range(plan.adapter.num_layers if blocks is None else blocks)
     if not tuning:
         return 0.0
-    linear = 2 * plan.windows.tokens.shape[1] * sum(out * cols for out, cols in linears) * plan.adapter.num_layers
-    layers = range(plan.adapter.num_layers)
+    linear = 2 * plan.windows.tokens.shape[1] * sum(out * cols for out, cols in linears) * len(layers)
     of_16_bits = sum(attention_flop(plan, layer) for layer in layers)
     of_4_bits = sum(simulated_flop(plan, layer) for layer in layers)
     attention = of_4_bits if tuning.cache else of_16_bits
