@@ -89,6 +89,9 @@ BEST_VARIANTS = {
     "20_epochs": learning(BEST, epochs=20),
     "no_tuning": replace(BEST, tuning=None),
     "tuning_16_bit_cache": tuning(BEST, cache=False),
+    "tuning_rate_3e-4": tuning(BEST, rate=3e-4),
+    "tuning_rate_3e-3": tuning(BEST, rate=3e-3),
+    "tuning_15_epochs": tuning(BEST, epochs=15),
     "learned_cache": learned_cache(BEST, rate=1e-3),  # the paper's; without it the cache is from statistics
     "learned_cache_faster": learned_cache(BEST, rate=1e-2),
     **cache_variants(BEST),
