@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vllm_wkvquant import cli
 from vllm_wkvquant.config import ConfigError
-from vllm_wkvquant.quantize import blocks, estimate
+from vllm_wkvquant.quantize import blocks, estimate, pipeline, tune
 from vllm_wkvquant.quantize.attention import QKV
 from vllm_wkvquant.quantize.plan import Plan, Settings, Storage, preflight
-from vllm_wkvquant.quantize.recipes import RECIPES
+from vllm_wkvquant.quantize.recipes import RECIPES, Tuning
 from vllm_wkvquant.quantize.runner import Ahead
 
 SAMPLES, SEQ_LEN, LAYERS = 12, 48, 3
@@ -52,6 +52,22 @@ def test_flop_are_those_of_the_products(recipe: str, layer: int, plan) -> None:
             blocks.quantize_block(p, layer, hidden, ahead)
     counted = counter.get_total_flops()
     assert sum(estimate.block_flop(p, layer).values()) == pytest.approx(1.02 * counted, rel=0.05)
+
+
+def test_flop_of_tuning_are_those_of_the_products(plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the simulated cache, where no attention is fused; more blocks take more in proportion, but for the head."""
+    p = plan("best")
+    p = dataclasses.replace(p, recipe=dataclasses.replace(p.recipe, tuning=Tuning(2, 4, 1e-3)))
+    hidden, ahead, made = blocks.first_hidden(p), Ahead(p), []
+    with torch.no_grad():
+        for layer in range(LAYERS):
+            tensors, _ = blocks.quantize_block(p, layer, hidden, ahead)
+            made.append((tensors, pipeline.cache_tensors(tensors, p.recipe.candidates[0])))
+        with FlopCounterMode(display=False) as counter:
+            tune.tune(p, made, hidden[blocks.EXACT])
+    assert estimate.tuning_flop(p) == pytest.approx(counter.get_total_flops(), rel=0.05)
+    monkeypatch.setattr(estimate, "logits_flop", lambda _: 0.0)
+    assert estimate.tuning_flop(p, 2 * LAYERS) == pytest.approx(2 * estimate.tuning_flop(p))
 
 
 def test_time_is_that_of_the_rehearsal_in_proportion(plan, monkeypatch: pytest.MonkeyPatch) -> None:
