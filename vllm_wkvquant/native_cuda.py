@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from vllm_wkvquant.layout import TILE, token_bytes
-from vllm_wkvquant.reference import KVParams, hadamard_block
+from vllm_wkvquant.reference import STEP_PAIRS, KVParams, hadamard_block, slow_pairs
 
 LIBRARY = Path(__file__).with_name("_wkvquant_cuda.so")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -29,7 +29,6 @@ CHEBYSHEV = 16
 # Largest shift of a pair whose part of the scores may be rounded to fp16. With 64 such pairs and a query of ones the
 # scores' standard error is 2e-3; rounding the keys to bf16, as a bf16 cache does, makes one of 6e-3.
 PLAIN = 8.0
-SLOW = 5.0  # largest angle over half a chunk that 16 Chebyshev polynomials stand for; csrc/cpu/prepare.cpp
 
 
 class Params(Structure):
@@ -164,11 +163,11 @@ def _make(params: KVParams) -> Prepared:
     theta = turns.double() * (2 * math.pi / 2.0**64)
     used = ((shift[:, :pairs] != 0) | (shift[:, pairs : 2 * pairs] != 0)).any(0)
     half = CHUNK / 2
-    fast = torch.nonzero(used & (theta.abs() * half > SLOW)).flatten()
-    slow = torch.nonzero(used & (theta.abs() * half <= SLOW)).flatten()
-    if slow.numel() <= 8:  # as many functions as they are worth
+    is_slow = slow_pairs(turns)  # at most 5 radians over half a chunk, which 16 Chebyshev polynomials stand for
+    fast, slow = torch.nonzero(used & ~is_slow).flatten(), torch.nonzero(used & is_slow).flatten()
+    if slow.numel() <= STEP_PAIRS:  # as many functions as they are worth
         fast, slow = torch.cat([fast, slow]), slow[:0]
-    elif room := -fast.numel() % 8:
+    elif room := -fast.numel() % STEP_PAIRS:
         fast, slow = torch.cat([fast, slow[:room]]), slow[room:]
     fast_steps, slow_steps = -(-fast.numel() // 8), -(-slow.numel() // 8)
     steps = fast_steps + (slow_steps > 0)

@@ -32,6 +32,10 @@ Simulation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Te
 
 QMAX = 15
 FP16_MAX = 65504.0
+# What a shift costs the GPU kernels, in steps of a matrix product (native_cuda.py): rotary pairs that turn by at most
+# SLOW_TURN radians a token are one together, the others one for every STEP_PAIRS.
+SLOW_TURN = 5.0 / 128
+STEP_PAIRS = 8
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,18 @@ def rope_turns(inv_freq: tuple[float, ...] | list[float]) -> torch.Tensor:
     """
     turns = [round(f / (2 * math.pi) * 2.0**64) & (2**64 - 1) for f in inv_freq]
     return torch.tensor([t - 2**64 if t >= 2**63 else t for t in turns], dtype=torch.int64)
+
+
+def slow_pairs(turns: torch.Tensor) -> torch.Tensor:
+    """bool [n]: the rotary pairs of `rope_turns` that turn by at most SLOW_TURN a token."""
+    return turns.double().abs() * (2 * math.pi / 2.0**64) <= SLOW_TURN
+
+
+def shift_steps(fast: int, slow: int) -> int:
+    """Product steps of a layer in which so many rotary pairs that are not slow, and so many that are, have a shift."""
+    if slow <= STEP_PAIRS:
+        fast, slow = fast + slow, 0
+    return -(-fast // STEP_PAIRS) + (slow > 0)
 
 
 def rope_angles(positions: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
