@@ -14,6 +14,7 @@ Rows that `variants` makes. Unless said otherwise a token of the step is attende
     kv4_no_hadamard       kv4 without the rotation of keys
     kv4_no_smoothing      kv4 with k_smooth = 1
     kv4_no_shift          kv4 without shifts after position 0
+    kv4_slow_shift        kv4 with a shift of keys on slow rotary pairs alone (`reference.slow_pairs`)
     kv4_static_shift      kv4 with the mean of R_t k_shift over the window in place of R_t k_shift
     kv4_no_first          kv4 with position 0 shifted as any other
     fp8                   e4m3 with scale 1, vLLM's default for `--kv-cache-dtype fp8`; current tokens too
@@ -43,6 +44,7 @@ from vllm_wkvquant.reference import (
     hadamard_block,
     hadamard_matrix,
     key_shift_at,
+    slow_pairs,
 )
 
 KV = tuple[torch.Tensor, torch.Tensor]
@@ -172,8 +174,9 @@ def unrotated(simulation: Simulation) -> Simulation:
 def variants(ckpt: Checkpoint, window: int, device: str) -> dict[str, Variant]:
     """The caches of this module's docstring by name, in its order.
 
-    Left out are kv4_no_hadamard where keys are not rotated, kv4_static_shift where their shift does not rotate, and
-    turboquant_4bit_nc where the head size is no power of two. window: tokens over which a static shift is the mean.
+    Left out are kv4_no_hadamard where keys are not rotated, kv4_slow_shift and kv4_static_shift where their shift does
+    not rotate, and turboquant_4bit_nc where the head size is no power of two. window: tokens over which a static shift
+    is the mean.
     """
     layers, size = ckpt.kv.num_hidden_layers, ckpt.kv.head_size
     params = [ckpt.kv_params(i).to(device) for i in range(layers)]
@@ -190,6 +193,12 @@ def variants(ckpt: Checkpoint, window: int, device: str) -> dict[str, Variant]:
     def no_shift(p: KVParams) -> KVParams:
         return replace(p, k_shift=torch.zeros_like(p.k_shift), v_shift=torch.zeros_like(p.v_shift))
 
+    def slow_shift(p: KVParams) -> KVParams:
+        assert p.rope_turns is not None
+        kept = torch.ones(size, dtype=torch.bool, device=device)
+        kept[: 2 * p.rope_turns.numel()] = slow_pairs(p.rope_turns).repeat(2)
+        return replace(p, k_shift=p.k_shift * kept)
+
     out = {"W4": Variant(None, 1, 16)} | {f"kv{bits}": ours(lambda p: p, bits) for bits in (4, 3, 2)}
     out["kv4_no_past_only"] = ours(lambda p: p, chunk=0)
     if ckpt.kv.key_hadamard:
@@ -197,6 +206,7 @@ def variants(ckpt: Checkpoint, window: int, device: str) -> dict[str, Variant]:
     out["kv4_no_smoothing"] = ours(lambda p: replace(p, k_smooth=torch.ones_like(p.k_smooth)))
     out["kv4_no_shift"] = ours(no_shift)
     if ckpt.kv.key_shift == "rotating":
+        out["kv4_slow_shift"] = ours(slow_shift)
         out["kv4_static_shift"] = ours(static)
     out["kv4_no_first"] = ours(lambda p: replace(p, k_first=None, v_first=None))
 

@@ -9,6 +9,7 @@ CPU, which is the one this compares with. fp8 has no such peer: the interpreter 
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import kv_peers
@@ -19,7 +20,7 @@ from ckpt import write_checkpoint
 from vllm_wkvquant import layout, reference
 from vllm_wkvquant.checkpoint import Checkpoint
 from vllm_wkvquant.evaluate import SimulatedCache, last_hidden, load_quantized
-from vllm_wkvquant.reference import hadamard_matrix, key_shift_at, value_shift_at
+from vllm_wkvquant.reference import hadamard_matrix, key_shift_at, slow_pairs, value_shift_at
 
 TOKENS, HEADS, KV_HEADS = 24, 4, 2
 SIZES = {64: torch.float32, 96: torch.float32, 128: torch.bfloat16}
@@ -117,6 +118,8 @@ def test_variants_switch_off_what_they_say(tmp_path: Path) -> None:
     zero = torch.zeros_like(shift)
     first_only, value_first_only = zero.clone(), zero.clone()
     first_only[0], value_first_only[0] = p.k_first, p.v_first
+    slow_only = key_shift_at(positions, replace(p, k_shift=p.k_shift * slow_pairs(p.rope_turns).repeat(2)))
+    assert 0 < slow_pairs(p.rope_turns).sum() < 32
     fixed = shift[1:].mean(0).expand_as(shift).clone()
     fixed[0] = p.k_first
     unlike_first, value_unlike_first = shift.clone(), value_shift.clone()
@@ -130,6 +133,7 @@ def test_variants_switch_off_what_they_say(tmp_path: Path) -> None:
         "kv4_no_hadamard": (4, shift, value_shift, p.k_smooth, eye),
         "kv4_no_smoothing": (4, shift, value_shift, one, h),
         "kv4_no_shift": (4, first_only, value_first_only, p.k_smooth, h),
+        "kv4_slow_shift": (4, slow_only, value_shift, p.k_smooth, h),
         "kv4_static_shift": (4, fixed, value_shift, p.k_smooth, h),
         "kv4_no_first": (4, unlike_first, value_unlike_first, p.k_smooth, h),
     }

@@ -16,7 +16,7 @@ from vllm_wkvquant import cli, evaluate
 
 WINDOW, WINDOWS = 65, 3
 ROWS = ["FP16", "W4", "kv4", "kv3", "kv2", "kv4_no_past_only", "kv4_no_hadamard", "kv4_no_smoothing", "kv4_no_shift"]
-ROWS += ["kv4_static_shift", "kv4_no_first", "fp8", "int4_per_token_head", "turboquant_4bit_nc"]
+ROWS += ["kv4_slow_shift", "kv4_static_shift", "kv4_no_first", "fp8", "int4_per_token_head", "turboquant_4bit_nc"]
 
 
 @pytest.fixture(scope="module")
