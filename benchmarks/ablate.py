@@ -35,7 +35,7 @@ from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.evaluate import device_name
 from vllm_wkvquant.quantize.pipeline import quantize
 from vllm_wkvquant.quantize.plan import Settings
-from vllm_wkvquant.quantize.recipes import BEST, PAPER, RTN, STATIC, Recipe, Smoothing
+from vllm_wkvquant.quantize.recipes import ALL, BEST, PAPER, RTN, SLOW, STATIC, Recipe, Smoothing
 from vllm_wkvquant.quantize.state import partial_directory
 
 TABLE_WIDTH = 160
@@ -52,6 +52,8 @@ def cache_variants(recipe: Recipe) -> dict[str, Recipe]:
     """Without each part of the cache that the weights depend on, or whose statistics others depend on."""
     one = replace(recipe, smoothings=(Smoothing(0.5),), search=())
     return {
+        "all_shift_pairs": replace(recipe, shift_pairs=ALL),
+        "slow_shift_pairs": replace(recipe, shift_pairs=SLOW),
         "one_smoothing": one,
         "no_smoothing": replace(one, smoothings=(Smoothing(),)),
         "static_shift": replace(recipe, key_shift="static"),

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 from vllm_wkvquant.quantize.writer import PAGE_FILE
+from vllm_wkvquant.reference import SLOW_TURN
 
 CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "llama": LlamaConfig,
@@ -104,3 +106,13 @@ def tiny_model(
     model.to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
     save_tokenizer(path)
     return path
+
+
+def clear_fast_bias(path: Path, layers: list[int], head_size: int = 64, base: float = 10000.0) -> None:
+    """Leave the key biases of these layers of a `tiny_model` to the rotary pairs that are slow."""
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    fast = base ** (-torch.arange(0, head_size, 2) / head_size) > SLOW_TURN
+    for layer in layers:
+        tensors[f"model.layers.{layer}.self_attn.k_proj.bias"].view(-1, head_size)[:, fast.repeat(2)] = 0
+    save_file(tensors, file, {"format": "pt"})

@@ -8,17 +8,18 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from compressed_tensors.compressors import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from models import contents, save_text, tiny_model
+from models import clear_fast_bias, contents, save_text, tiny_model
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vllm_wkvquant import cli, layout, reference
+from vllm_wkvquant import cli, layout, native_cuda, reference
 from vllm_wkvquant.checkpoint import KV_PARAMS, Checkpoint, kv_tensor_name
 from vllm_wkvquant.config import KVCacheConfig, RopeConfig
 from vllm_wkvquant.evaluate import ATTENTION, SimulatedCache, load_quantized
@@ -29,9 +30,10 @@ from vllm_wkvquant.quantize.calibration import SKIPPED, read_windows
 from vllm_wkvquant.quantize.fold import fold_value
 from vllm_wkvquant.quantize.pipeline import quantize
 from vllm_wkvquant.quantize.plan import Settings, preflight
-from vllm_wkvquant.quantize.recipes import RECIPES, SEARCHED, Smoothing
+from vllm_wkvquant.quantize.recipes import RECIPES, RTN, SEARCHED, Smoothing
 from vllm_wkvquant.quantize.runner import Ahead
 from vllm_wkvquant.quantize.weights import round_to_nearest
+from vllm_wkvquant.quantize.workers import ALONE
 from vllm_wkvquant.reference import fake_quantize
 
 SAMPLES, SEQ_LEN = 4, 48
@@ -224,6 +226,28 @@ def test_key_shift_is_the_bias(tmp_path: Path, text: Path) -> None:
     assert bias.abs().max() > 90
 
 
+def test_pairs_that_need_no_shift_have_none(tmp_path: Path, text: Path) -> None:
+    """Two layers of keys with large biases, the first's on slow pairs alone."""
+    model = tiny_model(tmp_path / "model", "qwen2", num_layers=2, key_bias=30.0)
+    clear_fast_bias(model, [0])
+    layers = quantize(settings(model, tmp_path / "out", text))["layers"]
+    ckpt = Checkpoint(tmp_path / "out")
+    slow = reference.slow_pairs(reference.rope_turns(ckpt.kv.rope.inv_freq))
+    assert slow.sum() == 20
+    for layer in range(2):
+        found = ckpt.kv_tensors(layer)
+        shift = found["k_shift"].unflatten(1, (2, 32))
+        has_shift = (shift != 0).any(1).any(0)
+        assert (shift[:, :, has_shift] != 0).all()
+        assert has_shift[slow].all()
+        assert (found["k_first"] != 0).all()
+        count = int(has_shift.sum()) - 20
+        assert count in ([0, 8] if layer == 0 else [12])
+        assert layers[layer]["shift_pairs"] == {"fast": count, "slow": 20, "steps": 1 + -(-count // 8)}
+        prepared = native_cuda._make(ckpt.kv_params(layer)).fields
+        assert prepared.fast_steps + (prepared.slow_steps > 0) == layers[layer]["shift_pairs"]["steps"]
+
+
 # -- parts
 
 
@@ -324,6 +348,107 @@ def test_statistics(scaling: float) -> None:
     plain = kv.collect(windows, None, config)
     torch.testing.assert_close(plain.k_first, reference.rotate(found.k_shift[None], positions[:1], turns, scaling)[0])
     torch.testing.assert_close(plain.v_first, found.v_shift)
+
+
+def rotary(base: float, pairs: int) -> KVCacheConfig:
+    """Of heads of 64 or 128, all of which rotates."""
+    inv_freq = tuple(base ** (-i / pairs) for i in range(pairs))
+    return replace(kv_config(), head_size=2 * pairs, rope=RopeConfig(inv_freq, 2 * pairs))
+
+
+@pytest.mark.parametrize(
+    ("config", "counts"),
+    [
+        (rotary(1e4, 32), [0, 8, 12]),
+        (rotary(1e5, 32), [0, 8, 10]),  # SmolLM2
+        (rotary(1e6, 32), [0, 8]),  # Qwen2.5 of 0.5B
+        (rotary(5e5, 64), [0, 8, 16]),  # Llama 3
+        (replace(kv_config(), rope=RopeConfig((1.0,) * 11 + (0.01,) * 5, 32)), [3, 11]),  # slow ones fill no step
+        (replace(kv_config(), rope=RopeConfig((0.01,) * 16, 32)), [0]),
+    ],
+)
+def test_shifts_fill_whole_steps_of_the_kernels(config: KVCacheConfig, counts: list[int]) -> None:
+    assert kv.shift_counts(config) == counts
+    turns = reference.rope_turns(config.rope.inv_freq)
+    slow = reference.slow_pairs(turns)
+    for count in range(len(turns) - int(slow.sum()) + 1):
+        shift = torch.zeros(config.num_kv_heads, config.head_size)
+        shift[1, len(turns) : 2 * len(turns)][slow] = 1
+        shift[0, : len(turns)][torch.nonzero(~slow).flatten()[:count]] = 1
+        ones = torch.ones_like(shift)
+        prepared = native_cuda._make(reference.KVParams.build(config, ones, shift, ones)).fields
+        found = kv.count_shifts(shift, config)
+        assert (found["fast"], found["slow"]) == (count, int(slow.sum()))
+        assert found["steps"] == prepared.fast_steps + (prepared.slow_steps > 0)
+
+
+def keys_with_bias(config: KVCacheConfig, bias: torch.Tensor) -> list[attention.QKV]:
+    """Eight windows of 300 queries, keys and values that are random but for a bias of the keys [H, D]."""
+    torch.manual_seed(0)
+    turns, positions = reference.rope_turns(config.rope.inv_freq), torch.arange(300)
+    made = []
+    for _ in range(8):
+        q, k, v = torch.randn(3, 300, *bias.shape)
+        made.append((2 * q, reference.rotate(k + bias, positions, turns, 1.0), v))
+    return made
+
+
+@pytest.mark.parametrize("search", [(), RTN.search])
+@pytest.mark.parametrize("strong", [0, 3, 11])
+def test_a_shift_is_kept_where_it_matters(strong: int, search: tuple[Smoothing, ...]) -> None:
+    """A weak bias on all pairs, strong ones on slow pairs and on so many fast ones, of either head."""
+    config = rotary(1e4, 32)
+    bias = torch.full((2, 64), 0.02)
+    bias[:, 46:50] = 20.0
+    fast = torch.randperm(12, generator=torch.Generator().manual_seed(1))[:strong]
+    bias[torch.arange(strong) % 2, fast] = 10.0
+    windows = keys_with_bias(config, bias)
+    statistics = kv.collect(windows, None, config)
+    plan = SimpleNamespace(
+        recipe=replace(RTN, search=search, first_shift=False),
+        kv=config,
+        attention=SimpleNamespace(scale=0.125, sliding_window=0),
+        workers=ALONE,
+    )
+    o_proj = torch.randn(32, 128)
+    kept, params = blocks.layer_params(plan, statistics, windows, o_proj)  # type: ignore[arg-type]
+    has_shift = (kept.k_shift != 0).any(0).view(2, 32)
+    assert torch.equal(has_shift[0], has_shift[1])
+    assert has_shift[0, 12:].all()
+    assert has_shift[0, fast].all()
+    assert has_shift[0, :12].sum() == {0: 0, 3: 8, 11: 12}[strong]
+    assert torch.equal(kept.k_shift[kept.k_shift != 0], statistics.k_shift[kept.k_shift != 0])
+    for name, candidate in params.items():
+        assert torch.equal(candidate.k_shift, kept.k_shift), name
+    smooth = kv.smoothing_factors(Smoothing(0.5), kept, 64)
+    assert torch.equal(params["free^0.5"].k_smooth, smooth)
+
+    plan.recipe = replace(plan.recipe, shift_pairs="slow")
+    slow, _ = blocks.layer_params(plan, statistics, windows, o_proj)  # type: ignore[arg-type]
+    assert torch.equal((slow.k_shift != 0).any(0), torch.arange(64) % 32 >= 12)
+    plan.recipe = replace(plan.recipe, shift_pairs="all")
+    assert blocks.layer_params(plan, statistics, windows, o_proj)[0] is statistics  # type: ignore[arg-type]
+
+
+def test_deviations_are_from_the_shift_that_is_kept() -> None:
+    config = rotary(1e4, 32)
+    windows = keys_with_bias(config, 10 * torch.randn(2, 64))
+    statistics = kv.collect(windows, (windows[0][0][:3], windows[0][1][:3], windows[0][2][:3]), config)
+    pairs = torch.arange(32) % 3 > 0
+    kept = kv.keep_shift(statistics, pairs, windows, config, own_first=True)
+    turns, positions = reference.rope_turns(config.rope.inv_freq), torch.arange(300)
+    shift = torch.where(pairs.repeat(2), statistics.k_shift, 0)
+    known = reference.rotate(shift.expand(300, -1, -1), positions, turns, 1.0)
+    expected = torch.stack([k - known for _, k, _ in windows])[:, SKIPPED:].abs().amax((0, 1))
+    torch.testing.assert_close(kept.k_shift, shift, rtol=0, atol=0)
+    torch.testing.assert_close(kept.k_deviation, expected)
+    dropped = ~pairs.repeat(2)
+    assert (kept.k_deviation[:, dropped].mean(1) > 2 * statistics.k_deviation[:, dropped].mean(1)).all()
+    assert torch.equal(kept.k_first, statistics.k_first)
+    as_any_other = kv.keep_shift(statistics, pairs, windows, config, own_first=False)
+    torch.testing.assert_close(as_any_other.k_first, shift, rtol=0, atol=0)
+    for name in ("q_rms", "v_shift", "v_first"):
+        assert torch.equal(getattr(kept, name), getattr(statistics, name))
 
 
 def test_first_position_is_calibrated_on_what_begins_a_sequence(tmp_path: Path, text: Path) -> None:

@@ -74,6 +74,8 @@ def test_the_page_has_what_the_run_found(made: tuple[dict[str, Any], Path, str])
     for layer, block in enumerate(found["layers"]):
         for name, error in block["weight_error"].items():
             assert f"{name}, block {layer}: {report.number(error)}<" in page
+        for name, count in block["shift_pairs"].items():
+            assert f"{name}, block {layer}: {count}<" in page
         for name, clip in block.get("clip", {}).items():
             assert f"{name}, block {layer}: {report.number(clip['min'])}<" in page
         if learned:

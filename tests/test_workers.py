@@ -128,6 +128,7 @@ def test_two_workers_find_what_one_finds(
         assert ours["weight_error"] == near(theirs["weight_error"])
         if chosen == expected["smoothing"]:
             assert ours["hidden_error"] == near(theirs["hidden_error"])
+        assert ours["shift_pairs"] == theirs["shift_pairs"]
         for learned in ours.keys() & {"loss", "output_error"}:
             assert ours[learned] == near(theirs[learned])
     of_two = tensors(tmp_path / "out")

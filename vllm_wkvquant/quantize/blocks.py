@@ -20,7 +20,7 @@ from vllm_wkvquant.quantize.calibration import SKIPPED, Windows
 from vllm_wkvquant.quantize.fold import fold_value
 from vllm_wkvquant.quantize.learn import LearnedBlock, LearnedCache, LearnedWeight, learn, relative_mse
 from vllm_wkvquant.quantize.plan import Plan
-from vllm_wkvquant.quantize.recipes import LEARNED, SEARCHED, Smoothing
+from vllm_wkvquant.quantize.recipes import ALL, LEARNED, SEARCHED, SLOW, Smoothing
 from vllm_wkvquant.quantize.runner import Ahead, BlockRunner, Clock
 from vllm_wkvquant.quantize.storage import keep
 from vllm_wkvquant.quantize.weights import round_to_nearest
@@ -118,7 +118,7 @@ def quantize_block(
         statistics = replace(statistics, **learned.cache.shifts())
         params = {LEARNED: learned.cache.params()}
     else:
-        params = layer_params(plan, statistics, captured, o_proj.weight)  # type: ignore[arg-type]
+        statistics, params = layer_params(plan, statistics, captured, o_proj.weight)  # type: ignore[arg-type]
     clock.lap("search")
     tensors["k_channels"] = kv.channel_maxima(captured, None, plan.settings.device, workers).cpu()
     for name, candidate in params.items():
@@ -136,6 +136,7 @@ def quantize_block(
         "hidden_error": errors,
         "k_shift_max": statistics.k_shift.abs().max().item(),
         "k_deviation_max": statistics.k_deviation.max().item(),
+        "shift_pairs": kv.count_shifts(statistics.k_shift, plan.kv) if plan.kv.key_shift == "rotating" else None,
         "v_smooth": [v_smooth.min().item(), v_smooth.max().item()],
         "seconds": clock.seconds,
     }
@@ -306,19 +307,35 @@ def relative_error(x: torch.Tensor, exact: torch.Tensor) -> float:
 
 def layer_params(
     plan: Plan, statistics: kv.KVStatistics, captured: list[QKV], o_proj: torch.Tensor
-) -> dict[str, KVParams]:
-    """Each candidate's parameters of one layer, by its name."""
+) -> tuple[kv.KVStatistics, dict[str, KVParams]]:
+    """Each candidate's parameters of one layer, by its name, and the statistics under the shift that they have.
 
-    def build(k_smooth: torch.Tensor) -> KVParams:
-        return KVParams.build(plan.kv, k_smooth, **{p: getattr(statistics, p) for p in KV_PARAMS if p != "k_smooth"})
+    statistics: under a shift on all rotary pairs.
+    """
+    recipe = plan.recipe
+    grid = recipe.search or recipe.smoothings[:1]
+    best = torch.zeros(statistics.k_shift.shape[0], dtype=torch.int64, device=statistics.k_shift.device)
 
-    def factors(smoothing: Smoothing) -> torch.Tensor:
-        return kv.smoothing_factors(smoothing, statistics, plan.kv.rope.rotary_dim)
+    def build(of: kv.KVStatistics, k_smooth: torch.Tensor) -> KVParams:
+        return KVParams.build(plan.kv, k_smooth, **{p: getattr(of, p) for p in KV_PARAMS if p != "k_smooth"})
 
-    params = {s.name: build(factors(s)) for s in plan.recipe.smoothings}
-    if plan.recipe.search:
-        grid = torch.stack([factors(s) for s in plan.recipe.search])
-        scale, sliding_window = plan.attention.scale, plan.attention.sliding_window
-        best = kv.search([build(s) for s in grid], captured, o_proj, scale, sliding_window, plan.workers)
-        params[SEARCHED] = build(grid[best, torch.arange(best.numel(), device=grid.device)])
-    return params
+    def factors(of: kv.KVStatistics, smoothing: Smoothing) -> torch.Tensor:
+        return kv.smoothing_factors(smoothing, of, plan.kv.rope.rotary_dim)
+
+    def best_factors(of: kv.KVStatistics) -> torch.Tensor:
+        return torch.stack([factors(of, s) for s in grid])[best, torch.arange(best.numel(), device=best.device)]
+
+    compared = (captured, o_proj, plan.attention.scale, plan.attention.sliding_window, plan.workers)
+    if recipe.search:
+        best = kv.search([build(statistics, factors(statistics, s)) for s in grid], *compared)
+    if recipe.shift_pairs != ALL and plan.kv.key_shift == "rotating":
+        sets = kv.shift_sets(statistics, plan.kv)
+        kept = [
+            kv.keep_shift(statistics, pairs, captured, plan.kv, recipe.first_shift, plan.workers)
+            for pairs in (sets[:1] if recipe.shift_pairs == SLOW else sets)
+        ]
+        statistics = kept[kv.fewest_shifts([build(of, best_factors(of)) for of in kept], *compared)]
+    params = {s.name: build(statistics, factors(statistics, s)) for s in recipe.smoothings}
+    if recipe.search:
+        params[SEARCHED] = build(statistics, best_factors(statistics))
+    return statistics, params

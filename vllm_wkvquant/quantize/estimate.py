@@ -17,6 +17,7 @@ from vllm_wkvquant.quantize.calibration import FIRST_TOKENS
 from vllm_wkvquant.quantize.head import LOGIT_ROWS
 from vllm_wkvquant.quantize.learn import together
 from vllm_wkvquant.quantize.plan import Plan, Storage, packed_bytes
+from vllm_wkvquant.quantize.recipes import NEEDED
 from vllm_wkvquant.quantize.runner import Ahead
 from vllm_wkvquant.quantize.storage import free_bytes, pinned_bytes
 
@@ -119,12 +120,12 @@ def block_flop(plan: Plan, layer: int) -> dict[str, float]:
         "reference": samples * forward + linear * plan.windows.first_tokens.numel() / length,
         "candidates": held_out * len(recipe.candidates) * (linear + simulated),
     }
-    if recipe.search:
-        gram = 2 * length * adapter.num_heads**2 // adapter.num_kv_heads * adapter.head_size**2
-        exact = attention_flop(plan, layer, QUERY_ROWS)
-        flop["search"] = min(len(plan.workers.share(range(kv.SEARCH_WINDOWS))), train) * (
-            exact + len(recipe.search) * (simulated + gram)
-        )
+    sets = len(kv.shift_counts(plan.kv)) if recipe.shift_pairs == NEEDED and plan.kv.key_shift == "rotating" else 1
+    gram = 2 * length * adapter.num_heads**2 // adapter.num_kv_heads * adapter.head_size**2
+    for count, windows in ((len(recipe.search), kv.SEARCH_WINDOWS), (sets if sets > 1 else 0, kv.SHIFT_WINDOWS)):
+        if count and not recipe.learns_cache:
+            of_window = attention_flop(plan, layer, QUERY_ROWS) + count * (simulated + gram)
+            flop["search"] = flop.get("search", 0) + min(len(plan.workers.share(range(windows))), train) * of_window
     if learning:
         names = list(sizes)
         of_window = sum(sizes[name] for name in names[: names.index(adapter.family.o_proj)])

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from vllm_wkvquant.config import ConfigError
 
 SEARCHED, LEARNED = "searched", "learned"
+ALL, NEEDED, SLOW = "all", "needed", "slow"
 
 
 @dataclass(frozen=True)
@@ -77,15 +78,17 @@ class Tuning:
 class Recipe:
     """One way of making a checkpoint.
 
-    key_shift: as in `KVCacheConfig`. value_balance: scale V's channels by (value / o_proj column) ** value_balance
-    before they are folded. smoothings: candidates, each for the whole model. search: where not empty, one candidate
-    more, `SEARCHED`: per layer and KV head, whichever of these errs least at the attention's output. The candidate with
-    the least KL divergence on held-out calibration text is kept.
+    key_shift: as in `KVCacheConfig`. shift_pairs: which rotary pairs keep a rotating shift that is not learned: ALL of
+    them, SLOW ones, or those and as many others as are NEEDED (kv.py, `shift_sets`). value_balance: scale V's channels
+    by (value / o_proj column) ** value_balance before they are folded. smoothings: candidates, each for the whole
+    model. search: where not empty, one candidate more, `SEARCHED`: per layer and KV head, whichever of these errs least
+    at the attention's output. The candidate with the least KL divergence on held-out calibration text is kept.
     """
 
     name: str
     summary: str
     key_shift: str
+    shift_pairs: str
     key_hadamard: bool
     value_hadamard: bool
     first_shift: bool
@@ -116,6 +119,7 @@ RTN = Recipe(
     name="rtn",
     summary="rotating key shift, smoothing, Hadamard on K and V; weights rounded to nearest",
     key_shift="rotating",
+    shift_pairs=NEEDED,
     key_hadamard=True,
     value_hadamard=True,
     first_shift=True,
@@ -131,6 +135,7 @@ STATIC = Recipe(
     name="static",
     summary="WKVQuant's static form: shift after the rotary embedding, smoothing of K and V, no Hadamard",
     key_shift="static",
+    shift_pairs=ALL,
     key_hadamard=False,
     value_hadamard=False,
     first_shift=False,

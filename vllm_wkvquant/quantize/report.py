@@ -273,8 +273,12 @@ def transform(layers: list[dict[str, Any]], blocks: list[BlockDetail]) -> str:
         "V, least": [layer["v_smooth"][0] for layer in layers],
     }
     shifts = {"K": [b.k_shift.abs().max().item() for b in blocks], "V": [b.v_shift.abs().max().item() for b in blocks]}
+    figures = [lines("factors", factors, log=True), lines("largest shift", shifts)]
+    if layers[0]["shift_pairs"]:
+        counts = {n: [float(layer["shift_pairs"][n]) for layer in layers] for n in layers[0]["shift_pairs"]}
+        figures.append(lines("rotary pairs with a shift, and steps that they take in a kernel", counts))
     text = "Over the channels of a block. Factors have a geometric mean of 1 in a head; those of V are in the weights."
-    return section("Smoothing and shift", text, lines("factors", factors, log=True), lines("largest shift", shifts))
+    return section("Smoothing and shift", text, *figures)
 
 
 def outliers(blocks: list[BlockDetail]) -> str:
