@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import save_text, tiny_model
 
+from vllm_wkvquant import cli
 from vllm_wkvquant.checkpoint import Checkpoint, unpack_weight
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.evaluate import SimulatedCache, load_quantized
@@ -49,6 +50,16 @@ def test_predictions_come_closer(made: tuple[Path, dict[str, Any]]) -> None:
     assert len(tuning["epochs"]) == 5
     assert tuning["kept"] == min(range(5), key=lambda i: tuning["epochs"][i])
     assert tuning["epochs"][tuning["kept"]] < 0.95 * tuning["epochs"][0]
+
+
+def test_inspect_says_what_the_cache_costs_after_tuning(
+    made: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, report = made
+    for name, cost in (("tuned", report["tuning"]["cache"]), ("plain", None)):
+        assert cli.main(["inspect", str(root / name)]) == 0
+        shown = capsys.readouterr().out
+        assert cost is None or f"{cost['kl']:.5f} (se {cost['kl_se']:.5f})" in shown
 
 
 def test_codes_stay(made: tuple[Path, dict[str, Any]]) -> None:

@@ -114,6 +114,7 @@ def _report(path: Path) -> dict[str, Any]:
         return {}
     report = json.loads(file.read_text())
     return {k: report[k] for k in ("settings", "smoothing", "candidates", "layers")} | {
+        "tuning": report.get("tuning"),  # older ones have none
         "recipe": report["recipe"]["name"],
         "version": report["version"],
     }
@@ -146,7 +147,7 @@ def main(args: argparse.Namespace) -> int:
         f"{result['rope']['inv_freq_min']:.3g}, scaling {result['rope']['attention_scaling']:g}",
     }
     if "recipe" in result:
-        chosen = result["candidates"][result["smoothing"]]
+        chosen = result["tuning"]["cache"] if result["tuning"] else result["candidates"][result["smoothing"]]
         rows["recipe"] = f"{result['recipe']}, smoothing {result['smoothing']}"
         rows["KL on calibration text"] = f"{chosen['kl']:.5f} (se {chosen['kl_se']:.5f})"
     for name, value in rows.items():
