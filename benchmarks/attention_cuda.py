@@ -60,7 +60,7 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--blocks", type=ints, default=[64], help="block sizes of our cache")
     group.add_argument("--pages", type=ints, default=[16, 128], help="page sizes of FlashAttention's cache to try")
     group.add_argument("--splits", type=ints, default=[0, 2, 4, 8, 16, 32], help="num_splits of FlashAttention to try")
-    group.add_argument("--kinds", type=lambda s: s.split(","), default=["rotating"], help="shifts: rotating, none")
+    group.add_argument("--kinds", type=lambda s: s.split(","), default=["rotating"], help="shifts, of rows.py")
     group.add_argument("--prefills", default="8x2048x32768,8x512x8192", help="KV heads x chunk x past")
     group.add_argument(
         "--variants", type=lambda s: s.split(","), default=["cuda"], help="ours of decode and prefill: cuda, triton"
@@ -215,7 +215,7 @@ class Ours(Cache):
 
     def measure(self, row: Row, kind: str, variant: str) -> None:
         s = self.step
-        params = s.params if kind == "rotating" else make_params(s.kv_heads, BASE, rotating=False).to("cuda")
+        params = make_params(s.kv_heads, BASE, kind).to("cuda")
 
         def attend(c: int) -> None:
             ops.paged_attention(
@@ -237,7 +237,7 @@ class Ours(Cache):
     def measure_both(self, row: Row, kind: str) -> None:
         """Write and decode, one after the other as the plugin calls them."""
         s = self.step
-        params = s.params if kind == "rotating" else make_params(s.kv_heads, BASE, rotating=False).to("cuda")
+        params = make_params(s.kv_heads, BASE, kind).to("cuda")
         slots, positions = s.slots(self.table, self.block), (s.seq_lens - 1).long()
 
         def both(c: int) -> None:
@@ -543,7 +543,7 @@ class Prefill:
         self.keys[past : self.context], self.values[past : self.context] = self.key, self.value
 
     def parameters(self, kind: str) -> reference.KVParams:
-        return self.params if kind == "rotating" else make_params(self.kv_heads, BASE, rotating=False).to("cuda")
+        return make_params(self.kv_heads, BASE, kind).to("cuda")
 
     def error(self, expected: torch.Tensor) -> float:
         return (self.out[: len(expected), : expected.shape[1]].double() - expected).abs().max().item()

@@ -53,8 +53,11 @@ class Row:
         return present
 
 
-def make_params(kv_heads: int, base: float = 1e4, rotating: bool = True, head_size: int = HEAD_SIZE) -> KVParams:
-    """Smoothing around 1, rotated keys; a rotating shift of magnitude 5 on every pair and a sink at position 0."""
+def make_params(kv_heads: int, base: float = 1e4, kind: str = "rotating", head_size: int = HEAD_SIZE) -> KVParams:
+    """Smoothing around 1, rotated keys; a rotating shift of magnitude 5 and a sink at position 0.
+
+    kind: rotating, a shift on every pair; slow, on pairs that turn by up to 5 in 128 tokens; some, on 8 more; none.
+    """
     g = torch.Generator().manual_seed(0)
     inv_freq = [base ** (-2 * j / head_size) for j in range(head_size // 2)]
 
@@ -62,11 +65,15 @@ def make_params(kv_heads: int, base: float = 1e4, rotating: bool = True, head_si
         return gain * torch.randn(kv_heads, head_size, generator=g)
 
     smooth = torch.exp(normal(0.3))
-    if not rotating:
+    if kind == "none":
         return KVParams(smooth, torch.zeros_like(smooth), normal(0.5), key_hadamard=True, rope_turns=None)
+    first = sum(x * 128 > 5 for x in inv_freq)  # pair that has a shift
+    first = {"rotating": 0, "some": first - 8, "slow": first}[kind]
+    shift = normal(5)
+    shift.unflatten(1, (2, -1))[:, :, :first] = 0
     return KVParams(
         k_smooth=smooth,
-        k_shift=normal(5),
+        k_shift=shift,
         v_shift=normal(0.5),
         key_hadamard=True,
         rope_turns=reference.rope_turns(inv_freq),

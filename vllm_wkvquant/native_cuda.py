@@ -26,9 +26,9 @@ HEAD_SIZES = (64, 96, 128, 256)
 SHARED_256 = 160 << 10  # sm_80 and sm_90 have more, sm_86 and sm_89 99 KiB; the tables of a usual layer fit
 CHUNK = 256  # csrc/cuda/common.cuh
 CHEBYSHEV = 16
-# Largest shift of a pair whose part of the scores may be rounded to fp16. With 64 such pairs and a query of ones the
-# scores' standard error is 2e-3; rounding the keys to bf16, as a bf16 cache does, makes one of 6e-3.
-PLAIN = 8.0
+# Largest norm of a head's shift whose part of the scores may be rounded to fp16. With a query of ones the scores'
+# standard error is 3e-3 then; rounding the keys to bf16, as a bf16 cache does, makes one of 9e-3.
+PLAIN = 96.0
 
 
 class Params(Structure):
@@ -171,10 +171,12 @@ def _make(params: KVParams) -> Prepared:
         fast, slow = torch.cat([fast, slow[:room]]), slow[room:]
     fast_steps, slow_steps = -(-fast.numel() // 8), -(-slow.numel() // 8)
     steps = fast_steps + (slow_steps > 0)
-    size = shift[:, : 2 * pairs].unflatten(-1, (2, pairs)).norm(dim=1).amax(0)
-    fast = fast[size[fast].argsort(stable=True)]
-    plain = size[used] <= PLAIN
-    plain_steps = steps if plain.all() else int((size[fast] <= PLAIN).sum()) // 8
+    size = shift[:, : 2 * pairs].unflatten(-1, (2, pairs)).norm(dim=1)  # [heads, pairs]
+    fast = fast[size.amax(0)[fast].argsort(stable=True)]
+    if size.norm(dim=1).amax() <= PLAIN:
+        plain_steps = steps
+    else:
+        plain_steps = int((size[:, fast].square().cumsum(1).amax(0) <= PLAIN**2).sum()) // 8
     slots = torch.full((8 * (fast_steps + slow_steps),), -1, dtype=torch.int64)
     slots[: fast.numel()] = fast
     slots[8 * fast_steps : 8 * fast_steps + slow.numel()] = slow
