@@ -29,6 +29,7 @@ CHEBYSHEV = 16
 # Largest norm of a head's shift whose part of the scores may be rounded to fp16. With a query of ones the scores'
 # standard error is 3e-3 then; rounding the keys to bf16, as a bf16 cache does, makes one of 9e-3.
 PLAIN = 96.0
+TABLED = 4  # steps whose tables the kernels keep in shared memory; csrc/cuda/api.h
 
 
 class Params(Structure):
@@ -39,7 +40,7 @@ class Params(Structure):
         *[(name, c_void_p) for name in ("k_first", "v_first", "k_extra", "v_extra", "rope_turns")],
         *[(name, c_void_p) for name in ("basis", "slots", "slot_shift", "slot_turns", "chebyshev")],
         *[(name, c_int32) for name in ("num_kv_heads", "head_size", "rotary_pairs", "hadamard")],
-        *[(name, c_int32) for name in ("fast_steps", "slow_steps", "plain_steps")],
+        *[(name, c_int32) for name in ("fast_steps", "slow_steps", "plain_steps", "tabled")],
     ]
 
 
@@ -197,6 +198,12 @@ def _make(params: KVParams) -> Prepared:
     # rows g and g + 8 of m-tile x of a group of 32 are tokens 4g + 2x and the next
     token = 32 * torch.arange(4)[:, None, None] + 2 * torch.arange(2)[:, None] + 4 * torch.arange(8)
     degree = torch.arange(8)
+    basis = _operand_a(token, token + 1, functions).transpose(1, 2)
+    chebyshev = _operand_a(degree, degree + 8, chebyshev)
+    tabled = 0 < steps <= TABLED and plain_steps == steps
+    if tabled:
+        pieces = basis[..., 0, :, :], chebyshev[:, 0], slot_turns.contiguous().view(torch.int32)
+        basis = torch.cat([x.flatten() for x in pieces])
     tensors = {
         "query_scale": (host.k_smooth.double() * norm).float(),
         "key_scale": (norm / host.k_smooth.double()).float(),
@@ -204,11 +211,11 @@ def _make(params: KVParams) -> Prepared:
         "k_turned": torch.cat([-shift[:, pairs : 2 * pairs], shift[:, :pairs], 0 * shift[:, 2 * pairs :]], 1).float(),
         "v_shift": host.v_shift.float(),
         "rope_turns": turns,
-        "basis": _operand_a(token, token + 1, functions).transpose(1, 2),
+        "basis": basis,
         "slots": slots.int(),
         "slot_shift": slot_shift.float(),
         "slot_turns": slot_turns,
-        "chebyshev": _operand_a(degree, degree + 8, chebyshev),
+        "chebyshev": chebyshev,
     }
     if host.k_first is not None and host.v_first is not None:
         tensors["k_first"], tensors["v_first"] = host.k_first.float(), host.v_first.float()
@@ -224,6 +231,7 @@ def _make(params: KVParams) -> Prepared:
         fast_steps=fast_steps,
         slow_steps=slow_steps,
         plain_steps=plain_steps,
+        tabled=tabled,
     )
     return Prepared(device, heads, head_size, fields, tensors)
 

@@ -34,7 +34,8 @@ struct WkvCudaParams {
   const float* v_extra;
   const int64_t* rope_turns;  // [rotary_pairs], 2^64 a turn
   const uint32_t* basis;      // [4 groups of 32 positions from the chunk's centre][steps][2 m-tiles][high, low][32
-                              // lanes][4] half2, mma operand A
+                              // lanes][4] half2, mma operand A. If `tabled`: high parts alone, then those of
+                              // chebyshev, then slot_turns
   const int32_t* slots;       // [8 * (fast_steps + slow_steps)]
   const float2* slot_shift;   // [num_kv_heads, slots] k_shift of the two channels of a pair
   const int64_t* slot_turns;  // the same
@@ -46,6 +47,7 @@ struct WkvCudaParams {
   int32_t fast_steps;
   int32_t slow_steps;
   int32_t plain_steps;
+  int32_t tabled;  // all steps are plain and few (1 .. 4): their tables are read from shared memory
 };
 
 struct WkvCudaCacheWrite {

@@ -30,6 +30,7 @@ __device__ float* Kernel<D, NT>::partial(int cta, int slot) const {
 template <int D, int NT>
 __device__ void Kernel<D, NT>::finish(bool with_current) {
   float* mine = s.red + warp * (kRows * S::kPitch);
+  __syncwarp();
 #pragma unroll
   for (int n = 0; n < NT; ++n)
 #pragma unroll

@@ -11,6 +11,7 @@ namespace wkvquant {
 
 constexpr int kItemWeight = 20;
 constexpr float kSlack = 2;
+constexpr int kAny = -1;  // number of steps that is not known to the compiler
 
 template <int D, int NT>
 struct Shape {
@@ -34,15 +35,20 @@ struct Shape {
   }
 };
 
+__host__ __device__ inline int steps_of(const WkvCudaParams& p) { return p.fast_steps + (p.slow_steps > 0); }
+__host__ __device__ inline int slots_of(const WkvCudaParams& p) { return 8 * (p.fast_steps + p.slow_steps); }
+
 struct Shared {
-  uint4* query;    // [rows][D / 8], the 8 dimensions of a word in the order 0 2 4 6 1 3 5 7, 4 .. 7 over 16
-  uint4* coef;     // [warps][NT][steps][32]
-  float2* ab;      // [rows][slots] coefficients of cos and sin at position 0
+  uint4* query;  // [rows][D / 8], the 8 dimensions of a word in the order 0 2 4 6 1 3 5 7, 4 .. 7 over 16
+  uint4* basis;  // tables of the shift, as in WkvCudaParams, where they are `tabled`
+  uint4* chebyshev;
+  int64_t* turns;
+  float2* ab;      // [rows][slots + 4] coefficients of cos and sin at position 0
   float2* angle;   // [warps][slots] cos and sin at the chunk's centre
   float* v_shift;  // [D]
   float* raw;      // [rows][D] the query, then the current tokens' part of the output
-  float* red;      // [warps][rows][pitch] numerators
-  float4* row;     // [rows] what turns products into scores: factor, total, factor of the shift, constant
+  float* red;   // [warps][rows][pitch] numerators; before them coefficients of the shift, [warps][NT][steps][32] uint4
+  float4* row;  // [rows] what turns products into scores: factor, total, factor of the shift, constant
   float *first_extra, *first_score;  // [rows] what position 0 has more, and its score
   float *current_max, *current_sum;  // [rows]
   float4* part;                      // [warps][rows] maximum, sum, sum of minima
@@ -51,7 +57,8 @@ struct Shared {
   int* misc;  // [8] items, last row of the tile, whether this CTA combines, rows of the tile, the plan's weight
 
   template <class S>
-  __host__ __device__ static int64_t carve(Shared* s, char* base, int steps, int slots, int num_seqs) {
+  __host__ __device__ static int64_t carve(Shared* s, char* base, const WkvCudaParams& p, int num_seqs) {
+    const int steps = p.tabled ? steps_of(p) : 0, slots = slots_of(p);
     int64_t used = 0;
     auto take = [&](auto*& p, int64_t n) {
       if (base) p = reinterpret_cast<std::remove_reference_t<decltype(p)>>(base + used);
@@ -62,7 +69,8 @@ struct Shared {
     take(s->query, R * D / 8), take(s->v_shift, D), take(s->raw, R * D), take(s->red, W * R * S::kPitch);
     take(s->row, R), take(s->first_extra, R), take(s->first_score, R), take(s->current_max, R), take(s->current_sum, R);
     take(s->part, W * R), take(s->misc, 8);
-    take(s->coef, W * S::kTiles * steps * 32), take(s->ab, R * slots), take(s->angle, W * slots);
+    take(s->basis, steps * (4 * 2 * 32)), take(s->chebyshev, p.tabled ? p.slow_steps * 32 : 0);
+    take(s->turns, p.tabled ? slots : 0), take(s->ab, R * (slots + 4)), take(s->angle, W * slots);
     take(s->prefix, num_seqs + 1), take(s->sequence, num_seqs);
     return used;
   }
@@ -71,8 +79,7 @@ struct Shared {
 template <int D, int NT>
 int64_t shared_bytes(const WkvCudaParams& p, int num_seqs) {
   Shared unused;
-  const int steps = p.fast_steps + (p.slow_steps > 0), slots = 8 * (p.fast_steps + p.slow_steps);
-  return Shared::carve<Shape<D, NT>>(&unused, nullptr, steps, slots, num_seqs);
+  return Shared::carve<Shape<D, NT>>(&unused, nullptr, p, num_seqs);
 }
 
 // Partial results in the workspace: counters [kMaxCtas], then two slots a CTA of [rows][D] numerators, [rows] maxima
@@ -119,15 +126,22 @@ struct Kernel {
         g(lane / 4),
         t(lane % 4),
         group(args.num_heads / params.num_kv_heads),
-        steps(params.fast_steps + (params.slow_steps > 0)),
-        slots(8 * (params.fast_steps + params.slow_steps)),
+        steps(steps_of(params)),
+        slots(slots_of(params)),
         tiles_per_block(args.block_size / kTile),
         page_bytes(args.block_size * (D + 8)),
         block_stride(static_cast<uint32_t>(args.block_stride)) {
-    Shared::carve<S>(&s, memory, steps, slots, args.num_seqs);
+    Shared::carve<S>(&s, memory, params, args.num_seqs);
   }
 
   __device__ __forceinline__ int tiles_of(int queries) const { return (queries * group + kRows - 1) / kRows; }
+
+  // Starts to copy the tables of the shift, but for the warp that makes the plan.
+  __device__ void start_tables() {
+    const int words = steps * (4 * 2 * 32) + p.slow_steps * 32 + slots / 2;
+    for (int i = threadIdx.x - 32; i >= 0 && i < words; i += S::kThreads - 32)
+      copy_async(s.basis + i, reinterpret_cast<const uint4*>(p.basis) + i);
+  }
 
   // Lengths of the sequences and the units before each. An item costs about as much as four units.
   __device__ void make_plan() {
@@ -188,6 +202,7 @@ struct Kernel {
   __device__ void start_rows();
 
   // attention_past.cuh
+  template <bool Tabled>
   __device__ __forceinline__ void make_coefficients(int chunk, uint4* coef);
   __device__ __forceinline__ void scores(const uint32_t (&k)[S::kKWords][4], float (&c)[2][NT][4]) const;
   template <int Steps>
@@ -205,6 +220,7 @@ struct Kernel {
   __device__ void combine();
 
   __device__ void run() {
+    if (p.tabled) start_tables();
     make_plan();
     wait_for_previous();
     const Plan plan = read_plan();
@@ -225,7 +241,8 @@ struct Kernel {
     uint32_t k[S::kKWords][4], v[4][S::kVWords], k_meta[4], v_meta[4];
     advance(cursor, end);
     int now = cursor.segment, now_first = (cursor.first + cursor.unit) * kUnit;
-    uint4* coef = s.coef + warp * (NT * steps * 32);
+    // As many steps as a head size has (D / 16) fit: 32 * NT * D bytes.
+    uint4* coef = reinterpret_cast<uint4*>(s.red + warp * (kRows * S::kPitch));
     int segment = 0;
     for (int u = begin; u < end; ++segment) {
       if (segment) item = decode_at(u, end);
@@ -248,28 +265,36 @@ struct Kernel {
       // the last row of the tile hides the most of a window
       const int latest = a.sliding_window ? past + last_row / group - a.sliding_window : INT_MIN / 2;
       if (threadIdx.x == 0) s.misc[1] = last_row, s.misc[3] = rows;
+      wait_for_copies();
       __syncthreads();
       start_rows();
       int chunk = -1;
       while (now == segment) {
         if (steps && now_first / kChunk != chunk) {
           chunk = now_first / kChunk;
-          make_coefficients(chunk, coef);
+          p.tabled ? make_coefficients<true>(chunk, coef) : make_coefficients<false>(chunk, coef);
         }
         float c[2][NT][4], shift[2][NT][4];
         uint32_t weights[2][NT][2];
         const bool more = cursor.segment != INT_MAX;
         // Both products of the usual numbers of steps in one piece of code, so that they overlap.
-        if (steps == 3 && p.plain_steps == 3) {
-          shift_scores<3>(now_first, coef, shift);
+        const auto products = [&](auto number) {
+          shift_scores<decltype(number)::value>(now_first, coef, shift);
           scores(k, c);
-        } else if (steps == 4 && p.plain_steps == 4) {
-          shift_scores<4>(now_first, coef, shift);
-          scores(k, c);
-        } else {
-          shift_scores<0>(now_first, coef, shift);
-          scores(k, c);
-        }
+        };
+        const int kind = p.tabled ? steps : steps ? kAny : 0;
+        if (kind == 1)
+          products(std::integral_constant<int, 1>());
+        else if (kind == 2)
+          products(std::integral_constant<int, 2>());
+        else if (kind == 0)
+          products(std::integral_constant<int, 0>());
+        else if (kind == 3)
+          products(std::integral_constant<int, 3>());
+        else if (kind == 4)
+          products(std::integral_constant<int, 4>());
+        else
+          products(std::integral_constant<int, kAny>());
         if (more) load_k(cursor, k);
         softmax(now_first, past, latest, k_meta, v_meta, c, shift, weights);
         if (more) load_meta(cursor, k_meta, v_meta);

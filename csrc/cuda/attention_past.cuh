@@ -5,42 +5,54 @@
 
 namespace wkvquant {
 
-// Coefficients of the basis for the chunk, as operand B.
+// Coefficients of the basis for the chunk, as operand B. Tabled: those of fast steps have no low part.
 template <int D, int NT>
+template <bool Tabled>
 __device__ __forceinline__ void Kernel<D, NT>::make_coefficients(int chunk, uint4* coef) {
   float2* angle = s.angle + warp * slots;
   __syncwarp();
-  for (int i = lane; i < slots; i += 32) angle[i] = cos_sin(chunk_angle(chunk, __ldg(p.slot_turns + i)));
+  for (int i = lane; i < slots; i += 32)
+    angle[i] = cos_sin_fast(chunk_angle(chunk, Tabled ? s.turns[i] : __ldg(p.slot_turns + i)));
   __syncwarp();
 #pragma unroll 1
   for (int n = 0; n < NT; ++n) {
-    const float2* ab = s.ab + (8 * n + g) * slots;
-    const auto rotated = [&](int step) -> uint4 {
-      uint4 w;
-      const float2 c = ab[8 * step + t], r = angle[8 * step + t], d = ab[8 * step + t + 4], q = angle[8 * step + t + 4];
-      split_half2(c.x * r.x + c.y * r.y, c.y * r.x - c.x * r.y, w.x, w.z);
-      split_half2(d.x * q.x + d.y * q.y, d.y * q.x - d.x * q.y, w.y, w.w);
-      return w;
+    const float2* ab = s.ab + (8 * n + g) * (slots + 4) + t;
+    const auto rotated = [&](int step) -> float4 {
+      const float2 c = ab[8 * step], r = angle[8 * step + t], d = ab[8 * step + 4], q = angle[8 * step + t + 4];
+      return {c.x * r.x + c.y * r.y, c.y * r.x - c.x * r.y, d.x * q.x + d.y * q.y, d.y * q.x - d.x * q.y};
     };
     uint4* out = coef + n * steps * 32 + lane;
 #pragma unroll 2
-    for (int i = 0; i < p.fast_steps; ++i) out[i * 32] = rotated(i);
+    for (int i = 0; i < p.fast_steps; ++i) {
+      const float4 x = rotated(i);
+      uint4 w = {};
+      if constexpr (Tabled)
+        w.x = pack_half2(x.x, x.y), w.y = pack_half2(x.z, x.w);
+      else
+        split_half2(x.x, x.y, w.x, w.z), split_half2(x.z, x.w, w.y, w.w);
+      out[i * 32] = w;
+    }
     if (p.slow_steps == 0) continue;
-    float c[4] = {}, correction[4] = {};
+    float c[2][4] = {};
 #pragma unroll 2
     for (int i = 0; i < p.slow_steps; ++i) {
-      const uint4 w = rotated(p.fast_steps + i);
-      const uint4* chebyshev = reinterpret_cast<const uint4*>(p.chebyshev) + i * 64 + lane;
-      const uint4 high = __ldg(chebyshev);
-      mma(c, high.x, high.y, high.z, high.w, w.x, w.y);
-      if (p.plain_steps == steps) continue;
-      const uint4 low = __ldg(chebyshev + 32);
-      mma(correction, high.x, high.y, high.z, high.w, w.z, w.w);
-      mma(correction, low.x, low.y, low.z, low.w, w.x, w.y);
+      const float4 x = rotated(p.fast_steps + i);
+      if constexpr (Tabled) {
+        const uint4 a = s.chebyshev[i * 32 + lane];
+        mma(c[i % 2], a.x, a.y, a.z, a.w, pack_half2(x.x, x.y), pack_half2(x.z, x.w));
+      } else {
+        uint4 w;
+        split_half2(x.x, x.y, w.x, w.z), split_half2(x.z, x.w, w.y, w.w);
+        const uint4* chebyshev = reinterpret_cast<const uint4*>(p.chebyshev) + i * 64 + lane;
+        const uint4 high = __ldg(chebyshev), low = __ldg(chebyshev + 32);
+        mma(c[0], high.x, high.y, high.z, high.w, w.x, w.y);
+        mma(c[1], high.x, high.y, high.z, high.w, w.z, w.w);
+        mma(c[1], low.x, low.y, low.z, low.w, w.x, w.y);
+      }
     }
     uint4 x;  // degrees are rows here and must become the rows of operand B
-    split_half2(c[0] + correction[0], c[1] + correction[1], x.x, x.z);
-    split_half2(c[2] + correction[2], c[3] + correction[3], x.y, x.w);
+    split_half2(c[0][0] + c[1][0], c[0][1] + c[1][1], x.x, x.z);
+    split_half2(c[0][2] + c[1][2], c[0][3] + c[1][3], x.y, x.w);
     out[p.fast_steps * 32] = {transpose(x.x), transpose(x.y), transpose(x.z), transpose(x.w)};
   }
   __syncwarp();
@@ -80,7 +92,8 @@ __device__ __forceinline__ void Kernel<D, NT>::scores(const uint32_t (&k)[S::kKW
   }
 }
 
-// The shift's part of the scores of the unit from position `first`. Steps: how many there are, all plain; 0: any.
+// The shift's part of the scores of the unit from position `first`. Steps: how many there are, in shared memory; kAny:
+// any, in global memory.
 template <int D, int NT>
 template <int Steps>
 __device__ __forceinline__ void Kernel<D, NT>::shift_scores(int first, const uint4* coef, float (&c)[2][NT][4]) const {
@@ -91,37 +104,48 @@ __device__ __forceinline__ void Kernel<D, NT>::shift_scores(int first, const uin
     for (int n = 0; n < NT; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) c[x][n][i] = other[x][n][i] = 0;
+  if constexpr (Steps == 0) return;
   // The basis is tabulated for the second half of the chunk. Cosines and even polynomials are the same in the first,
   // sines and odd polynomials, the high halves of the coefficients, change sign, and tokens come in reverse order.
   const int unit = first / kUnit % (kChunk / kUnit);
   const bool mirror = unit < kChunk / kUnit / 2;
   const uint32_t sign = mirror ? 0x80000000 : 0;
-  const uint4* basis = reinterpret_cast<const uint4*>(p.basis) + (mirror ? 3 - unit : unit - 4) * (steps * 128) +
-                       (mirror ? lane ^ 28 : lane);
+  const int place = mirror ? 3 - unit : unit - 4, from = mirror ? lane ^ 28 : lane;
   const auto add = [&](float (&to)[4], const uint4& w, uint32_t b0, uint32_t b1) {
     mma(to, w.x, w.y, w.z, w.w, b0 ^ sign, b1 ^ sign);
   };
   // The coefficients of polynomials are large sums: of them the low parts count.
-  const auto plain = [&](int i, float (&to)[2][NT][4], float (&low)[2][NT][4], bool polynomials) {
-    const uint4 w[2] = {__ldg(basis + i * 128), __ldg(basis + i * 128 + 64)};
+  if constexpr (Steps != kAny) {
+    const uint4* basis = s.basis + place * (Steps * 64) + from;
 #pragma unroll
-    for (int n = 0; n < NT; ++n) {
-      const uint4 b = coef[(n * steps + i) * 32 + lane];
+    for (int i = 0; i < Steps; ++i) {
+      const uint4 w[2] = {basis[i * 64], basis[i * 64 + 32]};
 #pragma unroll
-      for (int x = 0; x < 2; ++x) add(to[x][n], w[x], b.x, b.y);
-      if (polynomials)
+      for (int n = 0; n < NT; ++n) {
+        const uint4 b = coef[(n * Steps + i) * 32 + lane];
 #pragma unroll
-        for (int x = 0; x < 2; ++x) add(low[x][n], w[x], b.z, b.w);
+        for (int x = 0; x < 2; ++x) add(Steps > 2 && i % 2 ? other[x][n] : c[x][n], w[x], b.x, b.y);
+        if (i + 1 == Steps)
+#pragma unroll
+          for (int x = 0; x < 2; ++x) add(Steps > 2 ? other[x][n] : c[x][n], w[x], b.z, b.w);
+      }
     }
-  };
-  if constexpr (Steps) {
-#pragma unroll
-    for (int i = 0; i + 1 < Steps; ++i) plain(i, i % 2 ? other : c, c, false);
-    plain(Steps - 1, c, other, true);
   } else {
+    const uint4* basis = reinterpret_cast<const uint4*>(p.basis) + place * (steps * 128) + from;
     int i = 0;
 #pragma unroll 1
-    for (; i < p.plain_steps; ++i) plain(i, c, other, i == p.fast_steps);
+    for (; i < p.plain_steps; ++i) {
+      const uint4 w[2] = {__ldg(basis + i * 128), __ldg(basis + i * 128 + 64)};
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        const uint4 b = coef[(n * steps + i) * 32 + lane];
+#pragma unroll
+        for (int x = 0; x < 2; ++x) add(c[x][n], w[x], b.x, b.y);
+        if (i == p.fast_steps)
+#pragma unroll
+          for (int x = 0; x < 2; ++x) add(other[x][n], w[x], b.z, b.w);
+      }
+    }
 #pragma unroll 1
     for (; i < steps; ++i) {
       uint4 high[2], low[2];
@@ -144,7 +168,9 @@ __device__ __forceinline__ void Kernel<D, NT>::shift_scores(int first, const uin
   for (int n = 0; n < NT; ++n)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float one = c[0][n][i] + other[0][n][i], two = c[1][n][i ^ 2] + other[1][n][i ^ 2];
+      const bool two_sums = Steps == kAny || Steps > 2;
+      const float one = two_sums ? c[0][n][i] + other[0][n][i] : c[0][n][i];
+      const float two = two_sums ? c[1][n][i ^ 2] + other[1][n][i ^ 2] : c[1][n][i ^ 2];
       c[0][n][i] = mirror ? two : one;
       c[1][n][i ^ 2] = mirror ? one : two;
     }

@@ -29,7 +29,7 @@ __device__ void Kernel<D, NT>::prepare_rows(bool with_current, const F& when_loa
     if (r >= rows) {
       if (r == warp) when_loaded();
       if (lane < D / 8) s.query[r * (D / 8) + lane] = {0, 0, 0, 0};
-      for (int i = lane; i < slots; i += 32) s.ab[r * slots + i] = {0, 0};
+      for (int i = lane; i < slots; i += 32) s.ab[r * (slots + 4) + i] = {0, 0};
       if (lane == 0) {
         s.row[r] = {0, 0, 0, 0}, s.current_sum[r] = 0;
         s.current_max[r] = s.first_score[r] = kLowest, s.first_extra[r] = 0;
@@ -110,7 +110,7 @@ __device__ void Kernel<D, NT>::prepare_rows(bool with_current, const F& when_loa
     const float shrink = power_of_two(-f);
 #pragma unroll
     for (int i = 0; i < kSlots; ++i)
-      if (lane + 32 * i < slots) s.ab[r * slots + lane + 32 * i] = {ab[i].x * shrink, ab[i].y * shrink};
+      if (lane + 32 * i < slots) s.ab[r * (slots + 4) + lane + 32 * i] = {ab[i].x * shrink, ab[i].y * shrink};
     float weight = 1;
     if (with_current)
       for (int j = a.sliding_window ? max(own - a.sliding_window + 1, 0) : 0; j < own; ++j) {

@@ -37,6 +37,15 @@ __device__ __forceinline__ void load_words(const uint8_t* p, uint32_t* w) {
     asm volatile("ld.global.nc.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(w[0]) : "l"(p));
 }
 
+// 16 bytes from global to shared memory; wait_for_copies() waits for this thread's.
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(from)
+               : "memory");
+}
+
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Lets the stream's next kernel begin, if it was launched to do so.
 __device__ __forceinline__ void allow_next() {
 #if __CUDA_ARCH__ >= 900

@@ -145,6 +145,10 @@ inline void sincospif(float x, float* s, float* c) {
   *s = sin(M_PI * (double)x);
   *c = cos(M_PI * (double)x);
 }
+inline float e_cos(float x) { return cosf(x); }
+#define __cosf e_cos
+inline float e_sin(float x) { return sinf(x); }
+#define __sinf e_sin
 inline float e_log2(float x) { return log2f(x); }
 #define __log2f e_log2
 inline float e_fdiv(float a, float b) { return a / b; }
@@ -193,6 +197,8 @@ inline void load_words(const uint8_t* p, uint32_t* w) {
 }
 inline int count_arrival(int* counter) { return (*counter)++; }
 inline void acquire() {}
+inline void copy_async(void* to, const void* from) { memcpy(to, from, 16); }
+inline void wait_for_copies() {}
 inline void allow_next() {}
 inline void wait_for_previous() {}
 }  // namespace wkvquant
