@@ -85,15 +85,17 @@ __device__ __forceinline__ uint64_t chunk_angle(int chunk, int64_t turns) {
          static_cast<uint64_t>(turns >> 1);
 }
 
+template <int Lanes = 32>
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
-  for (int i = 16; i; i /= 2) x += __shfl_xor_sync(kFull, x, i);
+  for (int i = Lanes / 2; i; i /= 2) x += __shfl_xor_sync(kFull, x, i);
   return x;
 }
 
+template <int Lanes = 32>
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
-  for (int i = 16; i; i /= 2) x = fmaxf(x, __shfl_xor_sync(kFull, x, i));
+  for (int i = Lanes / 2; i; i /= 2) x = fmaxf(x, __shfl_xor_sync(kFull, x, i));
   return x;
 }
 
@@ -123,8 +125,10 @@ __device__ __forceinline__ void hadamard_registers(float (&x)[N]) {
       }
 }
 
-// A warp over a row: lane l has elements 4 (l + 32 i) .. + 3, as x[4 i] .. x[4 i + 3].
-__host__ __device__ constexpr int groups_of_lane(int head_size) { return (head_size / 4 + 31) / 32; }
+// Lanes (a warp or half of one) over a row: lane l has elements 4 (l + lanes i) .. + 3, as x[4 i] .. x[4 i + 3].
+__host__ __device__ constexpr int groups_of_lane(int head_size, int lanes = 32) {
+  return (head_size / 4 + lanes - 1) / lanes;
+}
 
 // Four elements, aligned to their size.
 template <class T>
@@ -137,19 +141,22 @@ __device__ __forceinline__ void load4(const T* p, float* x) {
 }
 
 // Unnormalized Hadamard rotation of a row, in blocks of the largest power of two that divides it.
-template <int D>
-__device__ __forceinline__ void hadamard_groups(float (&x)[4 * groups_of_lane(D)], int lane) {
-  constexpr int kLanes = (D & -D) / 4 < 32 ? (D & -D) / 4 : 32, N = groups_of_lane(D);
+template <int D, int Lanes = 32>
+__device__ __forceinline__ void hadamard_groups(float (&x)[4 * groups_of_lane(D, Lanes)], int lane) {
+  constexpr int kGroups = (D & -D) / 4, N = groups_of_lane(D, Lanes);
 #pragma unroll
   for (int i = 0; i < N; ++i) hadamard_registers<4>(*reinterpret_cast<float (*)[4]>(x + 4 * i));
-  hadamard_lanes<kLanes>(x, lane);
-  if constexpr (N == 2) {
+  hadamard_lanes < kGroups<Lanes ? kGroups : Lanes>(x, lane);
 #pragma unroll
-    for (int b = 0; b < 4; ++b) {
-      const float y = x[b], z = x[4 + b];
-      x[b] = y + z, x[4 + b] = y - z;
-    }
-  }
+  for (int m = 1; m < kGroups / Lanes; m *= 2)
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (!(i & m))
+#pragma unroll
+        for (int b = 0; b < 4; ++b) {
+          const float y = x[4 * i + b], z = x[4 * (i | m) + b];
+          x[4 * i + b] = y + z, x[4 * (i | m) + b] = y - z;
+        }
 }
 
 }  // namespace wkvquant
