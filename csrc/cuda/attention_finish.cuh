@@ -27,8 +27,11 @@ __device__ float* Kernel<D, NT>::partial(int cta, int slot) const {
          (2 * cta + slot) * partial_floats(kRows, D);
 }
 
+// Adds up the warps' results of the item. If it is this CTA's alone, that is the output. If not, it is stored for the
+// last CTA of the item to arrive, and one thread finds out whether this is the one, while the others go on: misc[2] and
+// misc[5] say so after the next barrier.
 template <int D, int NT>
-__device__ void Kernel<D, NT>::finish(bool with_current) {
+__device__ bool Kernel<D, NT>::finish(bool with_current) {
   float* mine = s.red + warp * (kRows * S::kPitch);
   __syncwarp();
 #pragma unroll
@@ -43,9 +46,10 @@ __device__ void Kernel<D, NT>::finish(bool with_current) {
       const int r = 8 * n + 2 * t + j;
       if (g == 0) s.part[warp * kRows + r] = {top[n][j], sum[n][j], min_sum[n][j], 0};
 #pragma unroll
-      for (int m = 0; m < S::kMTiles; ++m)
-        *reinterpret_cast<float2*>(mine + r * S::kPitch + S::dimension(m, g)) = {acc[m][n][j] * 0x1p24f,
-                                                                                 acc[m][n][2 + j] * 0x1p20f};
+      for (int m = 0; m < S::kMTiles; m += 2)
+        *reinterpret_cast<float4*>(mine + r * S::kPitch + S::column(S::dimension(m, g))) = {
+            acc[m][n][j] * 0x1p24f, acc[m][n][2 + j] * 0x1p20f, acc[m + 1][n][j] * 0x1p24f,
+            acc[m + 1][n][2 + j] * 0x1p20f};
     }
   __syncthreads();
   const bool whole = item.begin == 0 && item.end == item.units;
@@ -67,7 +71,7 @@ __device__ void Kernel<D, NT>::finish(bool with_current) {
       const float4 part = s.part[w * kRows + r];
       const float f = exp2_fast(part.x - high);
       past += f * part.y, low += f * part.z;
-      add(f, s.red + (w * kRows + r) * S::kPitch + d);
+      add(f, s.red + (w * kRows + r) * S::kPitch + S::column(d));
     }
     add(past, s.v_shift + d);
     x.x += low, x.y += low, x.z += low, x.w += low;
@@ -86,25 +90,24 @@ __device__ void Kernel<D, NT>::finish(bool with_current) {
       if (d == 0) *reinterpret_cast<float2*>(out + kRows * D + 2 * r) = {high, total};
     }
   }
-  if (!whole) combine();
   __syncthreads();
-}
-
-// The last CTA of an item to arrive adds up the partial results of all.
-template <int D, int NT>
-__device__ void Kernel<D, NT>::combine() {
+  if (whole || threadIdx.x != S::kThreads - 32) return !whole;
   const Plan plan = read_plan();
   const int first = plan.cta_of(item.place);
   const int last = plan.cta_of(item.place + item.units - max(plan.skipped(item.units), 1)), parts = last - first + 1;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    int* counter = static_cast<int*>(a.workspace) + first;
-    const bool is_last = count_arrival(counter) == parts - 1;
-    s.misc[2] = is_last;
-    if (is_last) *counter = 0, acquire();
-  }
-  __syncthreads();
-  if (!s.misc[2]) return;
+  int* counter = static_cast<int*>(a.workspace) + first;
+  const bool is_last = count_arrival(counter) == parts - 1;
+  s.misc[2] = is_last ? parts : 0, s.misc[5] = first;
+  if (is_last) *counter = 0, acquire();
+  return true;
+}
+
+// Adds up the partial results of the item in which unit `u` is.
+template <int D, int NT>
+__device__ void Kernel<D, NT>::combine(int u) {
+  const int parts = s.misc[2], first = s.misc[5];
+  item = decode_at(u, u + 1);
+  rows = min(item.queries * group - item.tile * kRows, kRows);
   constexpr int kBatch = 10;  // loads in flight: there is nothing to it but their latency
 #pragma unroll 1
   for (int i = threadIdx.x; i < rows * (D / 4); i += S::kThreads) {

@@ -27,6 +27,8 @@ struct Shape {
 
   // First of the two dimensions (d, d + 1) that thread row g has in m-tile `m` of the output.
   __device__ static __forceinline__ int dimension(int m, int g) { return 4 * word(m / 2, g) + 2 * (m % 2); }
+  // Where a dimension is in `red`: lanes that store 16 bytes at once meet in no bank.
+  __device__ static __forceinline__ int column(int d) { return D == 96 ? d : d ^ (d / (D == 64 ? 8 : 16) % 2 * 4); }
   // V word c of thread row g.
   __device__ static __forceinline__ int word(int c, int g) {
     if constexpr (D == 64) return 2 * g + c;
@@ -54,7 +56,8 @@ struct Shared {
   float4* part;                      // [warps][rows] maximum, sum, sum of minima
   int* prefix;                       // [num_seqs + 1] units before a sequence
   int4* sequence;                    // [num_seqs] past, first query, queries
-  int* misc;  // [8] items, last row of the tile, whether this CTA combines, rows of the tile, the plan's weight
+  int* misc;  // [8] items, last row of the tile, parts if this CTA combines, rows of the tile, the plan's weight, first
+              // CTA that has a part
 
   template <class S>
   __host__ __device__ static int64_t carve(Shared* s, char* base, const WkvCudaParams& p, int num_seqs) {
@@ -216,8 +219,8 @@ struct Kernel {
   __device__ void write_row4(int r, int d, float4 x, float sum_of_row) const;
   __device__ void write_lse(int r, float top_of_row, float sum_of_row) const;
   __device__ float* partial(int cta, int slot) const;
-  __device__ void finish(bool with_current);
-  __device__ void combine();
+  __device__ bool finish(bool with_current);
+  __device__ void combine(int u);
 
   __device__ void run() {
     if (p.tabled) start_tables();
@@ -243,30 +246,36 @@ struct Kernel {
     int now = cursor.segment, now_first = (cursor.first + cursor.unit) * kUnit;
     // As many steps as a head size has (D / 16) fit: 32 * NT * D bytes.
     uint4* coef = reinterpret_cast<uint4*>(s.red + warp * (kRows * S::kPitch));
-    int segment = 0;
-    for (int u = begin; u < end; ++segment) {
-      if (segment) item = decode_at(u, end);
-      const bool with_current = item.end == item.units;
-      // The first pages, after the rows' own loads, which wait for what is ahead of them.
-      const auto start_pages = [&] {
-        if (segment || now == INT_MAX) return;
-        load_k(cursor, k);
-        load_meta(cursor, k_meta, v_meta);
-        load_v(cursor, v);
-      };
-      if (a.dtype == kBFloat16)
-        prepare_rows<__nv_bfloat16>(with_current, start_pages);
-      else if (a.dtype == kFloat16)
-        prepare_rows<__half>(with_current, start_pages);
-      else
-        prepare_rows<float>(with_current, start_pages);
-      if (segment == 0 && now != INT_MAX) advance(cursor, end);
-      const int past = item.past, last_row = item.tile * kRows + rows - 1;
-      // the last row of the tile hides the most of a window
-      const int latest = a.sliding_window ? past + last_row / group - a.sliding_window : INT_MIN / 2;
-      if (threadIdx.x == 0) s.misc[1] = last_row, s.misc[3] = rows;
+    int segment = 0, before = -1;  // before: a unit of the item before, where others have parts of that
+    for (int u = begin; u < end || before >= 0; ++segment) {
+      int past = 0, latest = 0;
+      if (u < end) {
+        if (segment) item = decode_at(u, end);
+        const bool with_current = item.end == item.units;
+        // The first pages, after the rows' own loads, which wait for what is ahead of them.
+        const auto start_pages = [&] {
+          if (segment || now == INT_MAX) return;
+          load_k(cursor, k);
+          load_meta(cursor, k_meta, v_meta);
+          load_v(cursor, v);
+        };
+        if (a.dtype == kBFloat16)
+          prepare_rows<__nv_bfloat16>(with_current, start_pages);
+        else if (a.dtype == kFloat16)
+          prepare_rows<__half>(with_current, start_pages);
+        else
+          prepare_rows<float>(with_current, start_pages);
+        if (segment == 0 && now != INT_MAX) advance(cursor, end);
+        const int last_row = item.tile * kRows + rows - 1;
+        past = item.past;
+        // the last row of the tile hides the most of a window
+        latest = a.sliding_window ? past + last_row / group - a.sliding_window : INT_MIN / 2;
+        if (threadIdx.x == 0) s.misc[1] = last_row, s.misc[3] = rows;
+      }
       wait_for_copies();
       __syncthreads();
+      if (before >= 0 && s.misc[2]) combine(before);
+      if (u >= end) return;
       start_rows();
       int chunk = -1;
       while (now == segment) {
@@ -308,9 +317,9 @@ struct Kernel {
       }
       // Decoded again rather than kept in registers during the loop.
       item = decode_at(u, end);
-      u += item.end - item.begin;
       rows = min(item.queries * group - item.tile * kRows, kRows);
-      finish(item.end == item.units);
+      before = finish(item.end == item.units) ? u : -1;
+      u += item.end - item.begin;
     }
   }
 };
