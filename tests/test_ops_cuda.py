@@ -188,6 +188,12 @@ def test_score_of_the_shift():
     assert (lse[:1] - expected[:1]).abs().max() < 4e-3
 
 
+@pytest.mark.parametrize("count", [1, 3, 6, 132, 200])
+def test_equal_sequences(count):
+    """Whole CTAs take an item, or CTAs take whole items, where that leaves out few."""
+    check(cases.make_case([(700, 1)] * count, cases.make_params(2, 64), dtype=torch.float16))
+
+
 def test_many_sequences():
     g = torch.Generator().manual_seed(3)
     lengths = [(int(n), 1) for n in torch.randint(0, 400, (150,), generator=g)]

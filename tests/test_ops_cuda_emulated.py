@@ -93,6 +93,11 @@ def test_gather_of_large_numbers(emulated):
     test_ops_cuda.test_gather_of_large_numbers()
 
 
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_equal_sequences(emulated, count):
+    test_ops_cuda.test_equal_sequences(count)
+
+
 def test_rotary(emulated):
     test_ops_cuda.test_rotary(32, 1e4, 1.35)
 

@@ -28,8 +28,8 @@ __device__ float* Kernel<D, NT>::partial(int cta, int slot) const {
 }
 
 // Adds up the warps' results of the item. If it is this CTA's alone, that is the output. If not, it is stored for the
-// last CTA of the item to arrive, and one thread finds out whether this is the one, while the others go on: misc[2] and
-// misc[5] say so after the next barrier.
+// last CTA of the item to arrive, and one thread finds out whether this is the one, while the others go on: misc says
+// so after the next barrier.
 template <int D, int NT>
 __device__ bool Kernel<D, NT>::finish(bool with_current) {
   float* mine = s.red + warp * (kRows * S::kPitch);
@@ -92,12 +92,12 @@ __device__ bool Kernel<D, NT>::finish(bool with_current) {
   }
   __syncthreads();
   if (whole || threadIdx.x != S::kThreads - 32) return !whole;
-  const Plan plan = read_plan();
+  const Plan plan = *s.plan;
   const int first = plan.cta_of(item.place);
   const int last = plan.cta_of(item.place + item.units - max(plan.skipped(item.units), 1)), parts = last - first + 1;
   int* counter = static_cast<int*>(a.workspace) + first;
   const bool is_last = count_arrival(counter) == parts - 1;
-  s.misc[2] = is_last ? parts : 0, s.misc[5] = first;
+  s.misc[0] = first, s.misc[1] = is_last ? parts : 0;
   if (is_last) *counter = 0, acquire();
   return true;
 }
@@ -105,7 +105,7 @@ __device__ bool Kernel<D, NT>::finish(bool with_current) {
 // Adds up the partial results of the item in which unit `u` is.
 template <int D, int NT>
 __device__ void Kernel<D, NT>::combine(int u) {
-  const int parts = s.misc[2], first = s.misc[5];
+  const int first = s.misc[0], parts = s.misc[1];
   item = decode_at(u, u + 1);
   rows = min(item.queries * group - item.tile * kRows, kRows);
   constexpr int kBatch = 10;  // loads in flight: there is nothing to it but their latency

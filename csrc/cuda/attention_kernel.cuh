@@ -9,7 +9,6 @@
 
 namespace wkvquant {
 
-constexpr int kItemWeight = 20;
 constexpr float kSlack = 2;
 constexpr int kAny = -1;  // number of steps that is not known to the compiler
 
@@ -56,8 +55,9 @@ struct Shared {
   float4* part;                      // [warps][rows] maximum, sum, sum of minima
   int* prefix;                       // [num_seqs + 1] units before a sequence
   int4* sequence;                    // [num_seqs] past, first query, queries
-  int* misc;  // [8] items, last row of the tile, parts if this CTA combines, rows of the tile, the plan's weight, first
-              // CTA that has a part
+  Plan* plan;
+  int* misc;  // [4] first CTA that has a part of the item before, the item's parts if this CTA adds them up, last row
+              // of the tile, its rows
 
   template <class S>
   __host__ __device__ static int64_t carve(Shared* s, char* base, const WkvCudaParams& p, int num_seqs) {
@@ -71,7 +71,7 @@ struct Shared {
     // what has a fixed size comes first, so that its offsets are constants
     take(s->query, R * D / 8), take(s->v_shift, D), take(s->raw, R * D), take(s->red, W * R * S::kPitch);
     take(s->row, R), take(s->first_extra, R), take(s->first_score, R), take(s->current_max, R), take(s->current_sum, R);
-    take(s->part, W * R), take(s->misc, 8);
+    take(s->part, W * R), take(s->plan, 1), take(s->misc, 4);
     take(s->basis, steps * (4 * 2 * 32)), take(s->chebyshev, p.tabled ? p.slow_steps * 32 : 0);
     take(s->turns, p.tabled ? slots : 0), take(s->ab, R * (slots + 4)), take(s->angle, W * slots);
     take(s->prefix, num_seqs + 1), take(s->sequence, num_seqs);
@@ -150,7 +150,7 @@ struct Kernel {
   __device__ void make_plan() {
     if (warp == 0) {
       const int64_t most = static_cast<int64_t>(a.max_blocks) * a.block_size;
-      int before = 0, items = 0;
+      int before = 0, items = 0, least = INT_MAX, longest = 0;
       for (int i = lane; i - lane < a.num_seqs; i += 32) {
         int units = 0, own = 0;
         if (i < a.num_seqs) {
@@ -158,7 +158,11 @@ struct Kernel {
           const int queries = next > query && next <= a.num_tokens ? next - query : 0;
           const int past = static_cast<int>(min(static_cast<int64_t>(max(length - queries, 0)), most));
           own = tiles_of(queries) * p.num_kv_heads;
-          units = own ? units_of(past, a.sliding_window) * own : 0;
+          if (own) {
+            const int each = units_of(past, a.sliding_window);
+            units = each * own;
+            least = min(least, each), longest = max(longest, each);
+          }
           s.sequence[i] = {past, query, queries, 0};
         }
         int scan = units, scan_items = own;
@@ -170,25 +174,14 @@ struct Kernel {
         if (i < a.num_seqs) s.prefix[i] = before + scan - units, s.sequence[i].w = items + scan_items - own;
         before += __shfl_sync(kFull, scan, 31), items += __shfl_sync(kFull, scan_items, 31);
       }
-      if (lane == 0) s.prefix[a.num_seqs] = before, s.misc[0] = items;
+      const bool equal = __reduce_min_sync(kFull, least) == __reduce_max_sync(kFull, longest);
+      if (lane == 0) *s.plan = share_out(before, items, equal, gridDim.x);
     }
     __syncthreads();
   }
 
-  __device__ Plan read_plan() const {
-    Plan plan;
-    plan.units = s.prefix[a.num_seqs];
-    plan.ctas = min(min(static_cast<int>(gridDim.x), plan.units), max(s.misc[0], (plan.units + 3) / 4));
-    const int share = plan.units / max(plan.ctas, 1);
-    plan.weight = min(kItemWeight, share / 2);
-    const int line = plan.units + s.misc[0] * plan.weight;
-    plan.each = line / max(plan.ctas, 1);
-    plan.more = line - plan.each * plan.ctas;
-    return plan;
-  }
-
   __device__ __forceinline__ Item decode_at(int u, int end) const {
-    return decode(s.prefix, s.sequence, a.num_seqs, a.sliding_window, group, kRows, s.misc[4], u, end);
+    return decode(s.prefix, s.sequence, a.num_seqs, a.sliding_window, group, kRows, s.plan->weight, u, end);
   }
 
   // attention_load.cuh
@@ -226,17 +219,16 @@ struct Kernel {
     if (p.tabled) start_tables();
     make_plan();
     wait_for_previous();
-    const Plan plan = read_plan();
+    const Plan plan = *s.plan;
     const int cta = blockIdx.x;
-    if (cta >= plan.ctas) return;
+    if (cta >= min(plan.ctas, plan.units)) return;
     // lane 0: where this CTA begins; the others: the next one
     const int next = cta + min(lane, 1), from = plan.start(next);
     const int at = unit_at(s.prefix, s.sequence, a.num_seqs, a.sliding_window, plan, next < plan.ctas ? from : 0);
     const int begin = __shfl_sync(kFull, at, 0);
     const int end = cta + 1 < plan.ctas ? __shfl_sync(kFull, at, 1) : plan.units;
     if (begin >= end) return;
-    s.misc[4] = plan.weight;  // by every thread: a warp sees at least its own
-    Cursor cursor;            // of the unit that is in registers or on its way there
+    Cursor cursor;  // of the unit that is in registers or on its way there
     item = decode_at(begin, end);
     cursor.segment = -1;
     enter(cursor, item);
@@ -270,11 +262,11 @@ struct Kernel {
         past = item.past;
         // the last row of the tile hides the most of a window
         latest = a.sliding_window ? past + last_row / group - a.sliding_window : INT_MIN / 2;
-        if (threadIdx.x == 0) s.misc[1] = last_row, s.misc[3] = rows;
+        if (threadIdx.x == 0) s.misc[2] = last_row, s.misc[3] = rows;
       }
       wait_for_copies();
       __syncthreads();
-      if (before >= 0 && s.misc[2]) combine(before);
+      if (before >= 0 && s.misc[1]) combine(before);
       if (u >= end) return;
       start_rows();
       int chunk = -1;

@@ -205,7 +205,7 @@ __device__ __forceinline__ void Kernel<D, NT>::softmax(int first, int past, int 
 #pragma unroll
       for (int j = 0; j < 2; ++j) c[0][n][j] += s.first_extra[8 * n + 2 * t + j];
   if (first + kUnit > past || first <= latest) {
-    const int last_row = s.misc[1], rows = s.misc[3];
+    const int last_row = s.misc[2], rows = s.misc[3];
     const int start = first_visible(past, a.sliding_window);
     const int token = first + 4 * g;
 #pragma unroll

@@ -7,6 +7,8 @@ namespace wkvquant {
 
 // CTAs share out a line on which every item takes its units and, before them, `weight` for its start and end. So a CTA
 // that begins a second item has fewer units. Where a CTA would begin just before or in such a gap, it begins after it.
+constexpr int kItemWeight = 20;
+
 struct Plan {
   int units;       // of all items
   int ctas;        // that have any
@@ -23,6 +25,23 @@ struct Plan {
   }
   __device__ int skipped(int units_of_item) const { return min(weight / 2, units_of_item); }
 };
+
+// equal: all items have as many units.
+static __device__ Plan share_out(int units, int items, bool equal, int most_ctas) {
+  Plan plan;
+  plan.units = units;
+  plan.ctas = max(min(min(most_ctas, units), max(items, (units + 3) / 4)), 1);
+  plan.weight = min(kItemWeight, units / plan.ctas / 2);
+  if (equal) {  // whole CTAs an item, or whole items a CTA, where few CTAs are left out by that
+    const int rounds = (items + plan.ctas - 1) / plan.ctas;
+    const int even = rounds > 1 ? items / rounds : plan.ctas / items * items;
+    if (even * 16 >= plan.ctas * 15 && (rounds == 1 || even * rounds == items)) plan.ctas = even, plan.weight = 0;
+  }
+  const int line = units + items * plan.weight;
+  plan.each = line / plan.ctas;
+  plan.more = line - plan.each * plan.ctas;
+  return plan;
+}
 
 struct Item {
   int seq, head, tile;       // tile: of query rows
