@@ -102,11 +102,11 @@ __device__ bool Kernel<D, NT>::finish(bool with_current) {
   return true;
 }
 
-// Adds up the partial results of the item in which unit `u` is.
+// Adds up the partial results of an item.
 template <int D, int NT>
-__device__ void Kernel<D, NT>::combine(int u) {
+__device__ void Kernel<D, NT>::combine(const Item& x) {
   const int first = s.misc[0], parts = s.misc[1];
-  item = decode_at(u, u + 1);
+  item = x;
   rows = min(item.queries * group - item.tile * kRows, kRows);
   constexpr int kBatch = 10;  // loads in flight: there is nothing to it but their latency
 #pragma unroll 1

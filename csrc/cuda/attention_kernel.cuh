@@ -56,8 +56,9 @@ struct Shared {
   int* prefix;                       // [num_seqs + 1] units before a sequence
   int4* sequence;                    // [num_seqs] past, first query, queries
   Plan* plan;
-  int* misc;  // [4] first CTA that has a part of the item before, the item's parts if this CTA adds them up, last row
-              // of the tile, its rows
+  Item* item;  // [2] this one and the one before
+  int* misc;   // [4] first CTA that has a part of the item before, the item's parts if this CTA adds them up, last row
+               // of the tile, its rows
 
   template <class S>
   __host__ __device__ static int64_t carve(Shared* s, char* base, const WkvCudaParams& p, int num_seqs) {
@@ -71,7 +72,7 @@ struct Shared {
     // what has a fixed size comes first, so that its offsets are constants
     take(s->query, R * D / 8), take(s->v_shift, D), take(s->raw, R * D), take(s->red, W * R * S::kPitch);
     take(s->row, R), take(s->first_extra, R), take(s->first_score, R), take(s->current_max, R), take(s->current_sum, R);
-    take(s->part, W * R), take(s->plan, 1), take(s->misc, 4);
+    take(s->part, W * R), take(s->plan, 1), take(s->item, 2), take(s->misc, 4);
     take(s->basis, steps * (4 * 2 * 32)), take(s->chebyshev, p.tabled ? p.slow_steps * 32 : 0);
     take(s->turns, p.tabled ? slots : 0), take(s->ab, R * (slots + 4)), take(s->angle, W * slots);
     take(s->prefix, num_seqs + 1), take(s->sequence, num_seqs);
@@ -213,7 +214,7 @@ struct Kernel {
   __device__ void write_lse(int r, float top_of_row, float sum_of_row) const;
   __device__ float* partial(int cta, int slot) const;
   __device__ bool finish(bool with_current);
-  __device__ void combine(int u);
+  __device__ void combine(const Item& x);
 
   __device__ void run() {
     if (p.tabled) start_tables();
@@ -224,7 +225,9 @@ struct Kernel {
     if (cta >= min(plan.ctas, plan.units)) return;
     // lane 0: where this CTA begins; the others: the next one
     const int next = cta + min(lane, 1), from = plan.start(next);
-    const int at = unit_at(s.prefix, s.sequence, a.num_seqs, a.sliding_window, plan, next < plan.ctas ? from : 0);
+    int at = from;
+    if (plan.weight)
+      at = unit_at(s.prefix, s.sequence, a.num_seqs, a.sliding_window, plan, next < plan.ctas ? from : 0);
     const int begin = __shfl_sync(kFull, at, 0);
     const int end = cta + 1 < plan.ctas ? __shfl_sync(kFull, at, 1) : plan.units;
     if (begin >= end) return;
@@ -238,8 +241,9 @@ struct Kernel {
     int now = cursor.segment, now_first = (cursor.first + cursor.unit) * kUnit;
     // As many steps as a head size has (D / 16) fit: 32 * NT * D bytes.
     uint4* coef = reinterpret_cast<uint4*>(s.red + warp * (kRows * S::kPitch));
-    int segment = 0, before = -1;  // before: a unit of the item before, where others have parts of that
-    for (int u = begin; u < end || before >= 0; ++segment) {
+    int segment = 0;
+    bool before = false;  // others have parts of the item before
+    for (int u = begin; u < end || before; ++segment) {
       int past = 0, latest = 0;
       if (u < end) {
         if (segment) item = decode_at(u, end);
@@ -262,11 +266,11 @@ struct Kernel {
         past = item.past;
         // the last row of the tile hides the most of a window
         latest = a.sliding_window ? past + last_row / group - a.sliding_window : INT_MIN / 2;
-        if (threadIdx.x == 0) s.misc[2] = last_row, s.misc[3] = rows;
+        if (threadIdx.x == S::kThreads - 1) s.misc[2] = last_row, s.misc[3] = rows, s.item[segment % 2] = item;
       }
       wait_for_copies();
       __syncthreads();
-      if (before >= 0 && s.misc[1]) combine(before);
+      if (before && s.misc[1]) combine(s.item[(segment - 1) % 2]);
       if (u >= end) return;
       start_rows();
       int chunk = -1;
@@ -307,10 +311,9 @@ struct Kernel {
           advance(cursor, end);
         }
       }
-      // Decoded again rather than kept in registers during the loop.
-      item = decode_at(u, end);
-      rows = min(item.queries * group - item.tile * kRows, kRows);
-      before = finish(item.end == item.units) ? u : -1;
+      item = s.item[segment % 2];  // not kept in registers during the loop
+      rows = s.misc[3];
+      before = finish(item.end == item.units);
       u += item.end - item.begin;
     }
   }
