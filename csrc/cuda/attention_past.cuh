@@ -25,11 +25,8 @@ __device__ __forceinline__ void Kernel<D, NT>::make_coefficients(int chunk, uint
 #pragma unroll 2
     for (int i = 0; i < p.fast_steps; ++i) {
       const float4 x = rotated(i);
-      uint4 w = {};
-      if constexpr (Tabled)
-        w.x = pack_half2(x.x, x.y), w.y = pack_half2(x.z, x.w);
-      else
-        split_half2(x.x, x.y, w.x, w.z), split_half2(x.z, x.w, w.y, w.w);
+      uint4 w;
+      split_half2(x.x, x.y, w.x, w.z), split_half2(x.z, x.w, w.y, w.w);
       out[i * 32] = w;
     }
     if (p.slow_steps == 0) continue;
@@ -124,10 +121,9 @@ __device__ __forceinline__ void Kernel<D, NT>::shift_scores(int first, const uin
       for (int n = 0; n < NT; ++n) {
         const uint4 b = coef[(n * Steps + i) * 32 + lane];
 #pragma unroll
-        for (int x = 0; x < 2; ++x) add(Steps > 2 && i % 2 ? other[x][n] : c[x][n], w[x], b.x, b.y);
-        if (i + 1 == Steps)
+        for (int x = 0; x < 2; ++x) add(c[x][n], w[x], b.x, b.y);
 #pragma unroll
-          for (int x = 0; x < 2; ++x) add(Steps > 2 ? other[x][n] : c[x][n], w[x], b.z, b.w);
+        for (int x = 0; x < 2; ++x) add(Steps > 1 ? other[x][n] : c[x][n], w[x], b.z, b.w);
       }
     }
   } else {
@@ -168,7 +164,7 @@ __device__ __forceinline__ void Kernel<D, NT>::shift_scores(int first, const uin
   for (int n = 0; n < NT; ++n)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const bool two_sums = Steps == kAny || Steps > 2;
+      const bool two_sums = Steps == kAny || Steps > 1;
       const float one = two_sums ? c[0][n][i] + other[0][n][i] : c[0][n][i];
       const float two = two_sums ? c[1][n][i ^ 2] + other[1][n][i ^ 2] : c[1][n][i ^ 2];
       c[0][n][i] = mirror ? two : one;
