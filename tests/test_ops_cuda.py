@@ -48,7 +48,9 @@ def check(case: cases.Case, **options) -> None:
     error = (out[:tokens].double() - expected[:tokens]).norm() / expected[:tokens].norm()
     assert error < TOLERANCE[case.query.dtype]
     assert (out[:tokens].double() - expected[:tokens]).abs().max() < 8 * TOLERANCE[case.query.dtype]
-    assert (lse[:tokens] - expected_lse[:tokens]).abs().max() < 5e-3
+    # Shifts of these magnitudes are rounded to fp16: 5.5e-3 at most in thousands of rows. Keys rounded to bf16, as a
+    # bf16 cache has them, make 2.5e-2.
+    assert (lse[:tokens] - expected_lse[:tokens]).abs().max() < 8e-3
 
 
 @pytest.mark.parametrize("head_size", native_cuda.HEAD_SIZES)
@@ -188,16 +190,18 @@ def test_score_of_the_shift():
     assert (lse[:1] - expected[:1]).abs().max() < 4e-3
 
 
-@pytest.mark.parametrize("count", [1, 3, 6, 132, 200])
+@pytest.mark.parametrize("count", [1, 3, 6, 20, 66, 132, 200, 264])
 def test_equal_sequences(count):
-    """Whole CTAs take an item, or CTAs take whole items, where that leaves out few."""
+    """Whole teams take an item, or teams take whole items, where that leaves out few."""
     check(cases.make_case([(700, 1)] * count, cases.make_params(2, 64), dtype=torch.float16))
 
 
-def test_many_sequences():
+@pytest.mark.parametrize("heads", [1, 3, 8])
+def test_many_sequences(heads):
+    """Half a CTA takes an item, or several."""
     g = torch.Generator().manual_seed(3)
     lengths = [(int(n), 1) for n in torch.randint(0, 400, (150,), generator=g)]
-    check(cases.make_case(lengths, cases.make_params(1, 64), dtype=torch.bfloat16, block_size=16))
+    check(cases.make_case(lengths, cases.make_params(heads, 64), dtype=torch.bfloat16, block_size=16))
 
 
 def test_requests_without_tokens():

@@ -93,7 +93,7 @@ def test_gather_of_large_numbers(emulated):
     test_ops_cuda.test_gather_of_large_numbers()
 
 
-@pytest.mark.parametrize("count", [1, 3, 6])
+@pytest.mark.parametrize("count", [1, 3, 6, 20])
 def test_equal_sequences(emulated, count):
     test_ops_cuda.test_equal_sequences(count)
 

@@ -24,10 +24,10 @@ int64_t wkvquant_cuda_workspace() {
 int64_t wkvquant_cuda_shared_bytes(const WkvCudaParams* p, int tiles, int num_seqs) {
   using namespace wkvquant;
   switch (p->head_size) {
-    case 64: return tiles == 1 ? shared_bytes<64, 1>(*p, num_seqs) : shared_bytes<64, 2>(*p, num_seqs);
-    case 96: return tiles == 1 ? shared_bytes<96, 1>(*p, num_seqs) : shared_bytes<96, 2>(*p, num_seqs);
-    case 128: return tiles == 1 ? shared_bytes<128, 1>(*p, num_seqs) : shared_bytes<128, 2>(*p, num_seqs);
-    case 256: return tiles == 1 ? shared_bytes<256, 1>(*p, num_seqs) : -1;
+    case 64: return tiles == 1 ? shared_bytes<64, 1>(*p, num_seqs, 1) : shared_bytes<64, 2>(*p, num_seqs, 1);
+    case 96: return tiles == 1 ? shared_bytes<96, 1>(*p, num_seqs, 1) : shared_bytes<96, 2>(*p, num_seqs, 1);
+    case 128: return tiles == 1 ? shared_bytes<128, 1>(*p, num_seqs, 1) : shared_bytes<128, 2>(*p, num_seqs, 1);
+    case 256: return tiles == 1 ? shared_bytes<256, 1>(*p, num_seqs, 1) : -1;
   }
   return -1;
 }

@@ -22,13 +22,13 @@ __device__ void Kernel<D, NT>::write_lse(int r, float top_of_row, float sum_of_r
 }
 
 template <int D, int NT>
-__device__ float* Kernel<D, NT>::partial(int cta, int slot) const {
+__device__ float* Kernel<D, NT>::partial(int number, int slot) const {
   return reinterpret_cast<float*>(static_cast<char*>(a.workspace) + kCounterBytes) +
-         (2 * cta + slot) * partial_floats(kRows, D);
+         (2 * number + slot) * partial_floats(kRows, D);
 }
 
-// Adds up the warps' results of the item. If it is this CTA's alone, that is the output. If not, it is stored for the
-// last CTA of the item to arrive, and one thread finds out whether this is the one, while the others go on: misc says
+// Adds up the warps' results of the item. If it is this team's alone, that is the output. If not, it is stored for the
+// last team of the item to arrive, and one thread finds out whether this is the one, while the others go on: misc says
 // so after the next barrier.
 template <int D, int NT>
 __device__ bool Kernel<D, NT>::finish(bool with_current) {
@@ -51,27 +51,30 @@ __device__ bool Kernel<D, NT>::finish(bool with_current) {
             acc[m][n][j] * 0x1p24f, acc[m][n][2 + j] * 0x1p20f, acc[m + 1][n][j] * 0x1p24f,
             acc[m + 1][n][2 + j] * 0x1p20f};
     }
-  __syncthreads();
+  team_barrier();
+  const int size = this->size(), member = this->member();
   const bool whole = item.begin == 0 && item.end == item.units;
-  float* out = partial(blockIdx.x, item.begin == 0);
+  float* out = partial(number_of_team(), item.begin == 0);
+  const float4* parts = s.part + (warp - member) * kRows;
+  const float* red = s.red + (warp - member) * (kRows * S::kPitch);
 #pragma unroll 1
-  for (int i = threadIdx.x; i < rows * (D / 4); i += S::kThreads) {
+  for (int i = 32 * member + lane; i < rows * (D / 4); i += 32 * size) {
     const int r = i / (D / 4), d = i % (D / 4) * 4;
     const float own = with_current ? s.current_max[r] : kLowest;
     float high = own, past = 0, low = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) high = fmaxf(high, s.part[w * kRows + r].x);
+#pragma unroll 3
+    for (int w = 0; w < size; ++w) high = fmaxf(high, parts[w * kRows + r].x);
     float4 x = {0, 0, 0, 0};
     const auto add = [&](float f, const float* from) {
       const float4 y = *reinterpret_cast<const float4*>(from);
       x.x += f * y.x, x.y += f * y.y, x.z += f * y.z, x.w += f * y.w;
     };
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const float4 part = s.part[w * kRows + r];
+#pragma unroll 3
+    for (int w = 0; w < size; ++w) {
+      const float4 part = parts[w * kRows + r];
       const float f = exp2_fast(part.x - high);
       past += f * part.y, low += f * part.z;
-      add(f, s.red + (w * kRows + r) * S::kPitch + S::column(d));
+      add(f, red + (w * kRows + r) * S::kPitch + S::column(d));
     }
     add(past, s.v_shift + d);
     x.x += low, x.y += low, x.z += low, x.w += low;
@@ -90,14 +93,11 @@ __device__ bool Kernel<D, NT>::finish(bool with_current) {
       if (d == 0) *reinterpret_cast<float2*>(out + kRows * D + 2 * r) = {high, total};
     }
   }
-  __syncthreads();
-  if (whole || threadIdx.x != S::kThreads - 32) return !whole;
-  const Plan plan = *s.plan;
-  const int first = plan.cta_of(item.place);
-  const int last = plan.cta_of(item.place + item.units - max(plan.skipped(item.units), 1)), parts = last - first + 1;
-  int* counter = static_cast<int*>(a.workspace) + first;
-  const bool is_last = count_arrival(counter) == parts - 1;
-  s.misc[0] = first, s.misc[1] = is_last ? parts : 0;
+  team_barrier();
+  if (whole || member + 1 != size || lane != 0) return !whole;
+  int* counter = static_cast<int*>(a.workspace) + s.misc[4];
+  const bool is_last = count_arrival(counter) == s.misc[5] - 1;
+  s.misc[0] = s.misc[4], s.misc[1] = is_last ? s.misc[5] : 0;
   if (is_last) *counter = 0, acquire();
   return true;
 }
@@ -110,7 +110,7 @@ __device__ void Kernel<D, NT>::combine(const Item& x) {
   rows = min(item.queries * group - item.tile * kRows, kRows);
   constexpr int kBatch = 10;  // loads in flight: there is nothing to it but their latency
 #pragma unroll 1
-  for (int i = threadIdx.x; i < rows * (D / 4); i += S::kThreads) {
+  for (int i = 32 * member() + lane; i < rows * (D / 4); i += 32 * size()) {
     const int r = i / (D / 4), d = i % (D / 4) * 4;
     float high = kLowest, total = 0;
     float4 x = {0, 0, 0, 0};

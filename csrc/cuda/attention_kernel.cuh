@@ -39,6 +39,7 @@ struct Shape {
 __host__ __device__ inline int steps_of(const WkvCudaParams& p) { return p.fast_steps + (p.slow_steps > 0); }
 __host__ __device__ inline int slots_of(const WkvCudaParams& p) { return 8 * (p.fast_steps + p.slow_steps); }
 
+// What is of a team is that of the CTA's first one until move().
 struct Shared {
   uint4* query;  // [rows][D / 8], the 8 dimensions of a word in the order 0 2 4 6 1 3 5 7, 4 .. 7 over 16
   uint4* basis;  // tables of the shift, as in WkvCudaParams, where they are `tabled`
@@ -57,11 +58,12 @@ struct Shared {
   int4* sequence;                    // [num_seqs] past, first query, queries
   Plan* plan;
   Item* item;  // [2] this one and the one before
-  int* misc;   // [4] first CTA that has a part of the item before, the item's parts if this CTA adds them up, last row
-               // of the tile, its rows
+  int team_bytes;
+  int* misc;  // [4] first CTA that has a part of the item before, the item's parts if this CTA adds them up, last row
+              // of the tile, its rows
 
   template <class S>
-  __host__ __device__ static int64_t carve(Shared* s, char* base, const WkvCudaParams& p, int num_seqs) {
+  __host__ __device__ static int64_t carve(Shared* s, char* base, const WkvCudaParams& p, int num_seqs, int teams) {
     const int steps = p.tabled ? steps_of(p) : 0, slots = slots_of(p);
     int64_t used = 0;
     auto take = [&](auto*& p, int64_t n) {
@@ -70,20 +72,40 @@ struct Shared {
     };
     constexpr int R = S::kRows, W = S::kWarps, D = S::kHeadSize;
     // what has a fixed size comes first, so that its offsets are constants
-    take(s->query, R * D / 8), take(s->v_shift, D), take(s->raw, R * D), take(s->red, W * R * S::kPitch);
+    take(s->red, W * R * S::kPitch), take(s->part, W * R), take(s->plan, 1);
+    const int64_t first = used;
+    take(s->query, R * D / 8), take(s->v_shift, D), take(s->raw, R * D);
     take(s->row, R), take(s->first_extra, R), take(s->first_score, R), take(s->current_max, R), take(s->current_sum, R);
-    take(s->part, W * R), take(s->plan, 1), take(s->item, 2), take(s->misc, 4);
+    take(s->item, 2), take(s->misc, 8), take(s->ab, R * (slots + 4));
+    s->team_bytes = static_cast<int>(used - first);
+    used += (teams - 1) * (used - first);
     take(s->basis, steps * (4 * 2 * 32)), take(s->chebyshev, p.tabled ? p.slow_steps * 32 : 0);
-    take(s->turns, p.tabled ? slots : 0), take(s->ab, R * (slots + 4)), take(s->angle, W * slots);
+    take(s->turns, p.tabled ? slots : 0), take(s->angle, W * slots);
     take(s->prefix, num_seqs + 1), take(s->sequence, num_seqs);
     return used;
+  }
+
+  __device__ void move(int team) {
+    const auto move = [&](auto*& p) {
+      p = reinterpret_cast<std::remove_reference_t<decltype(p)>>(reinterpret_cast<char*>(p) + team * team_bytes);
+    };
+    move(query), move(v_shift), move(raw), move(row), move(first_extra), move(first_score), move(current_max);
+    move(current_sum), move(item), move(misc), move(ab);
   }
 };
 
 template <int D, int NT>
-int64_t shared_bytes(const WkvCudaParams& p, int num_seqs) {
+int64_t shared_bytes(const WkvCudaParams& p, int num_seqs, int teams) {
   Shared unused;
-  return Shared::carve<Shape<D, NT>>(&unused, nullptr, p, num_seqs);
+  return Shared::carve<Shape<D, NT>>(&unused, nullptr, p, num_seqs, teams);
+}
+
+// As many teams as shared memory has room for.
+template <int D, int NT>
+int most_teams(const WkvCudaParams& p, int num_seqs, int64_t bytes) {
+  int teams = kTeams;
+  while (teams > 1 && shared_bytes<D, NT>(p, num_seqs, teams) > bytes) teams /= 2;
+  return teams;
 }
 
 // Partial results in the workspace: counters [kMaxCtas], then two slots a CTA of [rows][D] numerators, [rows] maxima
@@ -93,11 +115,12 @@ constexpr int64_t partial_floats(int rows, int d) { return static_cast<int64_t>(
 template <int D, int NT>
 struct Kernel {
   using S = Shape<D, NT>;
-  static_assert(2 * partial_floats(S::kRows, D) * sizeof(float) <= kCtaBytes);
+  static_assert(kTeams * 2 * partial_floats(S::kRows, D) * sizeof(float) <= kCtaBytes);
   static constexpr int kWarps = S::kWarps, kRows = S::kRows;
 
   const WkvCudaAttention& a;
   const WkvCudaParams& p;
+  const int most_teams;  // of a CTA
   Shared s;
   const int warp, lane, g, t;
   const int group, steps, slots;
@@ -122,9 +145,10 @@ struct Kernel {
     int page, tile;
   };
 
-  __device__ Kernel(const WkvCudaAttention& args, const WkvCudaParams& params, char* memory)
+  __device__ Kernel(const WkvCudaAttention& args, const WkvCudaParams& params, int teams, char* memory)
       : a(args),
         p(params),
+        most_teams(teams),
         warp(threadIdx.x / 32),
         lane(threadIdx.x % 32),
         g(lane / 4),
@@ -135,10 +159,17 @@ struct Kernel {
         tiles_per_block(args.block_size / kTile),
         page_bytes(args.block_size * (D + 8)),
         block_stride(static_cast<uint32_t>(args.block_stride)) {
-    Shared::carve<S>(&s, memory, params, args.num_seqs);
+    Shared::carve<S>(&s, memory, params, args.num_seqs, teams);
   }
 
   __device__ __forceinline__ int tiles_of(int queries) const { return (queries * group + kRows - 1) / kRows; }
+
+  // Not kept in registers: warps of the team, the team in the CTA, this warp in the team.
+  __device__ int size() const { return s.plan->warps; }
+  __device__ int team() const { return warp >= size(); }
+  __device__ int member() const { return warp - team() * size(); }
+  __device__ int number_of_team() const { return team() * gridDim.x + blockIdx.x; }
+  __device__ void team_barrier() const { barrier(1 + team(), 32 * size()); }
 
   // Starts to copy the tables of the shift, but for the warp that makes the plan.
   __device__ void start_tables() {
@@ -147,7 +178,7 @@ struct Kernel {
       copy_async(s.basis + i, reinterpret_cast<const uint4*>(p.basis) + i);
   }
 
-  // Lengths of the sequences and the units before each. An item costs about as much as four units.
+  // Lengths of the sequences and the units before each, and how they are shared out.
   __device__ void make_plan() {
     if (warp == 0) {
       const int64_t most = static_cast<int64_t>(a.max_blocks) * a.block_size;
@@ -176,8 +207,9 @@ struct Kernel {
         before += __shfl_sync(kFull, scan, 31), items += __shfl_sync(kFull, scan_items, 31);
       }
       const bool equal = __reduce_min_sync(kFull, least) == __reduce_max_sync(kFull, longest);
-      if (lane == 0) *s.plan = share_out(before, items, equal, gridDim.x);
+      if (lane == 0) *s.plan = share_out(before, items, equal, gridDim.x, kWarps, most_teams);
     }
+    wait_for_copies();
     __syncthreads();
   }
 
@@ -221,15 +253,16 @@ struct Kernel {
     make_plan();
     wait_for_previous();
     const Plan plan = *s.plan;
-    const int cta = blockIdx.x;
-    if (cta >= min(plan.ctas, plan.units)) return;
-    // lane 0: where this CTA begins; the others: the next one
-    const int next = cta + min(lane, 1), from = plan.start(next);
+    const int number = number_of_team();
+    if (number >= min(plan.teams, plan.units)) return;
+    s.move(team());
+    // lane 0: where this team begins; the others: the next one
+    const int next = number + min(lane, 1), from = plan.start(next);
     int at = from;
     if (plan.weight)
-      at = unit_at(s.prefix, s.sequence, a.num_seqs, a.sliding_window, plan, next < plan.ctas ? from : 0);
+      at = unit_at(s.prefix, s.sequence, a.num_seqs, a.sliding_window, plan, next < plan.teams ? from : 0);
     const int begin = __shfl_sync(kFull, at, 0);
-    const int end = cta + 1 < plan.ctas ? __shfl_sync(kFull, at, 1) : plan.units;
+    const int end = number + 1 < plan.teams ? __shfl_sync(kFull, at, 1) : plan.units;
     if (begin >= end) return;
     Cursor cursor;  // of the unit that is in registers or on its way there
     item = decode_at(begin, end);
@@ -266,12 +299,12 @@ struct Kernel {
         past = item.past;
         // the last row of the tile hides the most of a window
         latest = a.sliding_window ? past + last_row / group - a.sliding_window : INT_MIN / 2;
-        if (threadIdx.x == S::kThreads - 1) s.misc[2] = last_row, s.misc[3] = rows, s.item[segment % 2] = item;
+        if (member() + 1 == size() && lane == 0) s.misc[2] = last_row, s.misc[3] = rows, s.item[segment % 2] = item;
       }
-      wait_for_copies();
-      __syncthreads();
+      team_barrier();
       if (before && s.misc[1]) combine(s.item[(segment - 1) % 2]);
       if (u >= end) return;
+      rows = s.misc[3];
       start_rows();
       int chunk = -1;
       while (now == segment) {
@@ -314,7 +347,7 @@ struct Kernel {
       item = s.item[segment % 2];  // not kept in registers during the loop
       rows = s.misc[3];
       before = finish(item.end == item.units);
-      u += item.end - item.begin;
+      u = item.u + item.end;
     }
   }
 };

@@ -5,14 +5,15 @@
 
 namespace wkvquant {
 
-// This warp's share of the CTA's units of an item.
+// This warp's share of the team's units of an item.
 template <int D, int NT>
 __device__ __forceinline__ void Kernel<D, NT>::enter(Cursor& c, const Item& x) const {
   const int count = x.end - x.begin;
   ++c.segment;
   c.next_unit = x.u + x.end;
-  c.unit = x.begin + count * warp / kWarps;
-  c.end = x.begin + count * (warp + 1) / kWarps;
+  const int parts = size() == kWarps ? 1 : kTeams, from = count * member() * parts;  // of a CTA's warps
+  c.unit = x.begin + from / kWarps;
+  c.end = x.begin + (from + count * parts) / kWarps;
   c.seq = x.seq, c.head = x.head, c.past = x.past, c.first = x.first;
 }
 

@@ -16,7 +16,7 @@ __device__ __forceinline__ void Kernel<D, NT>::make_coefficients(int chunk, uint
   __syncwarp();
 #pragma unroll 1
   for (int n = 0; n < NT; ++n) {
-    const float2* ab = s.ab + (8 * n + g) * (slots + 4) + t;
+    const float2* ab = s.ab + min(8 * n + g, s.misc[3] - 1) * (slots + 4) + t;
     const auto rotated = [&](int step) -> float4 {
       const float2 c = ab[8 * step], r = angle[8 * step + t], d = ab[8 * step + 4], q = angle[8 * step + t + 4];
       return {c.x * r.x + c.y * r.y, c.y * r.x - c.x * r.y, d.x * q.x + d.y * q.y, d.y * q.x - d.x * q.y};
@@ -73,7 +73,7 @@ __device__ __forceinline__ void Kernel<D, NT>::scores(const uint32_t (&k)[S::kKW
 #pragma unroll
         for (int i = 0; i < 4; ++i) b[n][i] = q[n][j][i];
       } else {
-        const uint4 w = s.query[(8 * n + g) * (D / 8) + t + 4 * j];
+        const uint4 w = s.query[min(8 * n + g, s.misc[3] - 1) * (D / 8) + t + 4 * j];
         b[n][0] = w.x, b[n][1] = w.y, b[n][2] = w.z, b[n][3] = w.w;
       }
     }

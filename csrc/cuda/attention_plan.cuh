@@ -5,41 +5,46 @@
 
 namespace wkvquant {
 
-// CTAs share out a line on which every item takes its units and, before them, `weight` for its start and end. So a CTA
-// that begins a second item has fewer units. Where a CTA would begin just before or in such a gap, it begins after it.
+// Teams of warps share out a line on which every item takes its units and, before them, `weight` for its start and end.
+// So a team that begins a second item has fewer units. Where a team would begin just before or in such a gap, it begins
+// after it. A team is a CTA, or half of one where there are more items: the end of one team's item and the start of its
+// next overlap with the products of the others.
 constexpr int kItemWeight = 20;
 
 struct Plan {
   int units;       // of all items
-  int ctas;        // that have any
+  int warps;       // of a team
+  int teams;       // that have units
   int weight;      // of an item, in units
-  int each, more;  // the line's length is ctas * each + more
+  int each, more;  // the line's length is teams * each + more
 
-  __device__ int start(int cta) const { return cta * each + cta * more / ctas; }
-  // The last CTA that starts at or before place `x`.
-  __device__ int cta_of(int x) const {
-    int cta = min(static_cast<int>(static_cast<float>(x) / (each + static_cast<float>(more) / ctas)), ctas - 1);
-    while (start(cta) > x) --cta;
-    while (cta + 1 < ctas && start(cta + 1) <= x) ++cta;
-    return cta;
+  __device__ int start(int team) const { return team * each + team * more / teams; }
+  // The last team that starts at or before place `x`.
+  __device__ int team_of(int x) const {
+    int team = min(static_cast<int>(static_cast<float>(x) / (each + static_cast<float>(more) / teams)), teams - 1);
+    while (start(team) > x) --team;
+    while (team + 1 < teams && start(team + 1) <= x) ++team;
+    return team;
   }
   __device__ int skipped(int units_of_item) const { return min(weight / 2, units_of_item); }
 };
 
-// equal: all items have as many units.
-static __device__ Plan share_out(int units, int items, bool equal, int most_ctas) {
+// equal: all items have as many units. warps, most_teams: of a CTA.
+static __device__ Plan share_out(int units, int items, bool equal, int ctas, int warps, int most_teams) {
   Plan plan;
-  plan.units = units;
-  plan.ctas = max(min(min(most_ctas, units), max(items, (units + 3) / 4)), 1);
-  plan.weight = min(kItemWeight, units / plan.ctas / 2);
-  if (equal) {  // whole CTAs an item, or whole items a CTA, where few CTAs are left out by that
-    const int rounds = (items + plan.ctas - 1) / plan.ctas;
-    const int even = rounds > 1 ? items / rounds : plan.ctas / items * items;
-    if (even * 16 >= plan.ctas * 15 && (rounds == 1 || even * rounds == items)) plan.ctas = even, plan.weight = 0;
+  int most = ctas, fewest = 2 * warps / 3;  // teams, units of a team
+  for (; most_teams > 1 && most < items; most_teams /= 2, most *= 2) warps /= 2, fewest /= 2;
+  plan.units = units, plan.warps = warps;
+  plan.teams = max(min(min(most, units), max(items, (units + fewest - 1) / fewest)), 1);
+  plan.weight = min(kItemWeight, units / plan.teams / 2);
+  if (equal) {  // whole teams an item, or whole items a team, where few teams are left out by that
+    const int rounds = (items + plan.teams - 1) / plan.teams;
+    const int even = rounds > 1 ? items / rounds : plan.teams / items * items;
+    if (even * 16 >= plan.teams * 15 && (rounds == 1 || even * rounds == items)) plan.teams = even, plan.weight = 0;
   }
   const int line = units + items * plan.weight;
-  plan.each = line / plan.ctas;
-  plan.more = line - plan.each * plan.ctas;
+  plan.each = line / plan.teams;
+  plan.more = line - plan.each * plan.teams;
   return plan;
 }
 
@@ -47,7 +52,7 @@ struct Item {
   int seq, head, tile;       // tile: of query rows
   int past, query, queries;  // query: first token of the step in `query`
   int first;                 // unit, counted from position 0, that its unit 0 is
-  int begin, end, units;     // this CTA's units, and how many the item has
+  int begin, end, units;     // this team's units, and how many the item has
   int u;                     // the item's unit 0 in the list of all units
   int place;                 // and on the line of the plan
 };
@@ -86,7 +91,7 @@ static __device__ __noinline__ Item decode(const int* prefix, const int4* sequen
   return x;
 }
 
-// The unit at which a CTA begins that starts at place `x` of the line.
+// The unit at which a team begins that starts at place `x` of the line.
 static __device__ __noinline__ int unit_at(const int* prefix, const int4* sequence, int num_seqs, int window,
                                            const Plan& plan, int x) {
   int low = 0, high = num_seqs - 1;

@@ -5,13 +5,14 @@
 
 namespace wkvquant {
 
-// Query rows as operands, coefficients of the shift, and the step's own tokens. Half a warp takes a row; rows that the
-// tile does not have are copies of its last one. Each warp calls when_loaded() once its first rows are here.
+// Query rows as operands, coefficients of the shift, and the step's own tokens. Half a warp takes a row. Columns
+// of rows that the tile does not have are copies of its last one. Each warp calls when_loaded() once its first rows are
+// here.
 template <int D, int NT>
 template <class T, class F>
 __device__ void Kernel<D, NT>::prepare_rows(bool with_current, const F& when_loaded) {
   constexpr int kLanes = 16, N = groups_of_lane(D, kLanes), kSlots = (D / 2 + 8 + kLanes - 1) / kLanes;
-  const int l = lane % kLanes;
+  const int l = lane % kLanes, size = this->size(), member = this->member();
   const auto active = [&](int i) { return D % (4 * kLanes) == 0 || l + kLanes * i < D / 4; };
   rows = min(item.queries * group - item.tile * kRows, kRows);
   const int64_t of_head = item.head * D + 4 * l;  // in [heads, D]
@@ -23,12 +24,10 @@ __device__ void Kernel<D, NT>::prepare_rows(bool with_current, const F& when_loa
     for (int i = 0; i < N; ++i)
       if (active(i)) load4(row + 4 * kLanes * i, to + 4 * i);
   };
-  static_assert(S::kThreads >= D);
-  const float v_shift = threadIdx.x < D ? p.v_shift[item.head * D + threadIdx.x] : 0;
-  if (2 * warp >= kRows) when_loaded();
+  if (2 * member >= rows) when_loaded();
 #pragma unroll 1
-  for (int first = 2 * warp; first < kRows; first += 2 * kWarps) {
-    const int r = first + lane / kLanes, row = item.tile * kRows + min(r, rows - 1);
+  for (int first = 2 * member; first < rows; first += 2 * size) {
+    const int r = min(first + lane / kLanes, rows - 1), row = item.tile * kRows + r;
     const int own = row / group, head = item.head * group + row % group;
     float raw[4 * N] = {}, x[4 * N] = {}, key[4 * N] = {}, out[4 * N] = {}, shift[4 * N] = {}, more[4 * N] = {};
     int slot[kSlots];
@@ -73,7 +72,7 @@ __device__ void Kernel<D, NT>::prepare_rows(bool with_current, const F& when_loa
     };
     save(raw);
     __syncwarp();
-    if (first == 2 * warp) when_loaded();
+    if (first == 2 * member) when_loaded();
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {
       const float u = s.raw[r * D + slot[i]], v = s.raw[r * D + slot[i] + p.rotary_pairs];
@@ -128,13 +127,22 @@ __device__ void Kernel<D, NT>::prepare_rows(bool with_current, const F& when_loa
     }
     __syncwarp();
     save(out);
-    if (l == 0) {
-      s.row[r] = {power_of_two(e + 24), together * power_of_two(e), power_of_two(f), fixed};
-      s.first_extra[r] = extra, s.first_score[r] = kLowest;
-      s.current_max[r] = with_current ? high : kLowest, s.current_sum[r] = with_current ? weight : 0;
-    }
+    if (l == 0)
+      for (int i = r; i < (r + 1 < rows ? r + 1 : kRows); ++i) {
+        s.row[i] = {power_of_two(e + 24), together * power_of_two(e), power_of_two(f), fixed};
+        s.first_extra[i] = extra, s.first_score[i] = kLowest;
+        s.current_max[i] = with_current ? high : kLowest, s.current_sum[i] = with_current ? weight : 0;
+      }
   }
-  if (threadIdx.x < D) s.v_shift[threadIdx.x] = v_shift;
+  if (member + 1 < size) return;
+  for (int d = 4 * lane; d < D; d += 128)
+    *reinterpret_cast<float4*>(s.v_shift + d) = __ldg(reinterpret_cast<const float4*>(p.v_shift + item.head * D + d));
+  if (lane == 0 && (item.begin > 0 || item.end < item.units)) {  // who else has parts of the item
+    const Plan plan = *s.plan;
+    const int first = plan.team_of(item.place);
+    const int last = plan.team_of(item.place + item.units - max(plan.skipped(item.units), 1));
+    s.misc[4] = first, s.misc[5] = last - first + 1;
+  }
 }
 
 template <int D, int NT>
@@ -144,7 +152,7 @@ __device__ void Kernel<D, NT>::start_rows() {
     for (int n = 0; n < NT; ++n)
 #pragma unroll
       for (int j = 0; j < S::kKWords; ++j) {
-        const uint4 w = s.query[(8 * n + g) * (D / 8) + t + 4 * j];
+        const uint4 w = s.query[min(8 * n + g, rows - 1) * (D / 8) + t + 4 * j];
         q[n][j][0] = w.x, q[n][j][1] = w.y, q[n][j][2] = w.z, q[n][j][3] = w.w;
       }
   }

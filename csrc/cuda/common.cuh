@@ -10,10 +10,11 @@
 namespace wkvquant {
 
 constexpr unsigned kFull = 0xffffffff;
-constexpr int kChunk = 256;                                  // tokens that share the coefficients of the shift
-constexpr int kUnit = 32;                                    // tokens of a softmax step
-constexpr int64_t kCounterBytes = kMaxCtas * sizeof(int);    // at the start of the workspace, then of each CTA
-constexpr int64_t kCtaBytes = 2 * kMaxRows * (256 + 2) * 4;  // two partial results
+constexpr int kChunk = 256;                                           // tokens that share the coefficients of the shift
+constexpr int kUnit = 32;                                             // tokens of a softmax step
+constexpr int kTeams = 2;                                             // of a CTA, at most
+constexpr int64_t kCounterBytes = kMaxCtas * kTeams * sizeof(int);    // at the start of the workspace
+constexpr int64_t kCtaBytes = kTeams * 2 * kMaxRows * (128 + 2) * 4;  // then two partial results of each team
 constexpr float kBoost = 4;
 constexpr float kLowest = -1e30f;
 constexpr float kLog2e = 1.44269504088896341f;

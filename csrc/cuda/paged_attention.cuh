@@ -2,11 +2,12 @@
 //
 //     item      (sequence, KV head, row tile); row = query token x query head of the group, up to 8 * NT rows a tile
 //     unit      32 past tokens of an item; eight in a row, a chunk, share the coefficients of the shift
-//     CTA       an equal run of the list of all units of all items; an item that straddles CTAs is combined by
-//               whichever of them finishes last, through the workspace
-//     warp      an equal run of the CTA's units of an item, with a softmax state of its own
+//     team      a CTA, or a half of one where there are more items than CTAs: an equal run of the list of all units of
+//               all items; an item that straddles teams is combined by whichever of them finishes last, through the
+//               workspace
+//     warp      an equal run of the team's units of an item, with a softmax state of its own
 //
-// Several CTAs share an SM, so that the start and the end of one's items overlap with the others' products.
+// Several teams share an SM, so that the start and the end of one's items overlap with the others' products.
 //
 // The grid is fixed and the list is derived from seq_lens on the device: a captured graph may be replayed with other
 // lengths. Nothing at or after the past's length, and nothing before a window, can reach the output.
@@ -20,8 +21,9 @@
 //         unit has tokens 4g and 4g + 1 as its rows g and g + 8, the second one 4g + 2 and 4g + 3
 //     V   thread (g, t) has token pairs 4t .. 4t + 3, D / 32 words by g; the first product takes pairs 4t and 4t + 2
 //
-// The shift's part of the score is a third product: basis of the position times coefficients of the query, each split
-// into two fp16 (three products), which is exact to about 2^-22 of the largest coefficient.
+// The shift's part of the score is a third product: basis of the position times coefficients of the query. Both are
+// sums of two fp16 (three products), exact to about 2^-22 of the largest coefficient, where shifts are large; where
+// not, the basis is rounded to fp16, and the tables of few steps are read from shared memory.
 //
 // Scores are in units of log 2. The subtracted maximum is lowered by kBoost, so that small weights stay above fp16's
 // smallest; it cancels.
@@ -39,18 +41,20 @@ namespace wkvquant {
 
 template <int D, int NT>
 __global__ void __launch_bounds__(Shape<D, NT>::kThreads, Shape<D, NT>::kCtasPerSm)
-    paged_attention(const __grid_constant__ WkvCudaAttention a, const __grid_constant__ WkvCudaParams p) {
+    paged_attention(const __grid_constant__ WkvCudaAttention a, const __grid_constant__ WkvCudaParams p, int teams) {
   extern __shared__ __align__(16) char memory[];
-  Kernel<D, NT>(a, p, memory).run();
+  Kernel<D, NT>(a, p, teams, memory).run();
 }
 
 template <int D, int NT>
 cudaError_t launch(const WkvCudaAttention& a, const WkvCudaParams& p, cudaStream_t stream) {
-  const int64_t bytes = shared_bytes<D, NT>(p, a.num_seqs);
-  if (cudaError_t e = allow_shared<paged_attention<D, NT>>(bytes)) return e;
-  int device = 0, major = 0;
+  int device = 0, major = 0, most = 0;
   if (cudaError_t e = cudaGetDevice(&device)) return e;
   if (cudaError_t e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return e;
+  if (cudaError_t e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return e;
+  const int teams = most_teams<D, NT>(p, a.num_seqs, most / Shape<D, NT>::kCtasPerSm - 1024);
+  const int64_t bytes = shared_bytes<D, NT>(p, a.num_seqs, teams);
+  if (cudaError_t e = allow_shared<paged_attention<D, NT>>(bytes)) return e;
   cudaLaunchAttribute overlap = {};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
@@ -61,7 +65,7 @@ cudaError_t launch(const WkvCudaAttention& a, const WkvCudaParams& p, cudaStream
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = a.after_write && major >= 9;
-  return cudaLaunchKernelEx(&config, paged_attention<D, NT>, a, p);
+  return cudaLaunchKernelEx(&config, paged_attention<D, NT>, a, p, teams);
 }
 
 // One row tile of 8 where the batch's mean query length needs no more, or registers or shared memory do not hold two.
@@ -72,7 +76,7 @@ cudaError_t launch_any(const WkvCudaAttention& a, const WkvCudaParams& p, cudaSt
     int device = 0, most = 0;
     if (cudaError_t e = cudaGetDevice(&device)) return e;
     if (cudaError_t e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return e;
-    if (group * ((a.num_tokens + a.num_seqs - 1) / a.num_seqs) > 8 && shared_bytes<D, 2>(p, a.num_seqs) <= most)
+    if (group * ((a.num_tokens + a.num_seqs - 1) / a.num_seqs) > 8 && shared_bytes<D, 2>(p, a.num_seqs, 1) <= most)
       return launch<D, 2>(a, p, stream);
   }
   return launch<D, 1>(a, p, stream);

@@ -46,6 +46,11 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
 
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// Of `threads` threads of the CTA; 0 is the barrier of all.
+__device__ __forceinline__ void barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // Lets the stream's next kernel begin, if it was launched to do so.
 __device__ __forceinline__ void allow_next() {
 #if __CUDA_ARCH__ >= 900

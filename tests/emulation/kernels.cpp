@@ -4,8 +4,8 @@
 Fiber* cur;
 int n_threads;
 std::vector<Warp> warps;
-int cta_count;
-unsigned cta_gen;
+int cta_count[16];
+unsigned cta_gen[16];
 int alive;
 jmp_buf sched;
 dim3 e_block, e_grid;
@@ -19,12 +19,12 @@ constexpr int64_t kSharedBytes = 227 << 10;
 template <int D, int NT>
 int launch(const WkvCudaAttention& a, const WkvCudaParams& p) {
   using S = Shape<D, NT>;
-  const int64_t bytes = shared_bytes<D, NT>(p, a.num_seqs);
-  if (S::kCtasPerSm * (bytes + 1024) > kSharedBytes + 1024) return 1;
+  const int teams = most_teams<D, NT>(p, a.num_seqs, kSharedBytes / S::kCtasPerSm - 1024);
+  if (shared_bytes<D, NT>(p, a.num_seqs, teams) > kSharedBytes) return 1;
   std::vector<uint4> memory(kSharedBytes / sizeof(uint4) + 1);
   memset(memory.data(), 0xff, memory.size() * sizeof(uint4));
   run_grid(dim3(std::min(a.num_sms * S::kCtasPerSm, kMaxCtas), 1, 1), S::kThreads,
-           [&] { Kernel<D, NT>(a, p, reinterpret_cast<char*>(memory.data())).run(); });
+           [&] { Kernel<D, NT>(a, p, teams, reinterpret_cast<char*>(memory.data())).run(); });
   return 0;
 }
 
@@ -54,10 +54,10 @@ int wkvquant_cuda_paged_attention(const WkvCudaAttention* a, const WkvCudaParams
 int64_t wkvquant_cuda_shared_bytes(const WkvCudaParams* p, int, int num_seqs) {
   using namespace wkvquant;
   switch (p->head_size) {
-    case 64: return shared_bytes<64, 1>(*p, num_seqs);
-    case 96: return shared_bytes<96, 1>(*p, num_seqs);
-    case 128: return shared_bytes<128, 1>(*p, num_seqs);
-    case 256: return shared_bytes<256, 1>(*p, num_seqs);
+    case 64: return shared_bytes<64, 1>(*p, num_seqs, 1);
+    case 96: return shared_bytes<96, 1>(*p, num_seqs, 1);
+    case 128: return shared_bytes<128, 1>(*p, num_seqs, 1);
+    case 256: return shared_bytes<256, 1>(*p, num_seqs, 1);
   }
   return -1;
 }

@@ -36,8 +36,8 @@ struct Fiber {
 extern Fiber* cur;
 extern int n_threads;
 extern std::vector<Warp> warps;
-extern int cta_count;
-extern unsigned cta_gen;
+extern int cta_count[16];
+extern unsigned cta_gen[16];
 extern int alive;
 extern jmp_buf sched;
 extern dim3 e_block, e_grid;
@@ -65,14 +65,15 @@ inline uint32_t (*put(std::initializer_list<uint32_t> v))[6] {
   return w.buf[b];
 }
 #define __syncthreads e_syncthreads
-inline void e_syncthreads() {
-  unsigned g = cta_gen;
-  if (++cta_count == n_threads) {
-    cta_count = 0;
-    ++cta_gen;
+inline void e_barrier(int id, int threads) {
+  unsigned g = cta_gen[id];
+  if (++cta_count[id] == threads) {
+    cta_count[id] = 0;
+    ++cta_gen[id];
   } else
-    while (cta_gen == g) yield_();
+    while (cta_gen[id] == g) yield_();
 }
+inline void e_syncthreads() { e_barrier(0, n_threads); }
 inline void e_syncwarp() { arrive(); }
 #define __syncwarp e_syncwarp
 template <class T>
@@ -199,6 +200,7 @@ inline int count_arrival(int* counter) { return (*counter)++; }
 inline void acquire() {}
 inline void copy_async(void* to, const void* from) { memcpy(to, from, 16); }
 inline void wait_for_copies() {}
+inline void barrier(int id, int threads) { e_barrier(id, threads); }
 inline void allow_next() {}
 inline void wait_for_previous() {}
 }  // namespace wkvquant
@@ -217,8 +219,7 @@ void run_grid(dim3 grid, int threads, F body) {
     for (unsigned bx = 0; bx < grid.x; ++bx) {
       e_block = dim3(bx, by, 0);
       warps.assign(threads / 32, Warp());
-      cta_count = 0;
-      cta_gen = 0;
+      for (int i = 0; i < 16; ++i) cta_count[i] = cta_gen[i] = 0;
       alive = threads;
       for (int i = 0; i < threads; ++i) {
         Fiber& f = *pool[i];
