@@ -64,19 +64,27 @@ def test_projection(monkeypatch) -> None:
     assert row["seconds_by_part"] == {"learn": 80.0, "write": 10.0}
 
 
-def test_tuning_is_measured_and_projected(tmp_path: Path) -> None:
-    """By its FLOP: those of the blocks grow with their number, those of the head do not."""
+def test_tuning_is_measured(tmp_path: Path) -> None:
+    """Of a shape with as many blocks as are measured, all of it."""
     out = tmp_path / "out.jsonl"
+    assert calibration.SHAPES["tiny"].layers == 2
     assert calibration.main(arguments("--recipe", "best", "--output", out)) == 0
     row = measured(out)
-    assert row["blocks_measured"] == 2
     assert row["tuning_seconds"] > 0
-    layers = calibration.SHAPES["tiny"].layers
-    projected = row["projected_tuning_minutes"] * 60 / row["tuning_seconds"]
-    assert min(1, layers / 2) <= projected * 1.1
-    assert row["projected_pflop"] == pytest.approx(
-        row["pflop"] * layers / 2 + row["tuning_pflop"] * projected, rel=0.2, abs=1e-9
-    )
+    assert row["tuning_pflop"] > 0
+    assert row["projected_pflop"] == pytest.approx(row["pflop"] + row["tuning_pflop"])
+
+
+def test_projection_of_tuning(monkeypatch) -> None:
+    """By its FLOP, beside that of the blocks by their number."""
+    monkeypatch.setattr(calibration, "host_bytes", lambda plan: 1)
+    monkeypatch.setattr(calibration, "tuning_flop", lambda plan, blocks=None: 4e15 if blocks == 32 else 1e15)
+    plan: Any = type("Plan", (), {"settings": type("Settings", (), {"device": "cpu"}), "storage": Storage()})
+    took = [calibration.Block({"learn": 30.0}, 2e15)]
+    row = calibration.summarize(plan, replace(calibration.SHAPES["tiny"], layers=32), took, 60.0, {"host": 2})
+    assert (row["tuning_seconds"], row["tuning_pflop"], row["projected_tuning_minutes"]) == (60.0, 1.0, 4.0)
+    assert row["projected_minutes"] == 16.0 + 4.0
+    assert row["projected_pflop"] == 64.0 + 4.0
 
 
 def test_limit_and_rows_that_are_there(tmp_path: Path, monkeypatch, capsys) -> None:
