@@ -136,6 +136,27 @@ def test_what_fits_is_on_the_gpu(plan) -> None:
         placed(needed[-1] - 1)
 
 
+def test_tuning_that_does_not_fit_is_left_out(
+    plan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And said; everything else stays. What fits neither way is refused."""
+    p = plan("best")
+    without = dataclasses.replace(p.recipe, tuning=None)
+    bare = estimate.device_bytes(dataclasses.replace(p, recipe=without))
+    # as of a large model: so small a one learns in more than it is tuned in
+    monkeypatch.setattr(estimate, "tuning_bytes", lambda q: 2 * bare if q.recipe.tuning else 0)
+
+    def placed(budget: int) -> Plan:
+        return estimate.place(dataclasses.replace(p, settings=dataclasses.replace(p.settings, memory_budget=budget)))
+
+    assert placed(3 * bare).recipe == p.recipe
+    assert not caplog.records
+    assert placed(2 * bare - 1).recipe == without
+    assert "tuning all blocks together is left out, which costs accuracy" in caplog.text
+    with pytest.raises(ConfigError, match="this run needs about"):
+        placed(bare // 100)
+
+
 def test_free_memory_is_the_budget(plan, monkeypatch: pytest.MonkeyPatch) -> None:
     p = plan("rtn")
     assert estimate.place(p).storage == Storage()

@@ -4,6 +4,7 @@ The rehearsal is the first block with a few windows and one learning step. A par
 as it took there, times its FLOP in the run over its FLOP there: so each part goes at its own measured rate.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,8 @@ from vllm_wkvquant.quantize.plan import Plan, Storage, packed_bytes
 from vllm_wkvquant.quantize.recipes import NEEDED
 from vllm_wkvquant.quantize.runner import Ahead
 from vllm_wkvquant.quantize.storage import free_bytes, pinned_bytes
+
+logger = logging.getLogger("vllm.wkvquant")
 
 FIXED = ("load", "clips", "round")  # parts of a block's work that take the same time for any number of windows
 
@@ -314,7 +317,8 @@ def place(plan: Plan) -> Plan:
     captured, last the targets.
 
     The budget is `--memory-budget`, or the memory that is free on the device (the CPU's is the host's, an equal part of
-    it for each worker). Raises ConfigError where no placement fits.
+    it for each worker). Tuning, which alone needs the codes of the whole model at once, is left out of the recipe, and
+    that is said, where it does not fit. Raises ConfigError where no placement fits.
     """
     device, given = plan.settings.device, plan.settings.memory_budget
     own = free_bytes(device) // (plan.workers.size if device == "cpu" else 1) if given is None else given
@@ -330,6 +334,15 @@ def place(plan: Plan) -> Plan:
     if given is None:
         limit = f"{budget / 1e9:.3g} GB are free (--memory-budget overrules that)"
     what = "memory" if device == "cpu" else "GPU memory"
+    if plan.recipe.tuning:
+        without = place(replace(plan, recipe=replace(plan.recipe, tuning=None)))
+        logger.warning(
+            "tuning all blocks together is left out, which costs accuracy: it needs about %.3g GB of %s, and %s",
+            needed / 1e9,
+            what,
+            limit,
+        )
+        return without
     raise ConfigError(
         f"this run needs about {needed / 1e9:.3g} GB of {what}, {limit}; lower --samples or --seq-len, or calibrate in "
         f"--dtype bfloat16"
