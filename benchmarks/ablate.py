@@ -240,7 +240,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seeds", type=lambda s: [int(x) for x in s.split(",")], default=[0], help="calibration seeds (0)"
     )
-    parser.add_argument("--samples", type=int, default=128, help="windows of text, a quarter held out (%(default)s)")
+    parser.add_argument(
+        "--samples", type=int, default=128, help="windows of text, up to 16 of which are held out (%(default)s)"
+    )
     parser.add_argument("--seq-len", type=int, help="tokens in a window (2048, or what the model has)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
     parser.add_argument(

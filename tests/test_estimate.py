@@ -139,18 +139,27 @@ def test_what_fits_is_on_the_gpu(plan) -> None:
 def test_tuning_that_does_not_fit_is_left_out(
     plan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And said; everything else stays. What fits neither way is refused."""
+    """First of codes, then altogether, and said; everything else stays. What fits neither way is refused."""
     p = plan("best")
+    p = dataclasses.replace(p, recipe=dataclasses.replace(p.recipe, tuning=Tuning(2, 4, 1e-3, code_reach=1.0)))
     without = dataclasses.replace(p.recipe, tuning=None)
+    steps = dataclasses.replace(p.recipe, tuning=Tuning(2, 4, 1e-3))
     bare = estimate.device_bytes(dataclasses.replace(p, recipe=without))
-    # as of a large model: so small a one learns in more than it is tuned in
-    monkeypatch.setattr(estimate, "tuning_bytes", lambda q: 2 * bare if q.recipe.tuning else 0)
+
+    def tuning_bytes(q: Plan) -> int:
+        """As of a large model: so small a one learns in more than it is tuned in."""
+        return bare * {p.recipe: 4, steps: 2, without: 0}[q.recipe]
+
+    monkeypatch.setattr(estimate, "tuning_bytes", tuning_bytes)
 
     def placed(budget: int) -> Plan:
         return estimate.place(dataclasses.replace(p, settings=dataclasses.replace(p.settings, memory_budget=budget)))
 
-    assert placed(3 * bare).recipe == p.recipe
+    assert placed(5 * bare).recipe == p.recipe
     assert not caplog.records
+    assert placed(3 * bare).recipe == steps
+    assert "moving codes when all blocks are tuned together is left out, which costs accuracy" in caplog.text
+    caplog.clear()
     assert placed(2 * bare - 1).recipe == without
     assert "tuning all blocks together is left out, which costs accuracy" in caplog.text
     with pytest.raises(ConfigError, match="this run needs about"):

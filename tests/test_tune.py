@@ -1,6 +1,7 @@
 """Tuning all blocks together: what it may change, that it runs what is served, that it makes no model worse."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from vllm_wkvquant.quantize.recipes import BEST, RTN, Tuning
 from vllm_wkvquant.reference import fake_quantize
 
 SAMPLES, SEQ_LEN = 12, 48
+TUNING = Tuning(epochs=4, batch=4, rate=3e-2)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,8 @@ def made(files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     """Where a checkpoint lies that was tuned, `tuned`, and one that was not, `plain`; the report of the first."""
     root = tmp_path_factory.mktemp("made")
     make(files, root / "plain", None)
-    return root, make(files, root / "tuned", Tuning(epochs=4, batch=4, rate=3e-2))
+    make(files, root / "steps", TUNING)
+    return root, make(files, root / "tuned", dataclasses.replace(TUNING, code_reach=0.7, cache_rate=1e-2))
 
 
 def test_predictions_come_closer(made: tuple[Path, dict[str, Any]]) -> None:
@@ -62,16 +65,26 @@ def test_inspect_says_what_the_cache_costs_after_tuning(
         assert cost is None or f"{cost['kl']:.5f} (se {cost['kl_se']:.5f})" in shown
 
 
-def test_codes_stay(made: tuple[Path, dict[str, Any]]) -> None:
-    """Steps, norms and biases of the blocks change, and nothing else."""
-    plain, tuned = (Checkpoint(made[0] / name).tensors for name in ("plain", "tuned"))
+TUNED = ("weight_scale", "layernorm.weight", "q_proj.bias", "k_proj.bias", "v_proj.bias")
+CODES_AND_CACHE = ("weight_packed", "wkv_k_smooth", "wkv_k_shift", "wkv_v_shift")
+
+
+@pytest.mark.parametrize(("name", "changing"), [("tuned", (*TUNED, *CODES_AND_CACHE)), ("steps", TUNED)])
+def test_what_tuning_changes(made: tuple[Path, dict[str, Any]], name: str, changing: tuple[str, ...]) -> None:
+    """Steps, norms and biases of the blocks, their codes if they may move, and nothing else."""
+    plain, tuned = (Checkpoint(made[0] / n).tensors for n in ("plain", name))
     names = list(plain.shapes())
     assert list(tuned.shapes()) == names
     before, after = plain.get(names), tuned.get(names)
     assert {n: t.dtype for n, t in after.items()} == {n: t.dtype for n, t in before.items()}
     changed = {name for name in names if not torch.equal(before[name], after[name])}
-    expected = ("weight_scale", "layernorm.weight", "q_proj.bias", "k_proj.bias", "v_proj.bias")
-    assert changed == {name for name in names if name.endswith(expected)}
+    assert changed == {name for name in names if name.endswith(changing)}
+
+
+def test_moving_codes_helps(made: tuple[Path, dict[str, Any]]) -> None:
+    """On windows that took no part."""
+    tuned, steps = (json.loads((made[0] / n / "wkvquant.json").read_text())["tuning"] for n in ("tuned", "steps"))
+    assert tuned["both"]["kl"] < steps["both"]["kl"]
 
 
 def test_the_checkpoint_is_what_was_compared(files: tuple[Path, Path], made: tuple[Path, dict[str, Any]]) -> None:
@@ -96,7 +109,7 @@ def test_the_checkpoint_is_what_was_compared(files: tuple[Path, Path], made: tup
 def test_before_tuning_the_model_is_the_candidate(made: tuple[Path, dict[str, Any]], files: tuple[Path, Path]) -> None:
     """With a rate of 0 nothing changes: perplexities after tuning are those before."""
     root, _ = made
-    report = make(files, root / "still", Tuning(epochs=1, batch=4, rate=0.0))
+    report = make(files, root / "still", Tuning(epochs=1, batch=4, rate=0.0, code_reach=1e-9))
     assert report["tuning"]["kept"] == 0
     found = report["tuning"]["perplexity"]
     assert found["weights"] == pytest.approx(report["perplexity"]["reference"], rel=1e-5)
@@ -109,7 +122,7 @@ def test_before_tuning_the_model_is_the_candidate(made: tuple[Path, dict[str, An
 def test_what_makes_it_worse_is_not_kept(made: tuple[Path, dict[str, Any]], files: tuple[Path, Path]) -> None:
     """A rate at which the model falls apart leaves it as it was."""
     root, _ = made
-    report = make(files, root / "apart", Tuning(epochs=2, batch=4, rate=30.0))
+    report = make(files, root / "apart", Tuning(epochs=2, batch=4, rate=30.0, code_reach=30.0))
     assert report["tuning"]["kept"] == 0
     plain, apart = (Checkpoint(root / name) for name in ("plain", "apart"))
     for name, quantized in plain.weight_names():
@@ -119,7 +132,7 @@ def test_what_makes_it_worse_is_not_kept(made: tuple[Path, dict[str, Any]], file
 def test_the_cache_is_in_the_loop(made: tuple[Path, dict[str, Any]], files: tuple[Path, Path]) -> None:
     """Without it other steps are found, and the divergence that is followed is that of a 16-bit cache."""
     root, tuned = made
-    report = make(files, root / "16-bit", Tuning(epochs=4, batch=4, rate=3e-2, cache=False))
+    report = make(files, root / "16-bit", dataclasses.replace(TUNING, cache=False))
     assert report["tuning"]["epochs"][0] != tuned["tuning"]["epochs"][0]
     assert report["tuning"]["weights"]["kl"] < report["weights"]["kl"]
     a, b = (Checkpoint(root / name).tensors.get([SCALE_OF_O])[SCALE_OF_O] for name in ("tuned", "16-bit"))
@@ -129,25 +142,55 @@ def test_the_cache_is_in_the_loop(made: tuple[Path, dict[str, Any]], files: tupl
 SCALE_OF_O = "model.layers.0.self_attn.o_proj.weight_scale"
 
 
-def test_gradient_of_a_step() -> None:
-    """That of the product, and its value that of the checkpoint's weight."""
+def test_gradients_of_step_and_offset() -> None:
+    """Those of the product, and its value that of the checkpoint's weight."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-15, 16, (6, 3, 32), generator=generator, dtype=torch.int8)
     step = torch.rand(6, 3, generator=generator, dtype=torch.float64).requires_grad_()
-    weight = tune.StepTimesCode.apply(step, codes, torch.float64)
+    offset = torch.zeros(codes.shape, dtype=torch.float64).requires_grad_()
+    weight = tune.StepTimesCode.apply(step, offset, codes, torch.float64)
     torch.testing.assert_close(weight, (codes * step[..., None]).flatten(1))
-    assert torch.autograd.gradcheck(lambda x: tune.StepTimesCode.apply(x, codes, torch.float64), (step,))
+    pull = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+    expected = torch.autograd.grad((((codes + offset) * step[..., None]).flatten(1) * pull).sum(), (step, offset))
+    found = torch.autograd.grad((weight * pull).sum(), (step, offset))
+    torch.testing.assert_close(found, expected)
+
+
+def packed_codes(made: tuple[Path, dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A linear layer's tensors by suffix."""
+    name = "model.layers.1.mlp.down_proj"
+    tensors = Checkpoint(made[0] / "plain").tensors.get([f"{name}.{suffix}" for suffix in tune.PACKED])
+    return {n.rpartition(".")[2]: t for n, t in tensors.items()}
 
 
 def test_unpacked_weights_are_step_times_code(made: tuple[Path, dict[str, Any]]) -> None:
-    name = "model.layers.1.mlp.down_proj"
-    tensors = Checkpoint(made[0] / "plain").tensors.get([f"{name}.{suffix}" for suffix in tune.PACKED])
-    packed = {n.rpartition(".")[2]: t for n, t in tensors.items()}
-    codes = tune.unpack_steps(packed)
-    assert codes.dtype == torch.int8
-    assert codes.min() >= -15
-    weight = tune.StepTimesCode.apply(packed["weight_scale"].float(), codes, torch.float32)
+    packed = packed_codes(made)
+    codes = tune.Codes(packed, "cpu", None)
+    assert codes.steps.dtype == torch.int8
+    assert codes.steps.min() >= -15
+    weight = tune.StepTimesCode.apply(packed["weight_scale"].float(), None, codes.steps, torch.float32)
     assert torch.equal(weight, unpack_weight(packed))
+    again = codes.pack(packed["weight_scale"])
+    assert all(torch.equal(again[suffix], packed[suffix]) for suffix in tune.PACKED)
+
+
+def test_a_code_moves_once_half_a_step_has_been_gone(made: tuple[Path, dict[str, Any]]) -> None:
+    """And never past the last one, however far its weight is pushed."""
+    codes = tune.Codes(packed_codes(made), "cpu", torch.float32)
+    before, zero = codes.steps.clone(), codes.zero[..., None]
+    assert codes.offset is not None
+    codes.offset.data.fill_(0.4)
+    codes.move()
+    assert torch.equal(codes.steps, before)
+    codes.offset.data.add_(0.2)
+    codes.move()
+    inner = before + zero < 15
+    assert torch.equal(codes.steps, before + inner)
+    torch.testing.assert_close(codes.offset.data, torch.where(inner, -0.4, 0.5))
+    codes.offset.data.fill_(-100)
+    codes.move()
+    assert torch.equal(codes.steps + zero, torch.zeros_like(codes.steps))
+    assert bool((codes.offset == -0.5).all())
 
 
 def test_tuning_needs_learning() -> None:

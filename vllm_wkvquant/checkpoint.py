@@ -95,18 +95,19 @@ def pack_weight(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tens
     }
 
 
-def unpack_steps(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """code - zero_point, int8 [out, in / group, group], of `pack_weight`'s tensors."""
+def unpack_codes(tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes int8 [out, in / group, group] and zero points int8 [out, in / group], 0..15, of `pack_weight`'s tensors."""
     shape = torch.Size(tensors["weight_shape"].tolist())
     of_groups = torch.Size(tensors["weight_scale"].shape)
-    codes = unpack_from_int32(tensors["weight_packed"], 4, shape)
-    zero = unpack_from_int32(tensors["weight_zero_point"], 4, of_groups, packed_dim=0)
-    return codes.view(*of_groups, -1) - zero[..., None]
+    codes = unpack_from_int32(tensors["weight_packed"], 4, shape) + 8
+    zero = unpack_from_int32(tensors["weight_zero_point"], 4, of_groups, packed_dim=0) + 8
+    return codes.view(*of_groups, -1), zero
 
 
 def unpack_weight(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     """Dequantized weight fp32 [out, in] from `pack_weight`'s tensors: scale * (code - zero_point)."""
-    return (unpack_steps(tensors).float() * tensors["weight_scale"].float()[..., None]).flatten(1)
+    codes, zero = unpack_codes(tensors)
+    return ((codes - zero[..., None]).float() * tensors["weight_scale"].float()[..., None]).flatten(1)
 
 
 class ShardedTensors:

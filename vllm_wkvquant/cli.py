@@ -46,7 +46,9 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="directory to create; it must not exist or be empty")
     parser.add_argument("--calib-text", type=Path, required=True, metavar="FILE", help="UTF-8 text to calibrate on")
     parser.add_argument("--recipe", default=DEFAULT, metavar="NAME", help="see below (%(default)s)")
-    parser.add_argument("--samples", type=int, default=32, help="windows of text, a quarter held out (%(default)s)")
+    parser.add_argument(
+        "--samples", type=int, default=32, help="windows of text, up to 16 of which are held out (%(default)s)"
+    )
     parser.add_argument("--seq-len", type=int, help="tokens in a window (2048, or what the model has)")
     parser.add_argument("--seed", type=int, default=0, help="which windows of the text are drawn (%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")

@@ -10,6 +10,7 @@ from vllm_wkvquant.quantize.workers import Workers
 from vllm_wkvquant.text import read_tokens
 
 FIRST_TOKENS = 256  # of these the mean key and value at position 0 is taken
+HELD_OUT = 16  # windows that are held out at most, of a quarter of all
 SKIPPED = 4  # first positions, left out of every statistic: they carry massive activations that no other token has
 
 
@@ -49,7 +50,7 @@ def read_windows(model: Path, text: Path, samples: int, seq_len: int, seed: int)
         )
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:samples].tolist()
     tokens = torch.tensor([prefix + ids[i * own : (i + 1) * own] for i in order])
-    held_out = max(2, samples // 4)
+    held_out = max(2, min(samples // 4, HELD_OUT))
     text_tokens = tokens[: samples - held_out].flatten()
     first = text_tokens[:: max(1, text_tokens.numel() // FIRST_TOKENS)][:FIRST_TOKENS]
     return Windows(tokens, held_out, prefix, torch.tensor(prefix[:1]) if prefix else first)

@@ -18,7 +18,7 @@ from vllm_wkvquant.quantize.calibration import FIRST_TOKENS
 from vllm_wkvquant.quantize.head import LOGIT_ROWS
 from vllm_wkvquant.quantize.learn import together
 from vllm_wkvquant.quantize.plan import Plan, Storage, packed_bytes
-from vllm_wkvquant.quantize.recipes import NEEDED
+from vllm_wkvquant.quantize.recipes import NEEDED, Recipe
 from vllm_wkvquant.quantize.runner import Ahead
 from vllm_wkvquant.quantize.storage import free_bytes, pinned_bytes
 
@@ -257,7 +257,10 @@ def learning_bytes(plan: Plan) -> int:
 
 def tuning_bytes(plan: Plan) -> int:
     """All codes with the steps, what is learned and Adam's state, hidden states before every block, the head with a
-    part of its logits, and one block with its weights, what is saved for their gradients, and windows in it."""
+    part of its logits, and one block with its weights, what is saved for their gradients, and windows in it.
+
+    Where codes move, they are there again as of the best epoch, and each has an offset with its gradient.
+    """
     adapter, config = plan.adapter, plan.adapter.config
     if not plan.recipe.tuning:
         return 0
@@ -268,7 +271,8 @@ def tuning_bytes(plan: Plan) -> int:
     others = adapter.numel(adapter.block_names(0)) - weights
     windows = tune.together(plan)
     shifts = 8 * length * adapter.num_kv_heads * adapter.head_size
-    kept = adapter.num_layers * (weights + 28 * (groups + others) + shifts)
+    codes = weights * (2 + 2 * size if plan.recipe.tuning.code_reach else 1)
+    kept = adapter.num_layers * (codes + 29 * (groups + others) + shifts)
     kept += adapter.num_layers * windows * length * config.hidden_size * size
     head = config.vocab_size * (config.hidden_size * size + 24 * LOGIT_ROWS)
     return kept + head + weights * (12 + 2 * size) + windows * (window_bytes(plan) + tune.score_bytes(plan))
@@ -317,33 +321,46 @@ def place(plan: Plan) -> Plan:
     captured, last the targets.
 
     The budget is `--memory-budget`, or the memory that is free on the device (the CPU's is the host's, an equal part of
-    it for each worker). Tuning, which alone needs the codes of the whole model at once, is left out of the recipe, and
-    that is said, where it does not fit. Raises ConfigError where no placement fits.
+    it for each worker). Tuning alone needs the codes of the whole model at once, and several times that where it moves
+    them: where that does not fit, codes stay, or it is left out of the recipe, and that is said. Raises ConfigError
+    where no placement fits.
     """
     device, given = plan.settings.device, plan.settings.memory_budget
     own = free_bytes(device) // (plan.workers.size if device == "cpu" else 1) if given is None else given
     placements = [(device, device, device), (device, "cpu", device), ("cpu", "cpu", device), ("cpu", "cpu", "cpu")]
-    for storage in [Storage(*devices) for devices in dict.fromkeys(placements)]:
-        placed = replace(plan, storage=storage)
-        # the most that a worker needs and the least that one has: all workers decide alike
-        needed, negative = plan.workers.amax([torch.tensor([device_bytes(placed), -own])]).tolist()
-        budget = -negative
-        if needed <= budget:
-            return placed
-    limit = f"--memory-budget is {budget / 1e9:.3g} GB"
-    if given is None:
-        limit = f"{budget / 1e9:.3g} GB are free (--memory-budget overrules that)"
-    what = "memory" if device == "cpu" else "GPU memory"
-    if plan.recipe.tuning:
-        without = place(replace(plan, recipe=replace(plan.recipe, tuning=None)))
-        logger.warning(
-            "tuning all blocks together is left out, which costs accuracy: it needs about %.3g GB of %s, and %s",
-            needed / 1e9,
-            what,
-            limit,
-        )
-        return without
+    least: list[int] = []  # bytes that each recipe needs
+    for left_out, recipe in lighter(plan.recipe):
+        for storage in [Storage(*devices) for devices in dict.fromkeys(placements)]:
+            placed = replace(plan, recipe=recipe, storage=storage)
+            # the most that a worker needs and the least that one has: all workers decide alike
+            needed, negative = plan.workers.amax([torch.tensor([device_bytes(placed), -own])]).tolist()
+            limit = f"--memory-budget is {-negative / 1e9:.3g} GB"
+            if given is None:
+                limit = f"{-negative / 1e9:.3g} GB are free (--memory-budget overrules that)"
+            what = "memory" if device == "cpu" else "GPU memory"
+            if needed <= -negative:
+                if left_out:
+                    logger.warning(
+                        "%s is left out, which costs accuracy: it needs about %.3g GB of %s, and %s",
+                        left_out,
+                        least[-1] / 1e9,
+                        what,
+                        limit,
+                    )
+                return placed
+        least.append(needed)
     raise ConfigError(
-        f"this run needs about {needed / 1e9:.3g} GB of {what}, {limit}; lower --samples or --seq-len, or calibrate in "
-        f"--dtype bfloat16"
+        f"this run needs about {least[-1] / 1e9:.3g} GB of {what}, {limit}; lower --samples or --seq-len, or calibrate "
+        f"in --dtype bfloat16"
     )
+
+
+def lighter(recipe: Recipe) -> list[tuple[str, Recipe]]:
+    """The recipe, and the same with less tuning, as far as it has some: (what is left out, recipe)."""
+    recipes = [("", recipe)]
+    if recipe.tuning and recipe.tuning.code_reach:
+        kept = replace(recipe.tuning, code_reach=0.0)
+        recipes.append(("moving codes when all blocks are tuned together", replace(recipe, tuning=kept)))
+    if recipe.tuning:
+        recipes.append(("tuning all blocks together", replace(recipe, tuning=None)))
+    return recipes

@@ -33,7 +33,7 @@ from vllm_wkvquant.quantize.report import BlockDetail, render
 from vllm_wkvquant.quantize.runner import Ahead
 from vllm_wkvquant.quantize.state import RunState, partial_directory
 from vllm_wkvquant.quantize.storage import stage
-from vllm_wkvquant.quantize.tune import Tuned, tune
+from vllm_wkvquant.quantize.tune import KEY_MAXIMA, Tuned, tune
 from vllm_wkvquant.quantize.workers import ALONE, Workers
 from vllm_wkvquant.quantize.writer import CheckpointWriter
 
@@ -123,7 +123,7 @@ def tune_all(
     blocks = (plan.workers.spread_all(state.block(layer) if state else None) for layer in range(layers))
     tuned = tune(
         plan,
-        ((tensors, cache_tensors(tensors, chosen)) for tensors in blocks),
+        ((t, cache_tensors(t, chosen) | {KEY_MAXIMA: t[f"{chosen}.{KEY_MAXIMA}"]}) for t in blocks),
         exact,
         lambda done, kl: progress(layers, layers, f"all together {done}/{epochs}, KL {kl:.4g}"),
     )
@@ -172,7 +172,7 @@ def finish(
         cached = tensors[f"{chosen}.k_channels"]
         own = {n: t for n, t in tensors.items() if n.startswith(adapter.block_prefix(layer))}
         if tuned:
-            own |= tuned.tuned.tensors[layer]
+            own, params = tuned.tuned.tensors[layer], tuned.tuned.caches[layer]
         writer.add(dict(sorted({**own, **{kv_tensor_name(layer, p): t for p, t in params.items()}}.items())))
         seconds = block.pop("seconds")  # not in wkvquant.json, which is the same whenever it is made
         details.append(BlockDetail(seconds, params["k_smooth"], params["k_shift"], params["v_shift"], raw, cached))

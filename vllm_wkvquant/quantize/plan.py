@@ -13,7 +13,7 @@ import vllm_wkvquant
 from vllm_wkvquant.config import ConfigError, KVCacheConfig
 from vllm_wkvquant.quantize.adapters import ModelAdapter
 from vllm_wkvquant.quantize.attention import ATTENTION, CalibrationAttention
-from vllm_wkvquant.quantize.calibration import SKIPPED, Windows, read_windows
+from vllm_wkvquant.quantize.calibration import HELD_OUT, SKIPPED, Windows, read_windows
 from vllm_wkvquant.quantize.recipes import DEFAULT, RECIPES, Recipe, find_recipe
 from vllm_wkvquant.quantize.state import check_output
 from vllm_wkvquant.quantize.workers import ALONE, Workers
@@ -101,8 +101,8 @@ def preflight(settings: Settings, workers: Workers = ALONE) -> Plan:
     windows = read_windows(settings.model, settings.calib_text, settings.samples, seq_len, settings.seed)
     if windows.held_out < workers.size:
         raise ConfigError(
-            f"--workers {workers.size} is more than the {windows.held_out} windows that are held out; raise --samples "
-            f"to {4 * workers.size}"
+            f"--workers {workers.size} is more than the {windows.held_out} windows that are held out, a quarter of "
+            f"--samples and at most {HELD_OUT}; raise --samples or use fewer workers"
         )
     kv_config = KVCacheConfig(
         head_size=adapter.head_size,

@@ -1,32 +1,36 @@
-"""Learning the steps of all groups together, end to end, once every block has its codes.
+"""Learning steps and codes of all groups together, end to end, once every block has its own.
 
 Blocks are learned one after the other, each against the 16-bit model's hidden states; what those errors come to at the
-logits none of them sees. Here the whole model does: codes and zero points stay, and the steps of the groups, the norms
-and the biases move so that its predictions come closer to the 16-bit model's, under the 4-bit cache that it will be
-served with. Nothing is added to the checkpoint: the same tensors have other values.
+logits none of them sees. Here the whole model does: zero points stay, and the steps of the groups, the norms, the
+biases, the codes and the cache's parameters move so that its predictions come closer to the 16-bit model's, under the
+4-bit cache that it will be served with. Nothing is added to the checkpoint: the same tensors have other values.
 
-As the second phase of EfficientQAT (Chen et al., arXiv 2407.11062), with the 16-bit model's predictions in place of the
-text's next token, and with the cache.
+Steps, norms and biases as in the second phase of EfficientQAT (Chen et al., arXiv 2407.11062), with the 16-bit model's
+predictions in place of the text's next token, and with the cache. A code begins in the middle of its interval and
+becomes its neighbour once the signs of its gradients have taken it half a step: so only those move whose gradients
+agree.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from vllm_wkvquant.checkpoint import unpack_steps
+from vllm_wkvquant.checkpoint import KV_PARAMS, pack_weight, unpack_codes
 from vllm_wkvquant.quantize.calibration import SKIPPED
 from vllm_wkvquant.quantize.head import LOGIT_ROWS
-from vllm_wkvquant.quantize.learn import batches, fake_quantize_cache
+from vllm_wkvquant.quantize.learn import SignDescent, batches, fake_quantize_cache
 from vllm_wkvquant.quantize.plan import Plan
 from vllm_wkvquant.quantize.runner import BlockRunner
 from vllm_wkvquant.quantize.storage import take
+from vllm_wkvquant.quantize.weights import WEIGHT_QMAX
 from vllm_wkvquant.reference import KVParams
 
 SCALE = "weight_scale"
+KEY_MAXIMA = "k_channels"
 PACKED = ("weight_packed", SCALE, "weight_zero_point", "weight_shape")
 
 SCORES = 4 << 30  # bytes of scores that a block may save for its gradients, where windows go through it together
@@ -47,24 +51,84 @@ class Rounded(torch.autograd.Function):
 
 
 class StepTimesCode(torch.autograd.Function):
-    """step fp32 [out, groups] times code int8 [out, groups, group] -> weight `dtype` [out, in]; gradient to step."""
+    """step fp32 [out, groups] times code int8 [out, groups, group], less its zero point, -> weight `dtype` [out, in];
+    gradients to step and, straight through the rounding that codes have had, to offset [out, groups, group] or None."""
 
     @staticmethod
-    def forward(ctx: Any, step: torch.Tensor, codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        ctx.save_for_backward(codes)
-        ctx.dtype = step.dtype
+    def forward(
+        ctx: Any, step: torch.Tensor, offset: torch.Tensor | None, codes: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        ctx.save_for_backward(step, codes)
+        ctx.offset = None if offset is None else offset.dtype
         return (codes * step[..., None]).to(dtype).flatten(1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (codes,) = ctx.saved_tensors
-        return (grads[0].view(codes.shape).to(ctx.dtype) * codes).sum(-1), None, None
+        step, codes = ctx.saved_tensors
+        of_weight = grads[0].view(codes.shape)
+        of_offset = None if ctx.offset is None else (of_weight * step[..., None].to(of_weight.dtype)).to(ctx.offset)
+        return (of_weight.to(step.dtype) * codes).sum(-1), of_offset, None, None
+
+
+class Codes:
+    """A linear layer's codes while they are learned.
+
+    steps: code - zero point, int8 [out, groups, group]; zero: int8 [out, groups]; offset: how far each weight is from
+    its code, -0.5..0.5 [out, groups, group], where codes are learned.
+    """
+
+    def __init__(self, packed: dict[str, torch.Tensor], device: str, offset_dtype: torch.dtype | None) -> None:
+        """packed: of the checkpoint, by suffix."""
+        codes, zero = (x.to(device) for x in unpack_codes(packed))
+        self.steps, self.zero, self.offset = codes - zero[..., None], zero, None
+        if offset_dtype is not None:
+            self.offset = torch.zeros(codes.shape, dtype=offset_dtype, device=device).requires_grad_()
+
+    def move(self) -> None:
+        """Take weights that have left their code's interval to the next code, or back to the edge of the last."""
+        assert self.offset is not None
+        offset, zero = self.offset.data, self.zero[..., None]
+        codes = torch.minimum(torch.maximum(self.steps + offset.round().to(torch.int8), -zero), WEIGHT_QMAX - zero)
+        offset.sub_(codes - self.steps).clamp_(-0.5, 0.5)
+        self.steps.copy_(codes)
+
+    def pack(self, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+        """compressed-tensors' tensors by suffix, with these scales [out, groups]."""
+        codes = (self.steps + self.zero[..., None]).flatten(1)
+        return pack_weight(codes.cpu(), scale, self.zero.cpu())
+
+
+class TunedCache:
+    """A layer's cache parameters, of which the smoothing of keys and both shifts are learned where `rate` is not 0.
+
+    A rotary pair without a shift remains without.
+    """
+
+    def __init__(self, start: KVParams, key_maxima: torch.Tensor, rate: float) -> None:
+        """key_maxima: fp32 [H, D], of what the cache rounds of keys."""
+        self.start = start
+        shifted = start.k_shift != 0
+        self.k_unit = start.k_smooth * key_maxima.mean(-1, keepdim=True) * shifted
+        self.v_unit = start.v_shift.square().mean(-1, keepdim=True).sqrt()
+        self.learned = [torch.zeros_like(start.k_shift).requires_grad_() for _ in range(3)] if rate else []
+
+    def params(self) -> KVParams:
+        """The parameters as the cache will have them."""
+        if not self.learned:
+            return self.start
+        log, of_keys, of_values = self.learned
+        return replace(
+            self.start,
+            k_smooth=self.start.k_smooth * log.exp(),
+            k_shift=self.start.k_shift + of_keys * self.k_unit,
+            v_shift=self.start.v_shift + of_values * self.v_unit,
+        )
 
 
 class TunedBlock:
-    """One block whose codes stay.
+    """What is learned of one block.
 
-    What is learned is flat, so that a small model on a GPU does not wait for Python: log, of what the steps of all its
+    All but codes is flat, so that a small model on a GPU does not wait for Python: log, of what the steps of all its
     linear layers' groups are multiplied by; moved, what is added to all its norms and biases, in units of each one's
     root mean square.
     """
@@ -72,19 +136,23 @@ class TunedBlock:
     def __init__(
         self, plan: Plan, layer: int, tensors: dict[str, torch.Tensor], cache: dict[str, torch.Tensor]
     ) -> None:
-        """tensors: of the block, as `blocks.quantize_block` gives them; cache: its KV parameters by name."""
+        """tensors: of the block, as `blocks.quantize_block` gives them; cache: its KV parameters by name, and
+        `KEY_MAXIMA` with them."""
         adapter, device = plan.adapter, plan.settings.device
         self.prefix, self.dtype = adapter.block_prefix(layer), adapter.dtype
         self.compute = getattr(torch, plan.settings.dtype)
-        positions = torch.arange(plan.windows.tokens.shape[1], device=device)
-        self.cache = fake_quantize_cache(KVParams.build(plan.kv, **cache).to(device), positions)
+        self.positions = torch.arange(plan.windows.tokens.shape[1], device=device)
+        assert plan.recipe.tuning
+        params = KVParams.build(plan.kv, **{p: cache[p] for p in KV_PARAMS}).to(device)
+        self.cache = TunedCache(params, cache[KEY_MAXIMA].to(device), plan.recipe.tuning.cache_rate)
         self.attention, self.module = plan.attention, adapter.empty_block(layer)
-        self.runner = BlockRunner(plan, self.module, positions.numel())
-        self.codes: dict[str, torch.Tensor] = {}
+        self.runner = BlockRunner(plan, self.module, self.positions.numel())
+        learned = self.compute if plan.recipe.tuning.code_reach else None
+        self.codes: dict[str, Codes] = {}
         steps, others, units = [], [], []
         for name in adapter.family.linears:
             packed = {suffix: tensors[f"{self.prefix}{name}.{suffix}"] for suffix in PACKED}
-            self.codes[name] = unpack_steps(packed).to(device)
+            self.codes[name] = Codes(packed, device, learned)
             steps.append(packed[SCALE].float().flatten())
         quantized = {f"{name}.weight" for name in self.codes}
         names = sorted(n.removeprefix(self.prefix) for n in adapter.block_names(layer))
@@ -100,7 +168,7 @@ class TunedBlock:
         """fp32, rounded as they are stored: steps [out, groups] by linear layer, norms and biases by name."""
         steps = Rounded.apply(self.steps * self.log.exp(), self.dtype)
         others = Rounded.apply(self.others + self.moved * self.units, self.dtype)
-        groups = [codes.shape[:2] for codes in self.codes.values()]
+        groups = [codes.zero.shape for codes in self.codes.values()]
         of_linear = zip(self.codes, groups, steps.split([g.numel() for g in groups]), strict=True)
         of_other = zip(self.shapes.items(), others.split([x.numel() for x in self.shapes.values()]), strict=True)
         return {n: x.view(g) for n, g, x in of_linear}, {n: x.view(shape) for (n, shape), x in of_other}
@@ -108,27 +176,35 @@ class TunedBlock:
     def __call__(self, x: torch.Tensor, cache: bool) -> torch.Tensor:
         """Windows' hidden states [B, T, hidden] past the block, with the 4-bit cache or a 16-bit one."""
         steps, others = self._tuned()
-        weights = {
-            f"{name}.weight": StepTimesCode.apply(step, self.codes[name], self.compute) for name, step in steps.items()
-        }
+        weights = {}
+        for name, step in steps.items():
+            codes = self.codes[name]
+            weights[f"{name}.weight"] = StepTimesCode.apply(step, codes.offset, codes.steps, self.compute)
         weights |= {name: other.to(self.compute) for name, other in others.items()}
-        self.attention.cache, self.attention.past_only = self.cache if cache else None, True
+        self.attention.cache, self.attention.past_only = None, True
+        if cache:
+            self.attention.cache = fake_quantize_cache(self.cache.params(), self.positions)
         return self.runner.run(self.module, weights, x)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Those of the checkpoint that may be other than before, by name, in its type on the CPU."""
+        """The block's tensors of the checkpoint, by name, in its types on the CPU."""
         steps, others = self._tuned()
-        named = {f"{name}.{SCALE}": step for name, step in steps.items()} | others
-        return {self.prefix + name: x.detach().to(self.dtype).cpu() for name, x in named.items()}
+        named = {name: x.detach().to(self.dtype).cpu() for name, x in others.items()}
+        for name, step in steps.items():
+            packed = self.codes[name].pack(step.detach().to(self.dtype).cpu())
+            named |= {f"{name}.{suffix}": x for suffix, x in packed.items()}
+        return {self.prefix + name: x for name, x in named.items()}
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """tensors: of each block, those of the checkpoint that changed. kl: divergence from the 16-bit model on held-out
-    windows, before and after each epoch, in nats a token; kept: after which of them `tensors` are. runs: hidden states
-    of this worker's held-out windows after the last block, [N, T, hidden], with a 16-bit and with the 4-bit cache."""
+    """tensors: of each block, for the checkpoint; caches: KV parameters of each, by name. kl: divergence from the
+    16-bit model on held-out windows, before and after each epoch, in nats a token; kept: after which of them the others
+    are. runs: hidden states of this worker's held-out windows after the last block, [N, T, hidden], with a 16-bit and
+    with the 4-bit cache."""
 
     tensors: list[dict[str, torch.Tensor]]
+    caches: list[dict[str, torch.Tensor]]
     kl: list[float]
     kept: int
     runs: tuple[torch.Tensor, torch.Tensor]
@@ -159,33 +235,46 @@ def tune(
     tuning, workers = plan.recipe.tuning, plan.workers
     assert tuning is not None
     model = TunedModel(plan, [TunedBlock(plan, i, *block) for i, block in enumerate(blocks)], exact)
-    parameters = [p for block in model.blocks for p in (block.log, block.moved)]
+    of_weights = [p for block in model.blocks for p in (block.log, block.moved)]
+    of_caches = [p for block in model.blocks for p in block.cache.learned]
+    parameters = of_weights + of_caches
+    codes = [c for block in model.blocks for c in block.codes.values() if c.offset is not None]
+    offsets = [c.offset for c in codes if c.offset is not None]
     windows = workers.total(plan.windows.statistics)
     an_epoch = -(-windows // tuning.batch)
-    optimizer = torch.optim.Adam(parameters, lr=tuning.rate)
+    rates = [(of_weights, tuning.rate), (of_caches, tuning.cache_rate)]
+    optimizer = torch.optim.Adam([{"params": group, "lr": rate} for group, rate in rates if group])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / (tuning.epochs * an_epoch))
-    best, kept = [p.detach().clone() for p in parameters], 0
+    of_codes = SignDescent(offsets, [tuning.code_reach] * len(offsets), tuning.epochs * an_epoch)
+    state = [p.data for p in parameters] + [c.steps for c in codes]
+    best, kept = [x.clone() for x in state], 0
     kl = [model.held_out(tuning.cache)]
     note(0, kl[0])
     for done, batch in enumerate(batches(windows, tuning, plan.settings.seed), 1):
-        for parameter in parameters:
+        for parameter in [*parameters, *offsets]:
             parameter.grad = torch.zeros_like(parameter)
         for part in model.parts(workers.positions(batch)):
             model.backward(part, tuning.cache, len(batch))
-        for parameter in parameters:
+        for parameter in [*parameters, *offsets]:
             workers.sum(parameter.grad)  # type: ignore[arg-type]
         optimizer.step()
         schedule.step()
+        of_codes.step([x.grad for x in offsets])  # type: ignore[misc]
+        for c in codes:
+            c.move()
         if done % an_epoch == 0:
             kl.append(model.held_out(tuning.cache))
             note(done // an_epoch, kl[-1])
             if kl[-1] < kl[kept]:
-                best, kept = [p.detach().clone() for p in parameters], len(kl) - 1
-    for parameter, value in zip(parameters, best, strict=True):
-        parameter.data.copy_(value)
-    workers.agree([p.data for p in parameters])
+                kept = len(kl) - 1
+                for value, x in zip(best, state, strict=True):
+                    value.copy_(x)
+    for value, x in zip(best, state, strict=True):
+        x.copy_(value)
+    workers.agree(state)
     runs = model.run_held_out(cache=False), model.run_held_out(cache=True)
-    return Tuned([block.tensors() for block in model.blocks], kl, kept, runs)
+    caches = [{p: getattr(block.cache.params(), p).cpu() for p in KV_PARAMS} for block in model.blocks]
+    return Tuned([block.tensors() for block in model.blocks], caches, kl, kept, runs)
 
 
 class TunedModel:
