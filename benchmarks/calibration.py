@@ -41,7 +41,7 @@ from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.evaluate import device_name
 from vllm_wkvquant.quantize.blocks import EXACT, first_hidden, of_all_workers, quantize_block
 from vllm_wkvquant.quantize.estimate import block_flop, device_bytes, host_bytes, place, tuning_flop
-from vllm_wkvquant.quantize.pipeline import cache_tensors, peak_memory
+from vllm_wkvquant.quantize.pipeline import peak_memory
 from vllm_wkvquant.quantize.plan import Plan, Settings, fingerprint, preflight
 from vllm_wkvquant.quantize.recipes import DEFAULT, find_recipe
 from vllm_wkvquant.quantize.runner import Ahead
@@ -101,7 +101,7 @@ def measure(plan: Plan, count: int, limit_seconds: float) -> tuple[list[Block], 
     state = RunState(plan.settings.out, fingerprint(plan), stage(plan))
     hidden, ahead = first_hidden(plan), Ahead(plan)
     blocks: list[Block] = []
-    tuned: list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
+    tuned: list[dict[str, torch.Tensor]] = []
     began = time.perf_counter()
     for layer in range(count):
         spent = time.perf_counter() - began
@@ -109,7 +109,7 @@ def measure(plan: Plan, count: int, limit_seconds: float) -> tuple[list[Block], 
             break
         flop = plan.workers.size * sum(block_flop(plan, layer).values())
         tensors, report = quantize_block(plan, layer, hidden, ahead)
-        tuned.append((tensors, cache_tensors(tensors, plan.recipe.candidates[0])))
+        tuned.append(tensors)
         start = time.perf_counter()
         state.commit(tensors, report, of_all_workers(plan, hidden))
         blocks.append(Block({**report["seconds"], "write": time.perf_counter() - start}, flop))
@@ -122,7 +122,13 @@ def measure(plan: Plan, count: int, limit_seconds: float) -> tuple[list[Block], 
     exact = hidden.pop(EXACT)
     hidden.clear()
     start = time.perf_counter()
-    tune(plan, tuned, exact, lambda done, kl: print(f"all together, {done} epochs", file=sys.stderr))
+    tune(
+        plan,
+        tuned,
+        plan.recipe.candidates[0],
+        exact,
+        lambda done, kl: print(f"all together, {done} epochs", file=sys.stderr),
+    )
     return blocks, time.perf_counter() - start
 
 

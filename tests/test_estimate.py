@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vllm_wkvquant import cli
 from vllm_wkvquant.config import ConfigError
-from vllm_wkvquant.quantize import blocks, estimate, pipeline, tune
+from vllm_wkvquant.quantize import blocks, estimate, tune
 from vllm_wkvquant.quantize.attention import QKV
 from vllm_wkvquant.quantize.plan import Plan, Settings, Storage, preflight
 from vllm_wkvquant.quantize.recipes import RECIPES, Tuning
@@ -57,14 +57,16 @@ def test_flop_are_those_of_the_products(recipe: str, layer: int, plan) -> None:
 def test_flop_of_tuning_are_those_of_the_products(plan, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under the simulated cache, where no attention is fused; more blocks take more in proportion, but for the head."""
     p = plan("best")
-    p = dataclasses.replace(p, recipe=dataclasses.replace(p.recipe, tuning=Tuning(2, 4, 1e-3)))
+    p = dataclasses.replace(
+        p, recipe=dataclasses.replace(p.recipe, tuning=Tuning(2, 4, 1e-3, code_sigmas=3.0, cache_rate=1e-3))
+    )
     hidden, ahead, made = blocks.first_hidden(p), Ahead(p), []
     with torch.no_grad():
         for layer in range(LAYERS):
             tensors, _ = blocks.quantize_block(p, layer, hidden, ahead)
-            made.append((tensors, pipeline.cache_tensors(tensors, p.recipe.candidates[0])))
+            made.append(tensors)
         with FlopCounterMode(display=False) as counter:
-            tune.tune(p, made, hidden[blocks.EXACT])
+            tune.tune(p, made, p.recipe.candidates[0], hidden[blocks.EXACT])
     assert estimate.tuning_flop(p) == pytest.approx(counter.get_total_flops(), rel=0.05)
     monkeypatch.setattr(estimate, "logits_flop", lambda _: 0.0)
     assert estimate.tuning_flop(p, 2 * LAYERS) == pytest.approx(2 * estimate.tuning_flop(p))
@@ -141,7 +143,7 @@ def test_tuning_that_does_not_fit_is_left_out(
 ) -> None:
     """First of codes, then altogether, and said; everything else stays. What fits neither way is refused."""
     p = plan("best")
-    p = dataclasses.replace(p, recipe=dataclasses.replace(p.recipe, tuning=Tuning(2, 4, 1e-3, code_reach=1.0)))
+    p = dataclasses.replace(p, recipe=dataclasses.replace(p.recipe, tuning=Tuning(2, 4, 1e-3, code_sigmas=3.0)))
     without = dataclasses.replace(p.recipe, tuning=None)
     steps = dataclasses.replace(p.recipe, tuning=Tuning(2, 4, 1e-3))
     bare = estimate.device_bytes(dataclasses.replace(p, recipe=without))

@@ -15,6 +15,7 @@ from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.evaluate import SimulatedCache, load_quantized
 from vllm_wkvquant.quantize import tune
 from vllm_wkvquant.quantize.calibration import read_windows
+from vllm_wkvquant.quantize.learn import SignDescent
 from vllm_wkvquant.quantize.pipeline import quantize
 from vllm_wkvquant.quantize.plan import Settings
 from vllm_wkvquant.quantize.recipes import BEST, RTN, Tuning
@@ -44,7 +45,7 @@ def made(files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     root = tmp_path_factory.mktemp("made")
     make(files, root / "plain", None)
     make(files, root / "steps", TUNING)
-    return root, make(files, root / "tuned", dataclasses.replace(TUNING, code_reach=0.7, cache_rate=1e-2))
+    return root, make(files, root / "tuned", dataclasses.replace(TUNING, code_sigmas=2.0, cache_rate=1e-2))
 
 
 def test_predictions_come_closer(made: tuple[Path, dict[str, Any]]) -> None:
@@ -109,7 +110,7 @@ def test_the_checkpoint_is_what_was_compared(files: tuple[Path, Path], made: tup
 def test_before_tuning_the_model_is_the_candidate(made: tuple[Path, dict[str, Any]], files: tuple[Path, Path]) -> None:
     """With a rate of 0 nothing changes: perplexities after tuning are those before."""
     root, _ = made
-    report = make(files, root / "still", Tuning(epochs=1, batch=4, rate=0.0, code_reach=1e-9))
+    report = make(files, root / "still", Tuning(epochs=1, batch=4, rate=0.0, code_sigmas=1e9))
     assert report["tuning"]["kept"] == 0
     found = report["tuning"]["perplexity"]
     assert found["weights"] == pytest.approx(report["perplexity"]["reference"], rel=1e-5)
@@ -122,7 +123,7 @@ def test_before_tuning_the_model_is_the_candidate(made: tuple[Path, dict[str, An
 def test_what_makes_it_worse_is_not_kept(made: tuple[Path, dict[str, Any]], files: tuple[Path, Path]) -> None:
     """A rate at which the model falls apart leaves it as it was."""
     root, _ = made
-    report = make(files, root / "apart", Tuning(epochs=2, batch=4, rate=30.0, code_reach=30.0))
+    report = make(files, root / "apart", Tuning(epochs=2, batch=4, rate=30.0, code_sigmas=0.1))
     assert report["tuning"]["kept"] == 0
     plain, apart = (Checkpoint(root / name) for name in ("plain", "apart"))
     for name, quantized in plain.weight_names():
@@ -172,6 +173,17 @@ def test_unpacked_weights_are_step_times_code(made: tuple[Path, dict[str, Any]])
     assert torch.equal(weight, unpack_weight(packed))
     again = codes.pack(packed["weight_scale"])
     assert all(torch.equal(again[suffix], packed[suffix]) for suffix in tune.PACKED)
+
+
+def test_chance_takes_no_code_to_its_neighbour() -> None:
+    """Signs of which each is as likely come to the standard deviation that the reach is made for."""
+    tuning, steps = dataclasses.replace(TUNING, code_sigmas=3.0), 140
+    walk = torch.zeros(20000)
+    descent = SignDescent([walk], [tune.code_reach(tuning, steps)], steps)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        descent.step([torch.randn(walk.shape, generator=generator)])
+    assert walk.std().item() == pytest.approx(0.5 / 3, rel=0.03)
 
 
 def test_a_code_moves_once_half_a_step_has_been_gone(made: tuple[Path, dict[str, Any]]) -> None:

@@ -146,6 +146,11 @@ def quantize_block(
     return tensors, report
 
 
+def cache_tensors(tensors: dict[str, torch.Tensor], chosen: str) -> dict[str, torch.Tensor]:
+    """KV parameters by name of what `quantize_block` gave, with the smoothing of this candidate."""
+    return {p: tensors[f"{chosen}.{p}" if p == "k_smooth" else p] for p in KV_PARAMS}
+
+
 def mean_loss(plan: Plan, run: Iterable[torch.Tensor], exact: torch.Tensor) -> float:
     """`relative_mse` of all workers' windows but their first positions; run, exact: this worker's, [N, T, hidden]."""
     device = plan.settings.device

@@ -271,7 +271,7 @@ def tuning_bytes(plan: Plan) -> int:
     others = adapter.numel(adapter.block_names(0)) - weights
     windows = tune.together(plan)
     shifts = 8 * length * adapter.num_kv_heads * adapter.head_size
-    codes = weights * (2 + 2 * size if plan.recipe.tuning.code_reach else 1)
+    codes = weights * (2 + 2 * size if plan.recipe.tuning.code_sigmas else 1)
     kept = adapter.num_layers * (codes + 29 * (groups + others) + shifts)
     kept += adapter.num_layers * windows * length * config.hidden_size * size
     head = config.vocab_size * (config.hidden_size * size + 24 * LOGIT_ROWS)
@@ -358,8 +358,8 @@ def place(plan: Plan) -> Plan:
 def lighter(recipe: Recipe) -> list[tuple[str, Recipe]]:
     """The recipe, and the same with less tuning, as far as it has some: (what is left out, recipe)."""
     recipes = [("", recipe)]
-    if recipe.tuning and recipe.tuning.code_reach:
-        kept = replace(recipe.tuning, code_reach=0.0)
+    if recipe.tuning and recipe.tuning.code_sigmas:
+        kept = replace(recipe.tuning, code_sigmas=0.0)
         recipes.append(("moving codes when all blocks are tuned together", replace(recipe, tuning=kept)))
     if recipe.tuning:
         recipes.append(("tuning all blocks together", replace(recipe, tuning=None)))

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 import vllm_wkvquant
-from vllm_wkvquant.checkpoint import KV_PARAMS, kv_tensor_name, quantization_config
+from vllm_wkvquant.checkpoint import kv_tensor_name, quantization_config
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.quantize.adapters import describe
 from vllm_wkvquant.quantize.blocks import (
     EXACT,
     REFERENCE,
+    cache_tensors,
     first_hidden,
     of_all_workers,
     of_this_worker,
@@ -33,7 +34,7 @@ from vllm_wkvquant.quantize.report import BlockDetail, render
 from vllm_wkvquant.quantize.runner import Ahead
 from vllm_wkvquant.quantize.state import RunState, partial_directory
 from vllm_wkvquant.quantize.storage import stage
-from vllm_wkvquant.quantize.tune import KEY_MAXIMA, Tuned, tune
+from vllm_wkvquant.quantize.tune import Tuned, tune
 from vllm_wkvquant.quantize.workers import ALONE, Workers
 from vllm_wkvquant.quantize.writer import CheckpointWriter
 
@@ -123,7 +124,8 @@ def tune_all(
     blocks = (plan.workers.spread_all(state.block(layer) if state else None) for layer in range(layers))
     tuned = tune(
         plan,
-        ((t, cache_tensors(t, chosen) | {KEY_MAXIMA: t[f"{chosen}.{KEY_MAXIMA}"]}) for t in blocks),
+        blocks,
+        chosen,
         exact,
         lambda done, kl: progress(layers, layers, f"all together {done}/{epochs}, KL {kl:.4g}"),
     )
@@ -131,11 +133,6 @@ def tune_all(
     of_both = compare(plan, {EXACT: exact[plan.windows.statistics :], REFERENCE: w4, chosen: w4kv4})
     of_cache = compare(plan, {REFERENCE: w4, chosen: w4kv4})
     return TunedRuns(tuned, of_both[REFERENCE], of_cache[chosen], of_both[chosen])
-
-
-def cache_tensors(tensors: dict[str, torch.Tensor], chosen: str) -> dict[str, torch.Tensor]:
-    """KV parameters of a finished block with the chosen smoothing."""
-    return {p: tensors[f"{chosen}.{p}" if p == "k_smooth" else p] for p in KV_PARAMS}
 
 
 def mean_and_se(x: torch.Tensor) -> dict[str, float]:

@@ -66,15 +66,16 @@ class Tuning:
 
     rate: Adam's at the beginning, in units of the logarithm of a step and of the root mean square of a norm or bias; it
     falls linearly to 0. cache_rate: the same of the smoothing of keys, in its logarithm, and of the shifts, in units of
-    the largest cached key and of a head's root mean square shift of values; 0: they stay. code_reach: how far a weight
-    may move between codes in all, in steps of its group, by the sign of its gradient; 0: codes stay. batch: windows a
-    step. cache: under the simulated 4-bit cache, a token's own key and value as they are; otherwise under a 16-bit one.
+    the largest cached key and of a head's root mean square shift of values; 0: they stay. code_sigmas: by how many
+    standard deviations of what chance would do the signs of its gradients must agree for a code to become its
+    neighbour; 0: codes stay. batch: windows a step. cache: under the simulated 4-bit cache, a token's own key and value
+    as they are; otherwise under a 16-bit one.
     """
 
     epochs: int
     batch: int
     rate: float
-    code_reach: float = 0.0
+    code_sigmas: float = 0.0
     cache_rate: float = 0.0
     cache: bool = True
 

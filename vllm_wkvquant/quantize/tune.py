@@ -7,8 +7,8 @@ biases, the codes and the cache's parameters move so that its predictions come c
 
 Steps, norms and biases as in the second phase of EfficientQAT (Chen et al., arXiv 2407.11062), with the 16-bit model's
 predictions in place of the text's next token, and with the cache. A code begins in the middle of its interval and
-becomes its neighbour once the signs of its gradients have taken it half a step: so only those move whose gradients
-agree.
+becomes its neighbour once the signs of its gradients have taken it half a step; their size is such that chance alone
+hardly does.
 """
 
 import math
@@ -20,17 +20,18 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from vllm_wkvquant.checkpoint import KV_PARAMS, pack_weight, unpack_codes
+from vllm_wkvquant.quantize.blocks import cache_tensors
 from vllm_wkvquant.quantize.calibration import SKIPPED
 from vllm_wkvquant.quantize.head import LOGIT_ROWS
 from vllm_wkvquant.quantize.learn import SignDescent, batches, fake_quantize_cache
 from vllm_wkvquant.quantize.plan import Plan
+from vllm_wkvquant.quantize.recipes import Tuning
 from vllm_wkvquant.quantize.runner import BlockRunner
 from vllm_wkvquant.quantize.storage import take
 from vllm_wkvquant.quantize.weights import WEIGHT_QMAX
 from vllm_wkvquant.reference import KVParams
 
 SCALE = "weight_scale"
-KEY_MAXIMA = "k_channels"
 PACKED = ("weight_packed", SCALE, "weight_zero_point", "weight_shape")
 
 SCORES = 4 << 30  # bytes of scores that a block may save for its gradients, where windows go through it together
@@ -133,21 +134,18 @@ class TunedBlock:
     root mean square.
     """
 
-    def __init__(
-        self, plan: Plan, layer: int, tensors: dict[str, torch.Tensor], cache: dict[str, torch.Tensor]
-    ) -> None:
-        """tensors: of the block, as `blocks.quantize_block` gives them; cache: its KV parameters by name, and
-        `KEY_MAXIMA` with them."""
+    def __init__(self, plan: Plan, layer: int, tensors: dict[str, torch.Tensor], chosen: str) -> None:
+        """tensors: of the block, as `quantize_block` gives them; chosen: the candidate whose cache it has."""
         adapter, device = plan.adapter, plan.settings.device
         self.prefix, self.dtype = adapter.block_prefix(layer), adapter.dtype
         self.compute = getattr(torch, plan.settings.dtype)
         self.positions = torch.arange(plan.windows.tokens.shape[1], device=device)
         assert plan.recipe.tuning
-        params = KVParams.build(plan.kv, **{p: cache[p] for p in KV_PARAMS}).to(device)
-        self.cache = TunedCache(params, cache[KEY_MAXIMA].to(device), plan.recipe.tuning.cache_rate)
+        params = KVParams.build(plan.kv, **cache_tensors(tensors, chosen)).to(device)
+        self.cache = TunedCache(params, tensors[f"{chosen}.k_channels"].to(device), plan.recipe.tuning.cache_rate)
         self.attention, self.module = plan.attention, adapter.empty_block(layer)
         self.runner = BlockRunner(plan, self.module, self.positions.numel())
-        learned = self.compute if plan.recipe.tuning.code_reach else None
+        learned = self.compute if plan.recipe.tuning.code_sigmas else None
         self.codes: dict[str, Codes] = {}
         steps, others, units = [], [], []
         for name in adapter.family.linears:
@@ -221,20 +219,28 @@ def together(plan: Plan) -> int:
     return 1 if plan.settings.device == "cpu" else max(1, min(plan.recipe.tuning.batch, SCORES // score_bytes(plan)))
 
 
+def code_reach(tuning: Tuning, steps: int) -> float:
+    """How far signs that all agree take a weight, in steps of its group, so that signs of which each is as likely have
+    half a step as `code_sigmas` standard deviations: `SignDescent`'s sizes fall linearly, and their squares add up to
+    (2 reach)^2 / (3 steps)."""
+    return math.sqrt(3 * steps) / (4 * tuning.code_sigmas) if tuning.code_sigmas else 0.0
+
+
 def tune(
     plan: Plan,
-    blocks: Iterable[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]],
+    blocks: Iterable[dict[str, torch.Tensor]],
+    chosen: str,
     exact: torch.Tensor,
     note: Note = lambda done, kl: None,
 ) -> Tuned:
     """Tune the model; it becomes what it is after the epoch with the least divergence on held-out windows.
 
-    blocks: each one's tensors and KV parameters, as `TunedBlock` takes them; exact: the 16-bit model's hidden states
+    blocks: each one's tensors, and chosen, as `TunedBlock` takes them; exact: the 16-bit model's hidden states
     after the last block, of this worker's windows, [N, T, hidden].
     """
     tuning, workers = plan.recipe.tuning, plan.workers
     assert tuning is not None
-    model = TunedModel(plan, [TunedBlock(plan, i, *block) for i, block in enumerate(blocks)], exact)
+    model = TunedModel(plan, [TunedBlock(plan, i, block, chosen) for i, block in enumerate(blocks)], exact)
     of_weights = [p for block in model.blocks for p in (block.log, block.moved)]
     of_caches = [p for block in model.blocks for p in block.cache.learned]
     parameters = of_weights + of_caches
@@ -242,10 +248,11 @@ def tune(
     offsets = [c.offset for c in codes if c.offset is not None]
     windows = workers.total(plan.windows.statistics)
     an_epoch = -(-windows // tuning.batch)
+    steps = tuning.epochs * an_epoch
     rates = [(of_weights, tuning.rate), (of_caches, tuning.cache_rate)]
     optimizer = torch.optim.Adam([{"params": group, "lr": rate} for group, rate in rates if group])
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / (tuning.epochs * an_epoch))
-    of_codes = SignDescent(offsets, [tuning.code_reach] * len(offsets), tuning.epochs * an_epoch)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / steps)
+    of_codes = SignDescent(offsets, [code_reach(tuning, steps)] * len(offsets), steps)
     state = [p.data for p in parameters] + [c.steps for c in codes]
     best, kept = [x.clone() for x in state], 0
     kl = [model.held_out(tuning.cache)]
