@@ -283,7 +283,18 @@ def main() -> None:
     attention_cuda.add_arguments(parser.add_argument_group("with --device cuda"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    names = ["op", "variant", "num_kv_heads", "batch", "query_len", "context", "us", "peer_us", "gbps", "ratio_to_bf16"]
+    names = [
+        "op",
+        "build" if args.build else "variant",
+        "num_kv_heads",
+        "batch",
+        "query_len",
+        "context",
+        "us",
+        "peer_us",
+        "gbps",
+        "ratio_to_bf16",
+    ]
     names += ["ratio_to_fp8", "read_fraction", "disturbed", "max_error", "options", "error"]
     if not args.json:
         print("  ".join(f"{n:>13}" for n in names))

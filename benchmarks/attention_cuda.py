@@ -16,9 +16,16 @@ bytes of decode are those of past tokens, which must be read; read_fraction is b
 is against an fp64 reference over what the variant's cache holds, for the first sequence and KV head (prefill: and
 its first queries). A peer that fails
 gives a row with an `error` and no time.
+
+    python benchmarks/attention.py --device cuda --op decode --no-peers --build old=a.so --build new=b.so
+
+times decode with several builds of csrc/cuda, whose interface must be this version's, in turns on the same caches; us
+is the median of their turns.
 """
 
 import argparse
+import contextlib
+import ctypes
 import functools
 import importlib.util
 import itertools
@@ -27,7 +34,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -42,12 +50,49 @@ SCALE = HEAD_SIZE**-0.5
 BASE = 5e5  # of the rotary embedding, Llama 3's
 PAGE = 16  # of the other peers' caches, vLLM's default
 FILL = 8192  # tokens written at once
+TURNS = 3  # of each build
 SHAPES = (
     "8x1x1024,8x16x1024,8x64x1024,8x1x8192,8x1x32768,8x1x131072,8x16x8192,8x64x2048,8x8x32768,"
     "32x1x32768,32x8x32768,4x8x32768"
 )
 
 Call = Callable[[int], object]  # on a copy of the cache
+
+
+@dataclass(frozen=True)
+class Build:
+    """A library of the kernels, and its workspaces."""
+
+    name: str
+    path: Path
+    workspaces: dict[tuple[torch.device, int], torch.Tensor] = field(default_factory=dict)
+
+    @functools.cached_property
+    def library(self) -> Any:
+        lib = native_cuda.load(self.path)
+        structs = (native_cuda.Params, native_cuda.CacheWrite, native_cuda.PagedAttention, native_cuda.Gather)
+        if any(lib.wkvquant_cuda_sizeof(i) != ctypes.sizeof(struct) for i, struct in enumerate(structs)):
+            raise ValueError(f"{self.path} has another interface than this version")
+        return lib
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """Calls run this build."""
+        with (
+            mock.patch.object(native_cuda, "library", return_value=self.library),
+            mock.patch.object(native_cuda, "_workspaces", self.workspaces),
+        ):
+            yield
+
+
+def build(text: str) -> Build:
+    """NAME=PATH of the command line."""
+    name, _, path = text.partition("=")
+    if not (name and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
+    if not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"{path} is not a file")
+    return Build(name, Path(path).resolve())
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:
@@ -67,6 +112,10 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--decode-chunks", type=int, default=128, help="longest chunk for the kernel of decodes, too")
     group.add_argument("--writes", type=ints, default=[1, 64, 8192], help="tokens of a cache write")
+    group.add_argument(
+        "--build", action="append", default=[], type=build, metavar="NAME=PATH", help="libraries to compare in decode"
+    )
+    group.add_argument("--seconds", type=float, default=0.1, help="of a build's turn")
     group.add_argument("--no-peers", action="store_true", help="ours alone, where vLLM is not installed")
 
 
@@ -213,9 +262,8 @@ class Ours(Cache):
     def write(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> None:
         native_cuda.cache_write(key, value, self.pages, slots, positions, self.step.params)
 
-    def measure(self, row: Row, kind: str, variant: str) -> None:
+    def attend(self, params: reference.KVParams, variant: str) -> Call:
         s = self.step
-        params = make_params(s.kv_heads, BASE, kind).to("cuda")
 
         def attend(c: int) -> None:
             ops.paged_attention(
@@ -223,9 +271,40 @@ class Ours(Cache):
                 variant=variant,
             )  # fmt: skip
 
-        row.us = timed(attend, s.copies)
-        row.options = f"block_size={self.block} shift={kind}"
+        return attend
+
+    def measure(self, row: Row, kind: str, variant: str) -> None:
+        params = make_params(self.step.kv_heads, BASE, kind).to("cuda")
+        attend = self.attend(params, variant)
+        row.us = timed(attend, self.step.copies)
         attend(0)
+        self.check(row, kind, params)
+
+    def measure_builds(self, row: Row, kind: str, builds: list[Build], seconds: float) -> list[Row]:
+        """A row of each."""
+        params = make_params(self.step.kv_heads, BASE, kind).to("cuda")
+        attend = self.attend(params, "cuda")
+        found = [(replace(row, build=x.name), x, list[float]()) for x in builds]
+
+        def turn(row: Row, x: Build, times: list[float]) -> None:
+            with x.used():
+                if not times:
+                    self.step.out.fill_(math.nan)
+                    attend(0)
+                    self.check(row, kind, params)
+                times.append(timed(attend, self.step.copies, seconds))
+            row.us = statistics.median(times)
+
+        for i in range(TURNS):
+            for row, x, times in found[:: -1 if i % 2 else 1]:
+                if row.error is None:
+                    attempt(row, functools.partial(turn, x=x, times=times))
+        return [row for row, _, _ in found]
+
+    def check(self, row: Row, kind: str, params: reference.KVParams) -> None:
+        """Look at the error of the first sequence and KV head."""
+        s = self.step
+        row.options = f"block_size={self.block} shift={kind}"
         first = {n: tensor[:1] for n in PER_HEAD if (tensor := getattr(params, n)) is not None}
         expected = torch.empty(1, HEADS // s.kv_heads, HEAD_SIZE, dtype=torch.float64, device="cuda")
         reference.paged_attention(
@@ -459,6 +538,10 @@ def decode_rows(kv_heads: int, batch: int, context: int, args: argparse.Namespac
     ours = [Ours(step, block) for block in args.blocks]
     step.fill(list(ours))
     for cache, kind in itertools.product(ours, args.kinds):
+        if args.build:
+            row = Row(op="decode", variant="cuda", bytes=batch * step.past * step.token, **common)
+            found += cache.measure_builds(row, kind, args.build, args.seconds)
+            continue
         for variant in args.variants:
 
             def measure_ours(row: Row, cache: Ours = cache, kind: str = kind, variant: str = variant) -> None:
@@ -763,6 +846,8 @@ def write_rows(tokens: int, peers: bool) -> Iterator[Row]:
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:
     """All rows of the GPU that the arguments ask for."""
+    if args.build:  # also writes the caches
+        native_cuda.LIBRARY = args.build[0].path
     torch.manual_seed(0)
     measured = bandwidth_rows()
     yield from measured

@@ -22,6 +22,7 @@ class Row:
 
     op: str
     variant: str
+    build: str | None = None
     device: str
     isa: str | None = None
     peer_isa: str | None = None

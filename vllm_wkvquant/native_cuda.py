@@ -93,7 +93,12 @@ def library() -> Any:
     """The loaded library. Raises FileNotFoundError where it was not built."""
     if not LIBRARY.exists():
         raise FileNotFoundError(f"{LIBRARY.name} is not built; run `make cuda` in a checkout of vllm-wkvquant")
-    lib = ctypes.CDLL(str(LIBRARY))
+    return load(LIBRARY)
+
+
+def load(path: Path) -> Any:
+    """The library of a build of this version's interface."""
+    lib = ctypes.CDLL(str(path))
     lib.wkvquant_cuda_cache_write.argtypes = [POINTER(CacheWrite), POINTER(Params), c_void_p]
     lib.wkvquant_cuda_gather_kv.argtypes = [POINTER(Gather), POINTER(Params), c_void_p]
     lib.wkvquant_cuda_paged_attention.argtypes = [POINTER(PagedAttention), POINTER(Params), c_void_p]
