@@ -8,6 +8,7 @@ from engine import Result, engine, generate
 from llama import ReferenceLlama
 from test_engine import mean_difference, stored_tokens
 from transformers import AutoTokenizer
+from vllm.compilation import monitor
 
 from vllm_wkvquant import ops
 from vllm_wkvquant.plugin import prefill
@@ -57,6 +58,8 @@ def test_generation_equals_the_specification(smollm2, mode: str, variant: str, m
         pytest.skip(f"this build lacks {variant}")
     monkeypatch.setattr(ops, "default_variant", lambda device_type, head_size: variant)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(mode.endswith("second runner"))))
+    # the first runner forbids captures once it has made its own, for the process, and the second does not allow them
+    monitor.set_cudagraph_capturing_enabled(True)
     past = []
     attend = prefill.attend
     monkeypatch.setattr(prefill, "attend", lambda chunks, *args: (past.append(chunks.passes), attend(chunks, *args)))

@@ -140,8 +140,9 @@ def test_score_of_the_shift(triton):
 
 
 @gpu
-def test_many_sequences(triton):
-    test_ops_cuda.test_many_sequences()
+@pytest.mark.parametrize("heads", [1, 8])
+def test_many_sequences(triton, heads):
+    test_ops_cuda.test_many_sequences(heads)
 
 
 @kernels
