@@ -48,14 +48,21 @@ def learning(recipe: Recipe, **changes: Any) -> Recipe:
     return replace(recipe, learning=replace(recipe.learning, **changes))
 
 
+def tuning(recipe: Recipe, **changes: Any) -> Recipe:
+    """The recipe with these fields of its tuning changed."""
+    assert recipe.tuning is not None
+    return replace(recipe, tuning=replace(recipe.tuning, **changes))
+
+
 def cache_variants(recipe: Recipe) -> dict[str, Recipe]:
     """Without each part of the cache that the weights depend on, or whose statistics others depend on."""
     one = replace(recipe, smoothings=(Smoothing(0.5),), search=())
+    still = tuning(one, cache_rate=0.0) if one.tuning else one
     return {
         "all_shift_pairs": replace(recipe, shift_pairs=ALL),
         "slow_shift_pairs": replace(recipe, shift_pairs=SLOW),
         "one_smoothing": one,
-        "no_smoothing": replace(one, smoothings=(Smoothing(),)),
+        "no_smoothing": replace(still, smoothings=(Smoothing(),)),
         "static_shift": replace(recipe, key_shift="static"),
         "no_key_shift": replace(recipe, key_shift="none"),
         "no_first_shift": replace(recipe, first_shift=False),
@@ -63,12 +70,6 @@ def cache_variants(recipe: Recipe) -> dict[str, Recipe]:
         "no_key_hadamard": replace(recipe, key_hadamard=False),
         "no_value_hadamard": replace(recipe, value_hadamard=False),
     }
-
-
-def tuning(recipe: Recipe, **changes: Any) -> Recipe:
-    """The recipe with these fields of its tuning changed."""
-    assert recipe.tuning is not None
-    return replace(recipe, tuning=replace(recipe.tuning, **changes))
 
 
 def learned_cache(recipe: Recipe, rate: float) -> Recipe:
@@ -89,7 +90,14 @@ BEST_VARIANTS = {
     "one_follower": learning(BEST, followers=1),
     "5_epochs": learning(BEST, epochs=5),
     "20_epochs": learning(BEST, epochs=20),
+    "40_epochs": learning(BEST, epochs=40),
     "no_tuning": replace(BEST, tuning=None),
+    "tuning_no_codes": tuning(BEST, code_sigmas=0.0),
+    "tuning_no_cache_parameters": tuning(BEST, cache_rate=0.0),
+    "tuning_steps_alone": tuning(BEST, code_sigmas=0.0, cache_rate=0.0),
+    "tuning_2_sigmas": tuning(BEST, code_sigmas=2.0),
+    "tuning_cache_rate_1e-3": tuning(BEST, cache_rate=1e-3),
+    "tuning_10_epochs": tuning(BEST, epochs=10),
     "tuning_16_bit_cache": tuning(BEST, cache=False),
     "tuning_rate_3e-4": tuning(BEST, rate=3e-4),
     "tuning_rate_3e-3": tuning(BEST, rate=3e-3),

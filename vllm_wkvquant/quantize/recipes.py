@@ -151,7 +151,7 @@ STATIC = Recipe(
 BEST = replace(
     RTN,
     name="best",
-    summary="the cache of rtn; rounding and clipping of weights learned, block by block",
+    summary="the cache of rtn; rounding and clipping of weights learned block by block, all of it then end to end",
     learning=Learning(
         clip="searched",
         rounding=True,
@@ -164,7 +164,7 @@ BEST = replace(
         loss="relative_mse",
         skip_first=True,
     ),
-    tuning=Tuning(epochs=5, batch=4, rate=1e-3),
+    tuning=Tuning(epochs=5, batch=4, rate=1e-3, code_sigmas=3.0, cache_rate=3e-3),
 )
 PAPER = replace(
     STATIC,

@@ -29,7 +29,7 @@ from vllm_wkvquant.quantize.recipes import Tuning
 from vllm_wkvquant.quantize.runner import BlockRunner
 from vllm_wkvquant.quantize.storage import take
 from vllm_wkvquant.quantize.weights import WEIGHT_QMAX
-from vllm_wkvquant.reference import KVParams
+from vllm_wkvquant.reference import KVParams, key_shift_at, value_shift_at
 
 SCALE = "weight_scale"
 PACKED = ("weight_packed", SCALE, "weight_zero_point", "weight_shape")
@@ -125,6 +125,13 @@ class TunedCache:
             v_shift=self.start.v_shift + of_values * self.v_unit,
         )
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All parameters by their names in the checkpoint, on the CPU."""
+        params, first = self.params(), torch.zeros(1, dtype=torch.long, device=self.start.k_shift.device)
+        found = {p: getattr(params, p) for p in KV_PARAMS}
+        found |= {"k_first": key_shift_at(first, params)[0], "v_first": value_shift_at(first, params)[0]}
+        return {p: x.detach().cpu().clone() for p, x in found.items()}  # a file has each tensor once
+
 
 class TunedBlock:
     """What is learned of one block.
@@ -141,7 +148,10 @@ class TunedBlock:
         self.compute = getattr(torch, plan.settings.dtype)
         self.positions = torch.arange(plan.windows.tokens.shape[1], device=device)
         assert plan.recipe.tuning
-        params = KVParams.build(plan.kv, **cache_tensors(tensors, chosen)).to(device)
+        parameters = cache_tensors(tensors, chosen)
+        if not plan.recipe.first_shift:  # what position 0 has follows the others
+            del parameters["k_first"], parameters["v_first"]
+        params = KVParams.build(plan.kv, **parameters).to(device)
         self.cache = TunedCache(params, tensors[f"{chosen}.k_channels"].to(device), plan.recipe.tuning.cache_rate)
         self.attention, self.module = plan.attention, adapter.empty_block(layer)
         self.runner = BlockRunner(plan, self.module, self.positions.numel())
@@ -280,8 +290,7 @@ def tune(
         x.copy_(value)
     workers.agree(state)
     runs = model.run_held_out(cache=False), model.run_held_out(cache=True)
-    caches = [{p: getattr(block.cache.params(), p).cpu() for p in KV_PARAMS} for block in model.blocks]
-    return Tuned([block.tensors() for block in model.blocks], caches, kl, kept, runs)
+    return Tuned([b.tensors() for b in model.blocks], [b.cache.tensors() for b in model.blocks], kl, kept, runs)
 
 
 class TunedModel:
