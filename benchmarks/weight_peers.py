@@ -9,7 +9,7 @@
     autoround   AutoRound with the settings of its command `auto-round-best` but the number of windows: 1000 iterations
 
 All get the windows that `wkvquant quantize` draws from the same text with the same arguments (all of them, where it
-holds a quarter out), its groups (128 weights along the input, or the largest power of two that divides), and its 16-bit
+holds some out), its groups (128 weights along the input, or the largest power of two that divides), and its 16-bit
 scales; lm_head and embedding stay. Settings that are not mentioned are the libraries' own. Codes are asymmetric, as
 ours; with --symmetric there are no zero points.
 
