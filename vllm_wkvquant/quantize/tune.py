@@ -89,7 +89,8 @@ class Codes:
         """Take weights that have left their code's interval to the next code, or back to the edge of the last."""
         assert self.offset is not None
         offset, zero = self.offset.data, self.zero[..., None]
-        codes = torch.minimum(torch.maximum(self.steps + offset.round().to(torch.int8), -zero), WEIGHT_QMAX - zero)
+        moved = self.steps + offset.round().clamp_(-WEIGHT_QMAX, WEIGHT_QMAX).to(torch.int8)
+        codes = torch.minimum(torch.maximum(moved, -zero), WEIGHT_QMAX - zero)
         offset.sub_(codes - self.steps).clamp_(-0.5, 0.5)
         self.steps.copy_(codes)
 
