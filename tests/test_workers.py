@@ -23,7 +23,7 @@ from vllm_wkvquant.quantize import launch
 from vllm_wkvquant.quantize.blocks import relative_error
 from vllm_wkvquant.quantize.calibration import read_windows
 from vllm_wkvquant.quantize.learn import batches
-from vllm_wkvquant.quantize.plan import Settings
+from vllm_wkvquant.quantize.plan import Settings, preflight
 from vllm_wkvquant.quantize.recipes import BEST, RECIPES
 from vllm_wkvquant.quantize.workers import Workers
 
@@ -200,6 +200,8 @@ def test_a_lost_worker_ends_the_run(files: tuple[Path, Path], tmp_path: Path) ->
 def test_a_workers_error_is_the_runs(files: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^--workers 3 is more than the 2 windows .* raise --samples to 12$"):
         launch.run(settings(files, tmp_path / "out", samples=4, workers=3))
+    with pytest.raises(ConfigError, match=r"^--workers 17 is more than the 2 windows .* use at most 16$"):
+        preflight(settings(files, tmp_path / "out", samples=4, workers=17), Workers(0, 17))
 
 
 @pytest.mark.parametrize(

@@ -100,9 +100,10 @@ def preflight(settings: Settings, workers: Workers = ALONE) -> Plan:
         raise ConfigError(f"--samples {settings.samples} is too few: at least 4, of which 2 are held out")
     windows = read_windows(settings.model, settings.calib_text, settings.samples, seq_len, settings.seed)
     if windows.held_out < workers.size:
+        more = f"raise --samples to {4 * workers.size}"
         raise ConfigError(
-            f"--workers {workers.size} is more than the {windows.held_out} windows that are held out, a quarter of "
-            f"--samples and at most {HELD_OUT}; raise --samples or use fewer workers"
+            f"--workers {workers.size} is more than the {windows.held_out} windows that are held out; "
+            f"{more if workers.size <= HELD_OUT else f'use at most {HELD_OUT}'}"
         )
     kv_config = KVCacheConfig(
         head_size=adapter.head_size,
