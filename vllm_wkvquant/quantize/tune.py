@@ -53,22 +53,23 @@ class Rounded(torch.autograd.Function):
 
 class StepTimesCode(torch.autograd.Function):
     """step fp32 [out, groups] times code int8 [out, groups, group], less its zero point, -> weight `dtype` [out, in];
-    gradients to step and, straight through the rounding that codes have had, to offset [out, groups, group] or None."""
+    gradients to step and to offset [out, groups, group] or None, straight through the rounding that codes have had: to
+    offset that of the weight, which has the same sign."""
 
     @staticmethod
     def forward(
         ctx: Any, step: torch.Tensor, offset: torch.Tensor | None, codes: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
-        ctx.save_for_backward(step, codes)
-        ctx.offset = None if offset is None else offset.dtype
+        ctx.save_for_backward(codes)
+        ctx.step, ctx.offset = step.dtype, None if offset is None else offset.dtype
         return (codes * step[..., None]).to(dtype).flatten(1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        step, codes = ctx.saved_tensors
+        (codes,) = ctx.saved_tensors
         of_weight = grads[0].view(codes.shape)
-        of_offset = None if ctx.offset is None else (of_weight * step[..., None].to(of_weight.dtype)).to(ctx.offset)
-        return (of_weight.to(step.dtype) * codes).sum(-1), of_offset, None, None
+        of_offset = None if ctx.offset is None else of_weight.to(ctx.offset)
+        return (of_weight.to(ctx.step) * codes).sum(-1), of_offset, None, None
 
 
 class Codes:
@@ -270,11 +271,13 @@ def tune(
     note(0, kl[0])
     for done, batch in enumerate(batches(windows, tuning, plan.settings.seed), 1):
         for parameter in [*parameters, *offsets]:
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = None
         for part in model.parts(workers.positions(batch)):
             model.backward(part, tuning.cache, len(batch))
         for parameter in [*parameters, *offsets]:
-            workers.sum(parameter.grad)  # type: ignore[arg-type]
+            if parameter.grad is None:  # no window of this batch is this worker's, or the cache is a 16-bit one
+                parameter.grad = torch.zeros_like(parameter)
+            workers.sum(parameter.grad)
         optimizer.step()
         schedule.step()
         of_codes.step([x.grad for x in offsets])  # type: ignore[misc]
