@@ -327,18 +327,19 @@ def place(plan: Plan) -> Plan:
     """
     device, given = plan.settings.device, plan.settings.memory_budget
     own = free_bytes(device) // (plan.workers.size if device == "cpu" else 1) if given is None else given
+    # the least that a worker has, and below the most that one needs: all workers decide alike
+    budget = -int(plan.workers.amax([torch.tensor(-own)]))
+    limit = f"--memory-budget is {budget / 1e9:.3g} GB"
+    if given is None:
+        limit = f"{budget / 1e9:.3g} GB are free (--memory-budget overrules that)"
+    what = "memory" if device == "cpu" else "GPU memory"
     placements = [(device, device, device), (device, "cpu", device), ("cpu", "cpu", device), ("cpu", "cpu", "cpu")]
     least: list[int] = []  # bytes that each recipe needs
     for left_out, recipe in lighter(plan.recipe):
         for storage in [Storage(*devices) for devices in dict.fromkeys(placements)]:
             placed = replace(plan, recipe=recipe, storage=storage)
-            # the most that a worker needs and the least that one has: all workers decide alike
-            needed, negative = plan.workers.amax([torch.tensor([device_bytes(placed), -own])]).tolist()
-            limit = f"--memory-budget is {-negative / 1e9:.3g} GB"
-            if given is None:
-                limit = f"{-negative / 1e9:.3g} GB are free (--memory-budget overrules that)"
-            what = "memory" if device == "cpu" else "GPU memory"
-            if needed <= -negative:
+            needed = int(plan.workers.amax([torch.tensor(device_bytes(placed))]))
+            if needed <= budget:
                 if left_out:
                     logger.warning(
                         "%s is left out, which costs accuracy: it needs about %.3g GB of %s, and %s",

@@ -155,6 +155,8 @@ class TunedBlock:
             del parameters["k_first"], parameters["v_first"]
         params = KVParams.build(plan.kv, **parameters).to(device)
         self.cache = TunedCache(params, tensors[f"{chosen}.k_channels"].to(device), plan.recipe.tuning.cache_rate)
+        # of parameters that stay, once
+        self.fixed = None if self.cache.learned else fake_quantize_cache(params, self.positions)
         self.attention, self.module = plan.attention, adapter.empty_block(layer)
         self.runner = BlockRunner(plan, self.module, self.positions.numel())
         learned = self.compute if plan.recipe.tuning.code_sigmas else None
@@ -193,7 +195,7 @@ class TunedBlock:
         weights |= {name: other.to(self.compute) for name, other in others.items()}
         self.attention.cache, self.attention.past_only = None, True
         if cache:
-            self.attention.cache = fake_quantize_cache(self.cache.params(), self.positions)
+            self.attention.cache = self.fixed or fake_quantize_cache(self.cache.params(), self.positions)
         return self.runner.run(self.module, weights, x)
 
     def tensors(self) -> dict[str, torch.Tensor]:
