@@ -11,6 +11,8 @@ divergences in nats a token, of 4-bit from 16-bit weights and of the 4-bit cache
 is enough to choose by; a seed draws the held-out windows, too, so compare variants of the same seed. For the table on
 other texts run the command that is printed at the end.
 
+untuned is best without the tuning of all blocks together: what is learned block by block shows there, and sooner.
+
 Parts of the cache that need no other checkpoint, and caches of others, are rows of quality.py.
 """
 
@@ -77,21 +79,30 @@ def learned_cache(recipe: Recipe, rate: float) -> Recipe:
     return replace(learning(recipe, cache=True, cache_rate=rate), smoothings=(Smoothing(0.5),), search=())
 
 
-BEST_VARIANTS = {
-    "searched_clip": learning(BEST, rounding=False, clipping=False, epochs=1),  # nothing is learned
-    "no_rounding": learning(BEST, rounding=False),
-    "no_clipping": learning(BEST, clipping=False),
-    "no_clipping_no_balance": replace(learning(BEST, clipping=False), value_balance=0.0),
-    "clip_rate_0.1": learning(BEST, clip_rate=0.1),
-    "whole_range": learning(BEST, clip="whole"),
-    "mse": learning(BEST, loss="mse"),
-    "mae": learning(BEST, loss="mae"),
-    "all_positions": learning(BEST, skip_first=False),
-    "one_follower": learning(BEST, followers=1),
-    "5_epochs": learning(BEST, epochs=5),
-    "20_epochs": learning(BEST, epochs=20),
-    "40_epochs": learning(BEST, epochs=40),
-    "no_tuning": replace(BEST, tuning=None),
+def learning_variants(recipe: Recipe) -> dict[str, Recipe]:
+    """With something else about how weights are learned, block by block."""
+    return {
+        "searched_clip": learning(recipe, rounding=False, clipping=False, epochs=1),  # nothing is learned
+        "no_rounding": learning(recipe, rounding=False),
+        "no_clipping": learning(recipe, clipping=False),
+        "no_clipping_no_balance": replace(learning(recipe, clipping=False), value_balance=0.0),
+        "no_folding": replace(recipe, value_balance=0.0, value_hadamard=False),
+        "clip_rate_0.1": learning(recipe, clip_rate=0.1),
+        "whole_range": learning(recipe, clip="whole"),
+        "mse": learning(recipe, loss="mse"),
+        "mae": learning(recipe, loss="mae"),
+        "all_positions": learning(recipe, skip_first=False),
+        "one_follower": learning(recipe, followers=1),
+        "5_epochs": learning(recipe, epochs=5),
+        "20_epochs": learning(recipe, epochs=20),
+        "40_epochs": learning(recipe, epochs=40),
+        "learned_cache": learned_cache(recipe, rate=1e-3),  # the paper's; without it the cache is from statistics
+        "learned_cache_faster": learned_cache(recipe, rate=1e-2),
+    }
+
+
+UNTUNED = replace(BEST, name="untuned", tuning=None)
+TUNING_VARIANTS = {
     "tuning_no_codes": tuning(BEST, code_sigmas=0.0),
     "tuning_no_cache_parameters": tuning(BEST, cache_rate=0.0),
     "tuning_steps_alone": tuning(BEST, code_sigmas=0.0, cache_rate=0.0),
@@ -102,9 +113,11 @@ BEST_VARIANTS = {
     "tuning_rate_3e-4": tuning(BEST, rate=3e-4),
     "tuning_rate_3e-3": tuning(BEST, rate=3e-3),
     "tuning_15_epochs": tuning(BEST, epochs=15),
-    "learned_cache": learned_cache(BEST, rate=1e-3),  # the paper's; without it the cache is from statistics
-    "learned_cache_faster": learned_cache(BEST, rate=1e-2),
-    **cache_variants(BEST),
+}
+BEST_VARIANTS = learning_variants(BEST) | TUNING_VARIANTS | cache_variants(BEST)
+UNTUNED_VARIANTS = learning_variants(UNTUNED) | {
+    "no_balance": replace(UNTUNED, value_balance=0.0),
+    "no_value_hadamard": replace(UNTUNED, value_hadamard=False),
 }
 PAPER_VARIANTS = {
     "no_followers": learning(PAPER, followers=0),
@@ -117,9 +130,10 @@ PAPER_VARIANTS = {
 VARIANTS = {
     variant.name: variant
     for variant in [
-        *(RTN, STATIC, BEST, PAPER),
+        *(RTN, STATIC, BEST, UNTUNED, PAPER),
         *(replace(v, name=f"rtn_{name}") for name, v in cache_variants(RTN).items()),
         *(replace(v, name=f"best_{name}") for name, v in BEST_VARIANTS.items()),
+        *(replace(v, name=f"untuned_{name}") for name, v in UNTUNED_VARIANTS.items()),
         *(replace(v, name=f"paper_{name}") for name, v in PAPER_VARIANTS.items()),
     ]
 }

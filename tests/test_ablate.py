@@ -43,11 +43,11 @@ def read(out: Path) -> list[dict[str, Any]]:
 def test_a_variant_changes_what_it_names() -> None:
     """One field of its recipe, or those that are one part; none is its recipe, and no two are the same."""
     several = {"one_smoothing": 2, "no_smoothing": 2, "learned_cache": 4, "learned_cache_faster": 4}
-    several |= {"searched_clip": 3, "no_clipping_no_balance": 2}
+    several |= {"searched_clip": 3, "no_clipping_no_balance": 2, "no_folding": 2}
     seen = []
     for name, variant in ablate.VARIANTS.items():
         assert variant.name == name
-        base = next(r for r in (BEST, PAPER, RTN, ablate.STATIC) if name.split("_")[0] == r.name)
+        base = next(r for r in (BEST, ablate.UNTUNED, PAPER, RTN, ablate.STATIC) if name.split("_")[0] == r.name)
         changed = {k for k, v in fields(variant).items() if fields(base)[k] != v}
         part = name.partition("_")[2]
         count = several.get(part, 1) if part else 0
@@ -231,4 +231,4 @@ def test_an_interrupted_one_goes_on(folder: Path, tmp_path: Path, monkeypatch, c
 def test_unknown_variants_are_refused(folder: Path, tmp_path: Path, capsys) -> None:
     with pytest.raises(SystemExit):
         ablate.main(arguments(folder, tmp_path, "--variants", "best_no_such_part"))
-    assert "'best_no_such_part' is not one of rtn, static, best, paper" in capsys.readouterr().err
+    assert "'best_no_such_part' is not one of rtn, static, best, untuned, paper" in capsys.readouterr().err

@@ -146,7 +146,8 @@ def test_an_offset_reaches_its_neighbour() -> None:
     descent = learn.SignDescent(weight.parameters(), weight.rates(learning), steps=7)
     gradient = torch.tensor([1.0, -3.0, 0.0])
     with torch.no_grad():
-        for _ in range(7):
+        for done in range(7):
+            descent.schedule(done)
             descent.step(
                 [gradient[:1].clone()[None], gradient[1:2].clone()[None], gradient.repeat(11)[None, None, :GROUP]]
             )
@@ -206,6 +207,24 @@ def test_windows_may_go_through_the_block_together(model, tmp_path, monkeypatch,
         report = run(model, tmp_path / str(size), monkeypatch, learning, paper=paper)
         losses.append([layer["loss"] for layer in report["layers"]])
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=2e-3, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+@pytest.mark.parametrize("paper", [False, True])
+def test_a_replayed_step_is_the_step(model, tmp_path, monkeypatch, paper: bool) -> None:
+    """Losses with steps as CUDA graphs are those without, where the last batch of an epoch is a smaller one, too."""
+    learning = dataclasses.replace(PAPER.learning if paper else LEARNING, batch=4, epochs=4)
+    base = dataclasses.replace(PAPER if paper else BEST, name="trial", learning=learning)
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(graph), replay(graph)))
+    losses = []
+    for weights in (0, learn.REPLAYED):
+        monkeypatch.setattr(learn, "REPLAYED", weights)
+        report = pipeline.quantize(settings(model, tmp_path / str(weights), recipe=base, device="cuda"))
+        losses.append([layer["loss"] for layer in report["layers"]])
+        assert bool(replays) == bool(weights)
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=5e-3, atol=0)
 
 
 def test_the_paper_learns(model, tmp_path, monkeypatch) -> None:

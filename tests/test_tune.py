@@ -13,7 +13,7 @@ from vllm_wkvquant import cli
 from vllm_wkvquant.checkpoint import Checkpoint, unpack_weight
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.evaluate import SimulatedCache, load_quantized
-from vllm_wkvquant.quantize import tune
+from vllm_wkvquant.quantize import learn, tune
 from vllm_wkvquant.quantize.calibration import read_windows
 from vllm_wkvquant.quantize.learn import SignDescent
 from vllm_wkvquant.quantize.pipeline import quantize
@@ -31,12 +31,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return tiny_model(root / "model", "qwen2", key_bias=3.0, num_layers=2), save_text(root / "calib.txt")
 
 
-def make(files: tuple[Path, Path], out: Path, tuning: Tuning | None) -> dict[str, Any]:
+def make(files: tuple[Path, Path], out: Path, tuning: Tuning | None, **options: Any) -> dict[str, Any]:
     """The report of `best` with two epochs of learning and this tuning."""
     assert BEST.learning
     recipe = dataclasses.replace(BEST, learning=dataclasses.replace(BEST.learning, epochs=2), tuning=tuning)
     model, text = files
-    return quantize(Settings(model, out, text, recipe=recipe, samples=SAMPLES, seq_len=SEQ_LEN))
+    return quantize(Settings(model, out, text, recipe=recipe, samples=SAMPLES, seq_len=SEQ_LEN, **options))
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +143,19 @@ def test_the_cache_is_in_the_loop(made: tuple[Path, dict[str, Any]], files: tupl
 SCALE_OF_O = "model.layers.0.self_attn.o_proj.weight_scale"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+def test_replayed_steps_tune_alike(files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Divergences with steps as CUDA graphs are those without."""
+    tuning = dataclasses.replace(TUNING, code_sigmas=2.0, cache_rate=1e-2)
+    found = []
+    for weights in (0, learn.REPLAYED):
+        monkeypatch.setattr(learn, "REPLAYED", weights)
+        report = make(files, tmp_path / str(weights), tuning, device="cuda")
+        found.append(torch.tensor(report["tuning"]["epochs"]))
+    assert found[0].min() < 0.95 * found[0][0]
+    torch.testing.assert_close(*found, rtol=2e-2, atol=0)
+
+
 def test_gradients_of_step_and_offset() -> None:
     """Those of the product, and its value that of the checkpoint's weight."""
     generator = torch.Generator().manual_seed(0)
@@ -181,7 +194,8 @@ def test_chance_takes_no_code_to_its_neighbour() -> None:
     walk = torch.zeros(20000)
     descent = SignDescent([walk], [tune.code_reach(tuning, steps)], steps)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(steps):
+    for done in range(steps):
+        descent.schedule(done)
         descent.step([torch.randn(walk.shape, generator=generator)])
     assert walk.std().item() == pytest.approx(0.5 / 3, rel=0.03)
 

@@ -4,6 +4,7 @@ The block is run on what the quantized blocks before it produce, and its output 
 model, which had its own blocks before: so a block also learns to undo the error that it receives.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -26,11 +27,13 @@ from vllm_wkvquant.reference import (
 
 CLIP_MIN = 0.3  # a group keeps at least this share of its range
 SIGMOID_INIT = 4.0  # of the paper's gamma and beta: 98 % of the range
+REPLAYED = 1 << 26  # weights of a block whose steps may be a CUDA graph, which keeps a step's memory to itself
 
 # (the block's weights by parameter name, hidden states [B, T, hidden]) -> hidden states after the block, and after each
 # of its followers
 Forward = Callable[[dict[str, torch.Tensor], torch.Tensor], list[torch.Tensor]]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (output, target) [.., T, hidden] -> [..]
+Entry = tuple[torch.Tensor, list[torch.Tensor]]  # one or more windows' (inputs, targets), of each follower
 
 
 class LearnedWeight:
@@ -115,14 +118,20 @@ def fake_quantize_tokens(x: torch.Tensor) -> torch.Tensor:
     minimum = straight_through(minimum.half().float(), minimum)
     scale = ((high - low) / QMAX).clamp_max(FP16_MAX)
     scale = straight_through(scale.half().float(), scale)
-    codes = (x - minimum) * torch.where(scale > 0, 1 / scale, 0)
+    codes = (x - minimum) * (1 / scale).masked_fill(scale <= 0, 0)
     codes = straight_through(codes.round(), codes).clamp(0, QMAX)
     return codes * scale + minimum
 
 
+@functools.cache
+def rotation(head_size: int, device: torch.device) -> torch.Tensor:
+    """`hadamard_matrix` there, which the device is waited for once."""
+    return hadamard_matrix(head_size).to(device)
+
+
 def fake_quantize_cache(params: KVParams, positions: torch.Tensor) -> Simulation:
     """`reference.fake_quantize` with straight-through gradients, of windows [.., T, H, D] at these positions [T]."""
-    h = hadamard_matrix(params.k_smooth.shape[-1]).to(params.k_smooth.device) if params.key_hadamard else None
+    h = rotation(params.k_smooth.shape[-1], params.k_smooth.device) if params.key_hadamard else None
     k_shift, v_shift = key_shift_at(positions, params), value_shift_at(positions, params)
 
     def fake(key: torch.Tensor, value: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -304,15 +313,18 @@ class SignDescent:
     """
 
     def __init__(self, parameters: list[torch.Tensor], reaches: list[float], steps: int) -> None:
-        self.parameters, self.steps, self.done = parameters, steps, 0
+        self.parameters, self.steps = parameters, steps
         self.sizes = [2 * reach / (steps + 1) for reach in reaches]
+        self.left = torch.ones((), device=parameters[0].device if parameters else "cpu")
+
+    def schedule(self, done: int) -> None:
+        """Say how many steps have been taken."""
+        self.left.fill_(1 - done / self.steps)
 
     def step(self, gradients: list[torch.Tensor]) -> None:
         """One step down."""
-        left = 1 - self.done / self.steps
         for parameter, gradient, size in zip(self.parameters, gradients, self.sizes, strict=True):
-            parameter.sub_(gradient.sign_(), alpha=left * size)
-        self.done += 1
+            parameter.addcmul_(gradient.sign_(), self.left.to(gradient.dtype), value=-size)
 
 
 class AdamW:
@@ -324,8 +336,13 @@ class AdamW:
         for parameter, rate in zip(parameters, rates, strict=True):
             groups.setdefault(rate, []).append(parameter)
         self.optimizer = torch.optim.AdamW(
-            [{"params": group, "lr": rate} for rate, group in groups.items()], weight_decay=0.0
+            [{"params": group, "lr": rate} for rate, group in groups.items()],
+            weight_decay=0.0,
+            capturable=parameters[0].is_cuda,
         )
+
+    def schedule(self, done: int) -> None:
+        """Nothing: the rate stays."""
 
     def step(self, gradients: list[torch.Tensor]) -> None:
         """One step down."""
@@ -361,26 +378,76 @@ def learn(
         optimizers.append(AdamW(of_cache, [learning.cache_rate] * len(of_cache)))
     device = block.v_linear.weight.device
     size, loss = together(learning, device.type), loss_of(learning)
-    losses: list[torch.Tensor] = []  # read at the end: a GPU is not waited for in between
-    for batch in batches(windows, learning, seed):
-        mine = workers.positions(batch)
-        parts = [mine[i : i + size] for i in range(0, len(mine), size)]
-        own = [(take(inputs, part, device), [take(t, part, device) for t in targets]) for part in parts]
-        gradients, of_batch = batch_gradients(block, forward, loss, own, workers)
+
+    def step(windows: list[Entry]) -> list[torch.Tensor]:
+        gradients, of_windows = batch_gradients(block, forward, loss, windows, workers)
         for optimizer in optimizers:
             optimizer.step(gradients[: len(optimizer.parameters)])
             del gradients[: len(optimizer.parameters)]  # as large as the block
         block.project()
-        losses += of_batch
+        return of_windows
+
+    take_step = replayed(step, sum(w.weight.numel() for w in block.weights.values()), device, workers)
+    losses: list[torch.Tensor] = []  # read at the end: a GPU is not waited for in between
+    for done, batch in enumerate(batches(windows, learning, seed)):
+        mine = workers.positions(batch)
+        parts = [mine[i : i + size] for i in range(0, len(mine), size)]
+        for optimizer in optimizers:
+            optimizer.schedule(done)
+        losses += take_step([(take(inputs, part, device), [take(t, part, device) for t in targets]) for part in parts])
     workers.agree(parameters)
     return workers.mean(torch.cat(losses).cpu().view(learning.epochs, -1).unbind(1)).tolist()
+
+
+Step = Callable[[list[Entry]], list[torch.Tensor]]  # a batch's windows -> losses
+
+
+def replayed(step: Step, weights: int, device: torch.device, workers: Workers) -> Step:
+    """`step` as a `Replayed`, where that is worth it: of a block with so many weights on a GPU of a worker alone."""
+    return Replayed(step) if device.type == "cuda" and workers.size == 1 and weights <= REPLAYED else step
+
+
+class Replayed:
+    """Steps on a GPU, each but the first as a CUDA graph, which is of the second.
+
+    A step of a small block is thousands of kernels of a few microseconds, which Python launches more slowly than they
+    run. One with windows of other shapes is taken as it is.
+    """
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        self.shapes: list[torch.Size] | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.windows: list[Entry] = []
+        self.losses: list[torch.Tensor] = []
+
+    def __call__(self, windows: list[Entry]) -> list[torch.Tensor]:
+        """One step."""
+        shapes = [x.shape for x in tensors_of(windows)]
+        if self.shapes != shapes:  # in the first, libraries set themselves up
+            self.shapes = self.shapes or shapes
+            return self.step(windows)
+        if self.graph is None:
+            self.graph, self.windows = torch.cuda.CUDAGraph(), windows
+            # a thread may be writing what an earlier block came to
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.losses = self.step(windows)
+        for held, x in zip(tensors_of(self.windows), tensors_of(windows), strict=True):
+            held.copy_(x)
+        self.graph.replay()
+        return [loss.clone() for loss in self.losses]
+
+
+def tensors_of(windows: list[Entry]) -> list[torch.Tensor]:
+    """Inputs and targets."""
+    return [x for inputs, targets in windows for x in (inputs, *targets)]
 
 
 def batch_gradients(
     block: LearnedBlock,
     forward: Forward,
     loss_function: Loss,
-    windows: list[tuple[torch.Tensor, list[torch.Tensor]]],
+    windows: list[Entry],
     workers: Workers,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Gradients of the sum of the losses of all workers' windows, by `block.parameters()`; losses of this worker's,

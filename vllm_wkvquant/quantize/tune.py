@@ -23,7 +23,7 @@ from vllm_wkvquant.checkpoint import KV_PARAMS, pack_weight, unpack_codes
 from vllm_wkvquant.quantize.blocks import cache_tensors
 from vllm_wkvquant.quantize.calibration import SKIPPED
 from vllm_wkvquant.quantize.head import LOGIT_ROWS
-from vllm_wkvquant.quantize.learn import SignDescent, batches, fake_quantize_cache
+from vllm_wkvquant.quantize.learn import Entry, SignDescent, batches, fake_quantize_cache, replayed
 from vllm_wkvquant.quantize.plan import Plan
 from vllm_wkvquant.quantize.recipes import Tuning
 from vllm_wkvquant.quantize.runner import BlockRunner
@@ -240,6 +240,26 @@ def code_reach(tuning: Tuning, steps: int) -> float:
     return math.sqrt(3 * steps) / (4 * tuning.code_sigmas) if tuning.code_sigmas else 0.0
 
 
+def adam(groups: list[tuple[list[torch.Tensor], float]], device: str) -> torch.optim.Adam:
+    """Of groups with these rates, whose steps on a GPU may be replayed."""
+    gpu = device != "cpu"
+    of_group = [
+        {"params": group, "lr": torch.tensor(rate, device=device) if gpu else rate, "first": rate}
+        for group, rate in groups
+    ]
+    return torch.optim.Adam(of_group, capturable=gpu)
+
+
+def schedule(optimizer: torch.optim.Adam, left: float) -> None:
+    """Make rates this share of what they were first."""
+    for group in optimizer.param_groups:
+        rate = left * group["first"]
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
 def tune(
     plan: Plan,
     blocks: Iterable[dict[str, torch.Tensor]],
@@ -264,27 +284,35 @@ def tune(
     an_epoch = -(-windows // tuning.batch)
     steps = tuning.epochs * an_epoch
     rates = [(of_weights, tuning.rate), (of_caches, tuning.cache_rate)]
-    optimizer = torch.optim.Adam([{"params": group, "lr": rate} for group, rate in rates if group])
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / steps)
+    optimizer = adam([(group, rate) for group, rate in rates if group], model.device)
     of_codes = SignDescent(offsets, [code_reach(tuning, steps)] * len(offsets), steps)
     state = [p.data for p in parameters] + [c.steps for c in codes]
     best, kept = [x.clone() for x in state], 0
     kl = [model.held_out(tuning.cache)]
     note(0, kl[0])
-    for done, batch in enumerate(batches(windows, tuning, plan.settings.seed), 1):
+
+    def step(entries: list[Entry]) -> list[torch.Tensor]:
+        batch = workers.total(sum(x.shape[0] for x, _ in entries))
         for parameter in [*parameters, *offsets]:
             parameter.grad = None
-        for part in model.parts(workers.positions(batch)):
-            model.backward(part, tuning.cache, len(batch))
+        for x, (expected,) in entries:
+            model.backward(x, expected, tuning.cache, batch)
         for parameter in [*parameters, *offsets]:
             if parameter.grad is None:  # no window of this batch is this worker's, or the cache is a 16-bit one
                 parameter.grad = torch.zeros_like(parameter)
             workers.sum(parameter.grad)
         optimizer.step()
-        schedule.step()
         of_codes.step([x.grad for x in offsets])  # type: ignore[misc]
         for c in codes:
             c.move()
+        return []
+
+    weights = sum(c.steps.numel() for c in model.blocks[0].codes.values())
+    take_step = replayed(step, weights, torch.device(model.device), workers)
+    for done, batch in enumerate(batches(windows, tuning, plan.settings.seed), 1):
+        schedule(optimizer, 1 - (done - 1) / steps)
+        of_codes.schedule(done - 1)
+        take_step([model.entry(part) for part in model.parts(workers.positions(batch))])
         if done % an_epoch == 0:
             kl.append(model.held_out(tuning.cache))
             note(done // an_epoch, kl[-1])
@@ -317,10 +345,14 @@ class TunedModel:
         """This worker's, by parts."""
         return self.parts(range(self.plan.windows.statistics, self.exact.shape[0]))
 
-    def hidden(self, windows: Sequence[int], cache: bool) -> torch.Tensor:
-        """This worker's windows after the last block, [B, T, hidden]; with gradients, each block is computed again."""
+    def entry(self, windows: Sequence[int]) -> Entry:
+        """This worker's windows before the first block and, in the 16-bit model, after the last, [B, T, hidden]."""
         tokens = self.plan.windows.tokens[list(windows)]
         x = torch.nn.functional.embedding(tokens, self.embedding).to(self.device, self.compute)
+        return x, [take(self.exact, list(windows), x.device)]
+
+    def hidden(self, x: torch.Tensor, cache: bool) -> torch.Tensor:
+        """Windows past all blocks, [B, T, hidden]; with gradients, each block is computed again."""
         for block in self.blocks:
             if torch.is_grad_enabled():
                 x = checkpoint(block, x, cache, use_reentrant=False, preserve_rng_state=False)
@@ -328,30 +360,29 @@ class TunedModel:
                 x = block(x, cache)
         return x
 
-    def divergence(self, hidden: torch.Tensor, windows: Sequence[int]) -> Iterator[torch.Tensor]:
+    def divergence(self, hidden: torch.Tensor, exact: torch.Tensor) -> Iterator[torch.Tensor]:
         """Sum over windows of the mean over tokens of KL(16-bit model || this one), of hidden states [B, T, hidden]
         before the head. A part of the sum at a time: all logits would be the peak of memory."""
-        exact = take(self.exact, list(windows), hidden.device)[:, SKIPPED:].flatten(0, 1)
-        found = hidden[:, SKIPPED:].flatten(0, 1)
+        exact, found = (x[:, SKIPPED:].flatten(0, 1) for x in (exact, hidden))
         for i in range(0, found.shape[0], LOGIT_ROWS):
             rows = slice(i, i + LOGIT_ROWS)
             expected, logp = (self.head(x[rows]).float().log_softmax(-1) for x in (exact, found))
             yield (expected.exp() * (expected - logp)).sum() / (hidden.shape[1] - SKIPPED)
 
-    def backward(self, windows: Sequence[int], cache: bool, batch: int) -> None:
-        """Add these windows' part of the gradients of the mean loss of `batch` windows."""
+    def backward(self, x: torch.Tensor, exact: torch.Tensor, cache: bool, batch: int) -> None:
+        """Add the part of windows x to the gradients of the mean loss of `batch` windows; both as of `entry`."""
         with torch.enable_grad():
-            hidden = self.hidden(windows, cache)
+            hidden = self.hidden(x, cache)
             last = hidden.detach().requires_grad_()
-            for part in self.divergence(last, windows):
+            for part in self.divergence(last, exact):
                 (part / batch).backward()
             hidden.backward(last.grad)
 
     def held_out(self, cache: bool) -> float:
         """Mean divergence of all workers' held-out windows; infinite where it is no number."""
         found = torch.zeros((), dtype=torch.float64, device=self.device)
-        for windows in self.held_out_windows():
-            for part in self.divergence(self.hidden(windows, cache), windows):
+        for x, (exact,) in map(self.entry, self.held_out_windows()):
+            for part in self.divergence(self.hidden(x, cache), exact):
                 found += part
         workers = self.plan.workers
         kl = workers.sum(found).item() / workers.total(self.plan.windows.held_out)
@@ -359,4 +390,4 @@ class TunedModel:
 
     def run_held_out(self, cache: bool) -> torch.Tensor:
         """Hidden states of this worker's held-out windows after the last block, [N, T, hidden] on the CPU."""
-        return torch.cat([self.hidden(windows, cache).cpu() for windows in self.held_out_windows()])
+        return torch.cat([self.hidden(self.entry(w)[0], cache).cpu() for w in self.held_out_windows()])
