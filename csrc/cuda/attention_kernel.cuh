@@ -41,6 +41,7 @@ __host__ __device__ inline int slots_of(const WkvCudaParams& p) { return 8 * (p.
 
 // What is of a team is that of the CTA's first one until move().
 struct Shared {
+  uint4* meta;   // [warps][2] scales of a unit: of K and of V, each [8]
   uint4* query;  // [rows][D / 8], the 8 dimensions of a word in the order 0 2 4 6 1 3 5 7, 4 .. 7 over 16
   uint4* basis;  // tables of the shift, as in WkvCudaParams, where they are `tabled`
   uint4* chebyshev;
@@ -73,6 +74,7 @@ struct Shared {
     constexpr int R = S::kRows, W = S::kWarps, D = S::kHeadSize;
     // what has a fixed size comes first, so that its offsets are constants
     take(s->red, W * R * S::kPitch), take(s->part, W * R), take(s->plan, 1);
+    take(s->meta, W * 32);
     const int64_t first = used;
     take(s->query, R * D / 8), take(s->v_shift, D), take(s->raw, R * D);
     take(s->row, R), take(s->first_extra, R), take(s->first_score, R), take(s->current_max, R), take(s->current_sum, R);
@@ -140,8 +142,8 @@ struct Kernel {
   struct Cursor {
     int next_unit;  // of the list of all units
     int segment;    // items so far, INT_MAX: at the end
-    int seq, head, past, first;
-    int unit, end;  // of the item, this warp's
+    int seq, head, last_tile;
+    int unit, end;  // of the item, this warp's, counted from position 0
     int page, tile;
   };
 
@@ -222,8 +224,9 @@ struct Kernel {
   __device__ __forceinline__ void advance(Cursor& c, int end_unit) const;
   __device__ __forceinline__ const uint8_t* slice(const Cursor& c, int page) const;
   __device__ __forceinline__ void load_k(const Cursor& c, uint32_t (&k)[S::kKWords][4]) const;
-  __device__ __forceinline__ void load_meta(const Cursor& c, uint32_t (&k)[4], uint32_t (&v)[4]) const;
-  __device__ __forceinline__ void load_v(const Cursor& c, uint32_t (&v)[4][S::kVWords]) const;
+  __device__ __forceinline__ void copy_meta(const Cursor& c, uint4* meta) const;
+  __device__ __forceinline__ const uint8_t* v_of(const Cursor& c) const;
+  __device__ __forceinline__ void load_v(const uint8_t* base, uint32_t (&v)[4][S::kVWords]) const;
 
   // attention_rows.cuh
   template <class T, class F>
@@ -236,9 +239,8 @@ struct Kernel {
   __device__ __forceinline__ void scores(const uint32_t (&k)[S::kKWords][4], float (&c)[2][NT][4]) const;
   template <int Steps>
   __device__ __forceinline__ void shift_scores(int first, const uint4* coef, float (&c)[2][NT][4]) const;
-  __device__ __forceinline__ void softmax(int first, int past, int latest, uint32_t (&k_meta)[4], uint32_t (&v_meta)[4],
-                                          float (&c)[2][NT][4], const float (&shift)[2][NT][4],
-                                          uint32_t (&weights)[2][NT][2]);
+  __device__ __forceinline__ void softmax(int first, int past, int latest, const uint4* meta, float (&c)[2][NT][4],
+                                          const float (&shift)[2][NT][4], uint32_t (&weights)[2][NT][2]);
   __device__ __forceinline__ void output(const uint32_t (&v)[4][S::kVWords], const uint32_t (&weights)[2][NT][2]);
 
   // attention_finish.cuh
@@ -269,9 +271,11 @@ struct Kernel {
     cursor.segment = -1;
     enter(cursor, item);
     --cursor.unit;  // advance() goes to the first
-    uint32_t k[S::kKWords][4], v[4][S::kVWords], k_meta[4], v_meta[4];
+    uint32_t k[S::kKWords][4], v[4][S::kVWords];
     advance(cursor, end);
-    int now = cursor.segment, now_first = (cursor.first + cursor.unit) * kUnit;
+    const uint8_t* next_v = nullptr;
+    int place = warp * 32;  // of the next unit's scales; odd where V is of the unit before
+    int now = cursor.segment, now_first = cursor.unit * kUnit;
     // As many steps as a head size has (D / 16) fit: 32 * NT * D bytes.
     uint4* coef = reinterpret_cast<uint4*>(s.red + warp * (kRows * S::kPitch));
     int segment = 0;
@@ -285,8 +289,8 @@ struct Kernel {
         const auto start_pages = [&] {
           if (segment || now == INT_MAX) return;
           load_k(cursor, k);
-          load_meta(cursor, k_meta, v_meta);
-          load_v(cursor, v);
+          copy_meta(cursor, s.meta + (place & ~1));
+          load_v(next_v = v_of(cursor), v);
         };
         if (a.dtype == kBFloat16)
           prepare_rows<__nv_bfloat16>(with_current, start_pages);
@@ -307,13 +311,14 @@ struct Kernel {
       rows = s.misc[3];
       start_rows();
       int chunk = -1;
+      uint32_t weights[2][NT][2] = {};  // of the unit before: its output's products follow the scores' of the next
+      place &= ~1;
       while (now == segment) {
         if (steps && now_first / kChunk != chunk) {
           chunk = now_first / kChunk;
           p.tabled ? make_coefficients<true>(chunk, coef) : make_coefficients<false>(chunk, coef);
         }
         float c[2][NT][4], shift[2][NT][4];
-        uint32_t weights[2][NT][2];
         const bool more = cursor.segment != INT_MAX;
         // Both products of the usual numbers of steps in one piece of code, so that they overlap.
         const auto products = [&](auto number) {
@@ -333,16 +338,26 @@ struct Kernel {
           products(std::integral_constant<int, 4>());
         else
           products(std::integral_constant<int, kAny>());
-        if (more) load_k(cursor, k);
-        softmax(now_first, past, latest, k_meta, v_meta, c, shift, weights);
-        if (more) load_meta(cursor, k_meta, v_meta);
-        output(v, weights);
+        const int unit = now_first;
         now = cursor.segment;
+        place ^= 16;
+        wait_for_copies();
+        __syncwarp();
+        if (more) load_k(cursor, k);
+        output(v, weights);
+        if (place & 1) load_v(next_v, v);
+        place |= 1;
         if (more) {
-          load_v(cursor, v);
-          now_first = (cursor.first + cursor.unit) * kUnit;
+          copy_meta(cursor, s.meta + (place & ~1));
+          next_v = v_of(cursor);
+          now_first = cursor.unit * kUnit;
           advance(cursor, end);
         }
+        softmax(unit, past, latest, s.meta + ((place ^ 16) & ~1), c, shift, weights);
+      }
+      if (place & 1) {
+        output(v, weights);
+        if (now != INT_MAX) load_v(next_v, v);
       }
       item = s.item[segment % 2];  // not kept in registers during the loop
       rows = s.misc[3];

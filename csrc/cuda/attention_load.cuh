@@ -12,22 +12,23 @@ __device__ __forceinline__ void Kernel<D, NT>::enter(Cursor& c, const Item& x) c
   ++c.segment;
   c.next_unit = x.u + x.end;
   const int parts = size() == kWarps ? 1 : kTeams, from = count * member() * parts;  // of a CTA's warps
-  c.unit = x.begin + from / kWarps;
-  c.end = x.begin + (from + count * parts) / kWarps;
-  c.seq = x.seq, c.head = x.head, c.past = x.past, c.first = x.first;
+  const int begin = x.first + x.begin;
+  c.unit = begin + from / kWarps;
+  c.end = min(begin + (from + count * parts) / kWarps, (x.past + kUnit - 1) / kUnit);
+  c.seq = x.seq, c.head = x.head, c.last_tile = (x.past - 1) / kTile;
 }
 
 template <int D, int NT>
 __device__ __forceinline__ void Kernel<D, NT>::advance(Cursor& c, int end_unit) const {
   ++c.unit;
-  while (c.unit >= c.end || (c.first + c.unit) * kUnit >= c.past) {
+  while (c.unit >= c.end) {
     if (c.next_unit >= end_unit) {
       c.segment = INT_MAX;
       return;
     }
     enter(c, decode_at(c.next_unit, end_unit));
   }
-  const int tile = min((c.first + c.unit) * (kUnit / kTile) + g / 4, (c.past - 1) / kTile);
+  const int tile = min(c.unit * (kUnit / kTile) + g / 4, c.last_tile);
   const int block = tiles_per_block(tile);
   c.tile = tile - block * tiles_per_block.divisor;
   c.page = __ldg(a.block_table + c.seq * a.block_table_stride + block);
@@ -48,18 +49,23 @@ __device__ __forceinline__ void Kernel<D, NT>::load_k(const Cursor& c, uint32_t 
   for (int j = 0; j < S::kKWords; ++j) load_words<4>(base + j * 256, k[j]);
 }
 
+// Scales of K and V to shared memory: [2][8] of four tokens.
 template <int D, int NT>
-__device__ __forceinline__ void Kernel<D, NT>::load_meta(const Cursor& c, uint32_t (&k)[4], uint32_t (&v)[4]) const {
-  const uint8_t* base = slice(c, c.page) + D * a.block_size + c.tile * (4 * kTile) + g % 4 * 16;
-  load_words<4>(base, k);
-  load_words<4>(base + 4 * a.block_size, v);
+__device__ __forceinline__ void Kernel<D, NT>::copy_meta(const Cursor& c, uint4* meta) const {
+  const int of_v = lane / 4 % 2, i = lane % 4;
+  const uint8_t* base = slice(c, c.page) + (D + of_v * 4) * a.block_size + c.tile * (4 * kTile) + i * 16;
+  if (lane % 16 < 8) copy_async(meta + of_v * 8 + lane / 16 * 4 + i, base);
 }
 
-// Words of token pairs 4t .. 4t + 3.
+// Where this lane's words of V are: token pairs 4t .. 4t + 3.
 template <int D, int NT>
-__device__ __forceinline__ void Kernel<D, NT>::load_v(const Cursor& c, uint32_t (&v)[4][S::kVWords]) const {
+__device__ __forceinline__ const uint8_t* Kernel<D, NT>::v_of(const Cursor& c) const {
   const int from = t / 2 * 16, page = __shfl_sync(kFull, c.page, from), tile = __shfl_sync(kFull, c.tile, from);
-  const uint8_t* base = slice(c, page) + D / 2 * a.block_size + tile * (8 * D) + t % 2 * (4 * D) + 4 * S::word(0, g);
+  return slice(c, page) + D / 2 * a.block_size + tile * (8 * D) + t % 2 * (4 * D) + 4 * S::word(0, g);
+}
+
+template <int D, int NT>
+__device__ __forceinline__ void Kernel<D, NT>::load_v(const uint8_t* base, uint32_t (&v)[4][S::kVWords]) const {
   constexpr int kRun = D == 64 ? 2 : D == 96 ? 1 : 4;
 #pragma unroll
   for (int i = 0; i < 4; ++i)

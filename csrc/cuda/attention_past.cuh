@@ -174,10 +174,12 @@ __device__ __forceinline__ void Kernel<D, NT>::shift_scores(int first, const uin
 
 // Scores to weights p * scale_v as operand B of the output's products; keeps the softmax state.
 template <int D, int NT>
-__device__ __forceinline__ void Kernel<D, NT>::softmax(int first, int past, int latest, uint32_t (&k_meta)[4],
-                                                       uint32_t (&v_meta)[4], float (&c)[2][NT][4],
-                                                       const float (&shift)[2][NT][4], uint32_t (&weights)[2][NT][2]) {
+__device__ __forceinline__ void Kernel<D, NT>::softmax(int first, int past, int latest, const uint4* meta,
+                                                       float (&c)[2][NT][4], const float (&shift)[2][NT][4],
+                                                       uint32_t (&weights)[2][NT][2]) {
   float2 k[4], v[4];  // (scale, minimum)
+  const uint4 of_k = meta[g], of_v = meta[8 + g];
+  const uint32_t k_meta[4] = {of_k.x, of_k.y, of_k.z, of_k.w}, v_meta[4] = {of_v.x, of_v.y, of_v.z, of_v.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     k[i] = __half22float2(*reinterpret_cast<const __half2*>(&k_meta[i]));

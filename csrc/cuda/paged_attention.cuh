@@ -14,8 +14,9 @@
 //
 // Products are mma.sync m16n8k16 with tokens (scores) or dimensions (output) as M and rows as N. Codes enter as fp16
 // subnormals, the bits of a nibble as they stand (code * 2^-24) or four higher (code * 2^-20); the factor 16 between
-// the two is folded into the query and the output. The loads of a page match the operands of the products, so they go
-// to registers, one unit ahead, and never through shared memory:
+// the two is folded into the query and the output. The loads of codes match the operands of the products, so they go to
+// registers, one unit ahead, and never through shared memory. The assembler lets all of them signal one scoreboard, so
+// that a wait for any waits for all: they are asked for together, before a softmax, and awaited after it.
 //
 //     K   thread (g, t) = (lane / 4, lane % 4) has tokens 4g .. 4g + 3, words t, t + 4, ..; the first product of a
 //         unit has tokens 4g and 4g + 1 as its rows g and g + 8, the second one 4g + 2 and 4g + 3
