@@ -222,10 +222,10 @@ struct Kernel {
   // attention_load.cuh
   __device__ __forceinline__ void enter(Cursor& c, const Item& x) const;
   __device__ __forceinline__ void advance(Cursor& c, int end_unit) const;
-  __device__ __forceinline__ const uint8_t* slice(const Cursor& c, int page) const;
-  __device__ __forceinline__ void load_k(const Cursor& c, uint32_t (&k)[S::kKWords][4]) const;
-  __device__ __forceinline__ void copy_meta(const Cursor& c, uint4* meta) const;
-  __device__ __forceinline__ const uint8_t* v_of(const Cursor& c) const;
+  __device__ __forceinline__ const uint8_t* tile_of(const Cursor& c) const;
+  __device__ __forceinline__ void load_k(const uint8_t* tile, uint32_t (&k)[S::kKWords][4]) const;
+  __device__ __forceinline__ void copy_meta(const Cursor& c, const uint8_t* tile, uint4* meta) const;
+  __device__ __forceinline__ const uint8_t* v_of(const uint8_t* tile) const;
   __device__ __forceinline__ void load_v(const uint8_t* base, uint32_t (&v)[4][S::kVWords]) const;
 
   // attention_rows.cuh
@@ -288,9 +288,10 @@ struct Kernel {
         // The first pages, after the rows' own loads, which wait for what is ahead of them.
         const auto start_pages = [&] {
           if (segment || now == INT_MAX) return;
-          load_k(cursor, k);
-          copy_meta(cursor, s.meta + (place & ~1));
-          load_v(next_v = v_of(cursor), v);
+          const uint8_t* tile = tile_of(cursor);
+          load_k(tile, k);
+          copy_meta(cursor, tile, s.meta + (place & ~1));
+          load_v(next_v = v_of(tile), v);
         };
         if (a.dtype == kBFloat16)
           prepare_rows<__nv_bfloat16>(with_current, start_pages);
@@ -343,13 +344,14 @@ struct Kernel {
         place ^= 16;
         wait_for_copies();
         __syncwarp();
-        if (more) load_k(cursor, k);
+        const uint8_t* tile = tile_of(cursor);
+        if (more) load_k(tile, k);
         output(v, weights);
         if (place & 1) load_v(next_v, v);
         place |= 1;
         if (more) {
-          copy_meta(cursor, s.meta + (place & ~1));
-          next_v = v_of(cursor);
+          copy_meta(cursor, tile, s.meta + (place & ~1));
+          next_v = v_of(tile);
           now_first = cursor.unit * kUnit;
           advance(cursor, end);
         }

@@ -34,34 +34,34 @@ __device__ __forceinline__ void Kernel<D, NT>::advance(Cursor& c, int end_unit) 
   c.page = __ldg(a.block_table + c.seq * a.block_table_stride + block);
 }
 
+// Where the words of K of the cursor's tile begin.
 template <int D, int NT>
-__device__ __forceinline__ const uint8_t* Kernel<D, NT>::slice(const Cursor& c, int page) const {
-  const uint32_t last = static_cast<uint32_t>(a.num_blocks) - 1;
-  return a.kv_cache + static_cast<uint64_t>(min(static_cast<uint32_t>(page), last)) * block_stride +
-         c.head * page_bytes;
+__device__ __forceinline__ const uint8_t* Kernel<D, NT>::tile_of(const Cursor& c) const {
+  const uint32_t page = min(static_cast<uint32_t>(c.page), static_cast<uint32_t>(a.num_blocks) - 1);
+  return a.kv_cache + static_cast<uint64_t>(page) * block_stride + (c.head * page_bytes + c.tile * (8 * D));
 }
 
 // Words t, t + 4, .. of tokens 4g .. 4g + 3.
 template <int D, int NT>
-__device__ __forceinline__ void Kernel<D, NT>::load_k(const Cursor& c, uint32_t (&k)[S::kKWords][4]) const {
-  const uint8_t* base = slice(c, c.page) + c.tile * (8 * D) + t * 64 + g % 4 * 16;
+__device__ __forceinline__ void Kernel<D, NT>::load_k(const uint8_t* tile, uint32_t (&k)[S::kKWords][4]) const {
+  const uint8_t* base = tile + (t * 64 + g % 4 * 16);
 #pragma unroll
   for (int j = 0; j < S::kKWords; ++j) load_words<4>(base + j * 256, k[j]);
 }
 
 // Scales of K and V to shared memory: [2][8] of four tokens.
 template <int D, int NT>
-__device__ __forceinline__ void Kernel<D, NT>::copy_meta(const Cursor& c, uint4* meta) const {
+__device__ __forceinline__ void Kernel<D, NT>::copy_meta(const Cursor& c, const uint8_t* tile, uint4* meta) const {
   const int of_v = lane / 4 % 2, i = lane % 4;
-  const uint8_t* base = slice(c, c.page) + (D + of_v * 4) * a.block_size + c.tile * (4 * kTile) + i * 16;
-  if (lane % 16 < 8) copy_async(meta + of_v * 8 + lane / 16 * 4 + i, base);
+  const int offset = (D + of_v * 4) * a.block_size - c.tile * (8 * D - 4 * kTile) + i * 16;
+  if (lane % 16 < 8) copy_async(meta + of_v * 8 + lane / 16 * 4 + i, tile + offset);
 }
 
 // Where this lane's words of V are: token pairs 4t .. 4t + 3.
 template <int D, int NT>
-__device__ __forceinline__ const uint8_t* Kernel<D, NT>::v_of(const Cursor& c) const {
-  const int from = t / 2 * 16, page = __shfl_sync(kFull, c.page, from), tile = __shfl_sync(kFull, c.tile, from);
-  return slice(c, page) + D / 2 * a.block_size + tile * (8 * D) + t % 2 * (4 * D) + 4 * S::word(0, g);
+__device__ __forceinline__ const uint8_t* Kernel<D, NT>::v_of(const uint8_t* tile) const {
+  const auto from = __shfl_sync(kFull, reinterpret_cast<unsigned long long>(tile), t / 2 * 16);
+  return reinterpret_cast<const uint8_t*>(from) + (D / 2 * a.block_size + t % 2 * (4 * D) + 4 * S::word(0, g));
 }
 
 template <int D, int NT>

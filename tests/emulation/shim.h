@@ -97,7 +97,12 @@ inline T from(uint32_t x) {
     return from<T>(b[s < 0 || s > 31 ? l : s][0]); \
   }
 SH(__shfl_xor_sync, l ^ k)
-SH(__shfl_sync, k) SH(__shfl_up_sync, l - k) SH(__shfl_down_sync, l + k) inline int __reduce_add_sync(unsigned, int v) {
+SH(__shfl_sync, k) SH(__shfl_up_sync, l - k) SH(__shfl_down_sync, l + k)
+inline unsigned long long __shfl_sync(unsigned mask, unsigned long long v, int k) {
+  const uint32_t low = __shfl_sync(mask, (uint32_t)v, k);
+  return (unsigned long long)__shfl_sync(mask, (uint32_t)(v >> 32), k) << 32 | low;
+}
+inline int __reduce_add_sync(unsigned, int v) {
   auto b = put({bits(v)});
   int r = 0;
   for (int i = 0; i < 32; ++i) r += (int)b[i][0];
