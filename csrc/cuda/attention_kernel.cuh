@@ -274,7 +274,7 @@ struct Kernel {
     uint32_t k[S::kKWords][4], v[4][S::kVWords];
     advance(cursor, end);
     const uint8_t* next_v = nullptr;
-    int place = warp * 32;  // of the next unit's scales; odd where V is of the unit before
+    uint4* meta = s.meta + warp * 32;  // of the next unit
     int now = cursor.segment, now_first = cursor.unit * kUnit;
     // As many steps as a head size has (D / 16) fit: 32 * NT * D bytes.
     uint4* coef = reinterpret_cast<uint4*>(s.red + warp * (kRows * S::kPitch));
@@ -290,7 +290,7 @@ struct Kernel {
           if (segment || now == INT_MAX) return;
           const uint8_t* tile = tile_of(cursor);
           load_k(tile, k);
-          copy_meta(cursor, tile, s.meta + (place & ~1));
+          copy_meta(cursor, tile, meta);
           load_v(next_v = v_of(tile), v);
         };
         if (a.dtype == kBFloat16)
@@ -313,7 +313,7 @@ struct Kernel {
       start_rows();
       int chunk = -1;
       uint32_t weights[2][NT][2] = {};  // of the unit before: its output's products follow the scores' of the next
-      place &= ~1;
+      bool first = true;                // then V is of this unit, else of the one before
       while (now == segment) {
         if (steps && now_first / kChunk != chunk) {
           chunk = now_first / kChunk;
@@ -321,43 +321,41 @@ struct Kernel {
         }
         float c[2][NT][4], shift[2][NT][4];
         const bool more = cursor.segment != INT_MAX;
-        // Both products of the usual numbers of steps in one piece of code, so that they overlap.
-        const auto products = [&](auto number) {
-          shift_scores<decltype(number)::value>(now_first, coef, shift);
-          scores(k, c);
-        };
+        // Before the wait for the loads; the scores' products overlap with the output's.
         const int kind = p.tabled ? steps : steps ? kAny : 0;
         if (kind == 1)
-          products(std::integral_constant<int, 1>());
+          shift_scores<1>(now_first, coef, shift);
         else if (kind == 2)
-          products(std::integral_constant<int, 2>());
+          shift_scores<2>(now_first, coef, shift);
         else if (kind == 0)
-          products(std::integral_constant<int, 0>());
+          shift_scores<0>(now_first, coef, shift);
         else if (kind == 3)
-          products(std::integral_constant<int, 3>());
+          shift_scores<3>(now_first, coef, shift);
         else if (kind == 4)
-          products(std::integral_constant<int, 4>());
+          shift_scores<4>(now_first, coef, shift);
         else
-          products(std::integral_constant<int, kAny>());
+          shift_scores<kAny>(now_first, coef, shift);
+        scores(k, c);
+        output(v, weights);
         const int unit = now_first;
         now = cursor.segment;
-        place ^= 16;
+        const uint4* scales = meta;
+        meta = s.meta + ((meta - s.meta) ^ 16);
         wait_for_copies();
         __syncwarp();
         const uint8_t* tile = tile_of(cursor);
         if (more) load_k(tile, k);
-        output(v, weights);
-        if (place & 1) load_v(next_v, v);
-        place |= 1;
+        if (!first) load_v(next_v, v);
+        first = false;
         if (more) {
-          copy_meta(cursor, tile, s.meta + (place & ~1));
+          copy_meta(cursor, tile, meta);
           next_v = v_of(tile);
           now_first = cursor.unit * kUnit;
           advance(cursor, end);
         }
-        softmax(unit, past, latest, s.meta + ((place ^ 16) & ~1), c, shift, weights);
+        softmax(unit, past, latest, scales, c, shift, weights);
       }
-      if (place & 1) {
+      if (!first) {
         output(v, weights);
         if (now != INT_MAX) load_v(next_v, v);
       }

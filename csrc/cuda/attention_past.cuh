@@ -22,7 +22,8 @@ __device__ __forceinline__ void Kernel<D, NT>::make_coefficients(int chunk, uint
       return {c.x * r.x + c.y * r.y, c.y * r.x - c.x * r.y, d.x * q.x + d.y * q.y, d.y * q.x - d.x * q.y};
     };
     uint4* out = coef + n * steps * 32 + lane;
-#pragma unroll 2
+    // Unrolled, these loops would need the scoreboard of the page's loads, and wait for them.
+#pragma unroll 1
     for (int i = 0; i < p.fast_steps; ++i) {
       const float4 x = rotated(i);
       uint4 w;
@@ -31,12 +32,12 @@ __device__ __forceinline__ void Kernel<D, NT>::make_coefficients(int chunk, uint
     }
     if (p.slow_steps == 0) continue;
     float c[2][4] = {};
-#pragma unroll 2
+#pragma unroll 1
     for (int i = 0; i < p.slow_steps; ++i) {
       const float4 x = rotated(p.fast_steps + i);
       if constexpr (Tabled) {
         const uint4 a = s.chebyshev[i * 32 + lane];
-        mma(c[i % 2], a.x, a.y, a.z, a.w, pack_half2(x.x, x.y), pack_half2(x.z, x.w));
+        mma(c[0], a.x, a.y, a.z, a.w, pack_half2(x.x, x.y), pack_half2(x.z, x.w));
       } else {
         uint4 w;
         split_half2(x.x, x.y, w.x, w.z), split_half2(x.z, x.w, w.y, w.w);
