@@ -35,6 +35,7 @@ from rich.table import Table
 import vllm_wkvquant
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.evaluate import device_name
+from vllm_wkvquant.quantize.calibration import held_out_of
 from vllm_wkvquant.quantize.pipeline import quantize
 from vllm_wkvquant.quantize.plan import Settings
 from vllm_wkvquant.quantize.recipes import ALL, BEST, PAPER, RTN, SLOW, STATIC, Recipe, Smoothing
@@ -93,9 +94,12 @@ def learning_variants(recipe: Recipe) -> dict[str, Recipe]:
         "mae": learning(recipe, loss="mae"),
         "all_positions": learning(recipe, skip_first=False),
         "one_follower": learning(recipe, followers=1),
-        "5_epochs": learning(recipe, epochs=5),
+        "10_epochs": learning(recipe, epochs=10),
         "20_epochs": learning(recipe, epochs=20),
-        "40_epochs": learning(recipe, epochs=40),
+        "80_epochs": learning(recipe, epochs=80),
+        "batch_1": learning(recipe, batch=1),
+        "batch_1_10_epochs": learning(recipe, batch=1, epochs=10),
+        "batch_2_20_epochs": learning(recipe, batch=2, epochs=20),
         "learned_cache": learned_cache(recipe, rate=1e-3),  # the paper's; without it the cache is from statistics
         "learned_cache_faster": learned_cache(recipe, rate=1e-2),
     }
@@ -153,7 +157,7 @@ def finished(settings: Settings) -> dict[str, Any] | None:
     made = report["settings"] | {"recipe": report["recipe"]}
     made["device"], _, _ = made["device"].partition(":")
     wanted = {
-        "recipe": as_written(asdict(settings.recipe)),
+        "recipe": as_written(asdict(settings.recipe.of(settings.samples - held_out_of(settings.samples)))),
         "samples": settings.samples,
         "seed": settings.seed,
         "device": settings.device.partition(":")[0],

@@ -44,6 +44,7 @@ def test_a_variant_changes_what_it_names() -> None:
     """One field of its recipe, or those that are one part; none is its recipe, and no two are the same."""
     several = {"one_smoothing": 2, "no_smoothing": 2, "learned_cache": 4, "learned_cache_faster": 4}
     several |= {"searched_clip": 3, "no_clipping_no_balance": 2, "no_folding": 2}
+    several |= {"batch_1_10_epochs": 2, "batch_2_20_epochs": 2}
     seen = []
     for name, variant in ablate.VARIANTS.items():
         assert variant.name == name
@@ -82,7 +83,7 @@ def test_every_variant_makes_a_checkpoint(made: Path) -> None:
     for name, variant in ablate.VARIANTS.items():
         base, _, part = name.partition("_")
         report = json.loads((made / f"{name}-0" / "wkvquant.json").read_text())
-        assert report["recipe"] == ablate.as_written(dataclasses.asdict(variant))
+        assert report["recipe"] == ablate.as_written(dataclasses.asdict(variant.of(2)))
         assert report["recipe"]["name"] == name
         mine, other = tensors(name), tensors(base)
         assert mine.keys() == other.keys()

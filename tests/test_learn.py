@@ -25,7 +25,7 @@ from vllm_wkvquant.quantize.weights import (
 )
 
 GROUP = 32
-LEARNING = BEST.learning
+LEARNING = dataclasses.replace(BEST.learning, epochs=10, few=0)
 assert LEARNING
 ESTIMATE = Estimate(1, 1, 1, 1, 1, "cpu", 1, 1)  # for tests that count learning, of which a rehearsal has some
 
@@ -162,6 +162,19 @@ def test_every_window_once_an_epoch() -> None:
     assert [len(b) for b in got] == [4, 4, 2] * 3
     assert all(sorted(itertools.chain(*got[i : i + 3])) == list(range(10)) for i in (0, 3, 6))
     assert got != list(learn.batches(10, dataclasses.replace(LEARNING, epochs=3, batch=4), seed=2))
+
+
+def test_few_windows_are_learned_from_one_at_a_time(model, tmp_path) -> None:
+    """In as many steps as many windows would have a window, and in a part of the passes."""
+    of_many = dataclasses.replace(LEARNING, epochs=40, batch=4, few=9)
+    assert of_many.of(10) == of_many
+    assert of_many.of(9) == dataclasses.replace(of_many, epochs=10, batch=1)
+    assert of_many.of(9).of(9) == of_many.of(9)
+    assert dataclasses.replace(of_many, epochs=3).of(2).epochs == 1
+    recipe = dataclasses.replace(BEST, learning=of_many)
+    for samples, batch in ((12, 1), (16, 4)):  # of which a quarter is held out
+        plan = preflight(dataclasses.replace(settings(model, tmp_path, recipe=recipe), samples=samples))
+        assert plan.recipe.learning == dataclasses.replace(of_many, batch=batch, epochs=10 * batch)
 
 
 @pytest.fixture(scope="module")

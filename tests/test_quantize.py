@@ -205,7 +205,9 @@ def test_calibration_in_16_bits_agrees(recipe: str, tmp_path: Path, text: Path) 
         quantize(settings(model, tmp_path / dtype, text, dtype=dtype, recipe=recipe))
     exact, rounded = (Checkpoint(tmp_path / dtype).kv_params(1) for dtype in ("float32", "bfloat16"))
     most = 0.2 if recipe == "rtn" else 0.3  # the least difference tips what is learned
-    assert blocks.relative_error(rounded.k_shift, exact.k_shift) < most
+    both = (rounded.k_shift != 0) & (exact.k_shift != 0)  # which pairs have a shift tips, too
+    assert both.float().mean() >= 0.5
+    assert blocks.relative_error(rounded.k_shift[both], exact.k_shift[both]) < most
     assert blocks.relative_error(rounded.v_shift, exact.v_shift) < most
 
 

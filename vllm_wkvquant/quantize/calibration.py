@@ -38,6 +38,11 @@ class Windows:
         return replace(self, tokens=torch.cat([train, held_out]), held_out=held_out.shape[0])
 
 
+def held_out_of(samples: int) -> int:
+    """How many of so many windows are held out."""
+    return max(2, min(samples // 4, HELD_OUT))
+
+
 def read_windows(model: Path, text: Path, samples: int, seq_len: int, seed: int) -> Windows:
     """`samples` distinct windows of `seq_len` tokens, drawn with `seed` from the text, each after the prefix."""
     ids, prefix = read_tokens(model, text, "calibration text")
@@ -50,7 +55,7 @@ def read_windows(model: Path, text: Path, samples: int, seq_len: int, seed: int)
         )
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:samples].tolist()
     tokens = torch.tensor([prefix + ids[i * own : (i + 1) * own] for i in order])
-    held_out = max(2, min(samples // 4, HELD_OUT))
+    held_out = held_out_of(samples)
     text_tokens = tokens[: samples - held_out].flatten()
     first = text_tokens[:: max(1, text_tokens.numel() // FIRST_TOKENS)][:FIRST_TOKENS]
     return Windows(tokens, held_out, prefix, torch.tensor(prefix[:1]) if prefix else first)

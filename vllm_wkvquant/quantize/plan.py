@@ -99,6 +99,7 @@ def preflight(settings: Settings, workers: Workers = ALONE) -> Plan:
     if settings.samples < 4:
         raise ConfigError(f"--samples {settings.samples} is too few: at least 4, of which 2 are held out")
     windows = read_windows(settings.model, settings.calib_text, settings.samples, seq_len, settings.seed)
+    recipe = recipe.of(windows.statistics)
     if windows.held_out < workers.size:
         more = f"raise --samples to {4 * workers.size}"
         raise ConfigError(

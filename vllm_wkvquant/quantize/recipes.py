@@ -38,8 +38,9 @@ class Learning:
     and the cache's parameters are taken from statistics afterwards. past_only: the simulated cache leaves a token's own
     key and value as they are. optimizer: of the weights, "sign" (rate: how far the rounding may move in all,
     clip_rate: how far an end of the range) or "adamw" (both: learning rate); the cache's is AdamW with learning rate
-    cache_rate. batch: windows a step. loss: a key of `learn.LOSSES`. skip_first: leave the first positions of a window
-    out of it, as out of every statistic. followers: how many of the following blocks, in 16 bits, the output is also
+    cache_rate. batch: windows a step. few: so many windows or fewer are learned from one at a time, in as many steps
+    but `batch` times fewer epochs. loss: a key of `learn.LOSSES`. skip_first: leave the first positions of a window out
+    of it, as out of every statistic. followers: how many of the following blocks, in 16 bits, the output is also
     compared after.
     """
 
@@ -54,9 +55,14 @@ class Learning:
     loss: str
     cache_rate: float = 0.0
     followers: int = 0
+    few: int = 0
     clipping: bool = True
     past_only: bool = True
     skip_first: bool = False
+
+    def of(self, windows: int) -> "Learning":
+        """What this is with so many windows to learn from."""
+        return replace(self, batch=1, epochs=max(1, self.epochs // self.batch)) if windows <= self.few else self
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,10 @@ class Recipe:
         if self.tuning and not self.learning:
             raise ConfigError(f"recipe {self.name!r} has tuning without learning, which runs the 16-bit model for it")
 
+    def of(self, windows: int) -> "Recipe":
+        """What this is with so many windows to learn from."""
+        return replace(self, learning=self.learning.of(windows)) if self.learning else self
+
     @property
     def learns_cache(self) -> bool:
         """Whether the cache's parameters are learned: from the first smoothing on, and nothing is left to choose."""
@@ -157,8 +167,9 @@ BEST = replace(
         rounding=True,
         cache=False,
         optimizer="sign",
-        epochs=10,
+        epochs=40,
         batch=4,
+        few=16,
         rate=0.5,
         clip_rate=0.5,
         loss="relative_mse",
