@@ -58,18 +58,22 @@ def test_a_variant_changes_what_it_names() -> None:
         seen.append(fields(variant))
 
 
+# those of untuned change what those of best do
+MADE = [name for name in ablate.VARIANTS if not name.startswith("untuned_") or name == "untuned_no_folding"]
+
+
 @pytest.fixture(scope="module")
 def made(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all variants have been made."""
+    """Where all of MADE have been made."""
     out = tmp_path_factory.mktemp("made")
-    assert ablate.main(arguments(folder, out)) == 0
+    assert ablate.main(arguments(folder, out, "--variants", ",".join(MADE))) == 0
     return out
 
 
 def test_every_variant_makes_a_checkpoint(made: Path) -> None:
     """Recorded under its own name, with other tensors than its recipe: all parts of the cache alone leave the codes."""
     rows = read(made)
-    assert [row["variant"] for row in rows] == list(ablate.VARIANTS)
+    assert [row["variant"] for row in rows] == MADE
     assert all(row["kl_cache"] > 0 and row["seconds"] > 0 for row in rows)
     assert all((row["kl_weights"] is None) == (ablate.VARIANTS[row["variant"]].learning is None) for row in rows)
     of_cache = {"one_smoothing", "no_smoothing", "static_shift", "no_key_shift", "no_first_shift", "no_key_hadamard"}
@@ -80,7 +84,8 @@ def test_every_variant_makes_a_checkpoint(made: Path) -> None:
         ckpt = Checkpoint(made / f"{name}-0")
         return ckpt.tensors.get([n for n in ckpt.tensors.shapes() if ".layers." in n])
 
-    for name, variant in ablate.VARIANTS.items():
+    for name in MADE:
+        variant = ablate.VARIANTS[name]
         base, _, part = name.partition("_")
         report = json.loads((made / f"{name}-0" / "wkvquant.json").read_text())
         assert report["recipe"] == ablate.as_written(dataclasses.asdict(variant.of(2)))

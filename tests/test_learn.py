@@ -14,7 +14,7 @@ from vllm_wkvquant.quantize import blocks, learn, pipeline
 from vllm_wkvquant.quantize.adapters import ModelAdapter
 from vllm_wkvquant.quantize.estimate import Estimate
 from vllm_wkvquant.quantize.plan import Settings, preflight
-from vllm_wkvquant.quantize.recipes import BEST, PAPER, RECIPES, Learning, Smoothing
+from vllm_wkvquant.quantize.recipes import BEST, PAPER, RECIPES, RTN, Learning, Smoothing, Tuning
 from vllm_wkvquant.quantize.weights import (
     WEIGHT_QMAX,
     FakeQuantize,
@@ -168,13 +168,16 @@ def test_few_windows_are_learned_from_one_at_a_time(model, tmp_path) -> None:
     """In as many steps as many windows would have a window, and in a part of the passes."""
     of_many = dataclasses.replace(LEARNING, epochs=40, batch=4, few=9)
     assert of_many.of(10) == of_many
-    assert of_many.of(9) == dataclasses.replace(of_many, epochs=10, batch=1)
-    assert of_many.of(9).of(9) == of_many.of(9)
+    assert of_many.of(9) == dataclasses.replace(of_many, epochs=10, batch=1, few=0)
     assert dataclasses.replace(of_many, epochs=3).of(2).epochs == 1
-    recipe = dataclasses.replace(BEST, learning=of_many)
-    for samples, batch in ((12, 1), (16, 4)):  # of which a quarter is held out
+    recipe = dataclasses.replace(BEST, learning=of_many, tuning=Tuning(epochs=5, batch=4, rate=1e-3, few=9))
+    for samples, batch, tuning in ((12, 1, 2), (16, 4, 5)):  # a quarter of the samples is held out
         plan = preflight(dataclasses.replace(settings(model, tmp_path, recipe=recipe), samples=samples))
-        assert plan.recipe.learning == dataclasses.replace(of_many, batch=batch, epochs=10 * batch)
+        assert plan.recipe.learning
+        assert plan.recipe.tuning
+        assert (plan.recipe.learning.batch, plan.recipe.learning.epochs) == (batch, 10 * batch)
+        assert plan.recipe.tuning.epochs == tuning
+    assert preflight(settings(model, tmp_path, recipe=RTN)).recipe == RTN
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,9 @@ class Learning:
 
     def of(self, windows: int) -> "Learning":
         """What this is with so many windows to learn from."""
-        return replace(self, batch=1, epochs=max(1, self.epochs // self.batch)) if windows <= self.few else self
+        if windows > self.few:
+            return self
+        return replace(self, batch=1, epochs=max(1, self.epochs // self.batch), few=0)
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,8 @@ class Tuning:
     falls linearly to 0. cache_rate: the same of the smoothing of keys, in its logarithm, and of the shifts, in units of
     the largest cached key and of a head's root mean square shift of values; 0: they stay. code_sigmas: by how many
     standard deviations of what chance would do the signs of its gradients must agree for a code to become its
-    neighbour; 0: codes stay. batch: windows a step. cache: under the simulated 4-bit cache, a token's own key and value
-    as they are; otherwise under a 16-bit one.
+    neighbour; 0: codes stay. batch: windows a step. few: so many windows or fewer are gone over half as often. cache:
+    under the simulated 4-bit cache, a token's own key and value as they are; otherwise under a 16-bit one.
     """
 
     epochs: int
@@ -83,7 +85,12 @@ class Tuning:
     rate: float
     code_sigmas: float = 0.0
     cache_rate: float = 0.0
+    few: int = 0
     cache: bool = True
+
+    def of(self, windows: int) -> "Tuning":
+        """What this is with so many windows to learn from."""
+        return replace(self, epochs=max(1, self.epochs // 2), few=0) if windows <= self.few else self
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,8 @@ class Recipe:
 
     def of(self, windows: int) -> "Recipe":
         """What this is with so many windows to learn from."""
-        return replace(self, learning=self.learning.of(windows)) if self.learning else self
+        learning, tuning = self.learning and self.learning.of(windows), self.tuning and self.tuning.of(windows)
+        return replace(self, learning=learning, tuning=tuning)
 
     @property
     def learns_cache(self) -> bool:
@@ -175,7 +183,7 @@ BEST = replace(
         loss="relative_mse",
         skip_first=True,
     ),
-    tuning=Tuning(epochs=5, batch=4, rate=1e-3, code_sigmas=3.0, cache_rate=3e-3),
+    tuning=Tuning(epochs=5, batch=4, rate=1e-3, code_sigmas=3.0, cache_rate=3e-3, few=16),
 )
 PAPER = replace(
     STATIC,
