@@ -16,7 +16,7 @@ from vllm_wkvquant.quantize.attention import QUERY_ROWS
 from vllm_wkvquant.quantize.blocks import first_hidden, quantize_block
 from vllm_wkvquant.quantize.calibration import FIRST_TOKENS
 from vllm_wkvquant.quantize.head import LOGIT_ROWS
-from vllm_wkvquant.quantize.learn import together
+from vllm_wkvquant.quantize.learn import replays, together
 from vllm_wkvquant.quantize.plan import Plan, Storage, packed_bytes
 from vllm_wkvquant.quantize.recipes import NEEDED, Recipe
 from vllm_wkvquant.quantize.runner import Ahead
@@ -252,7 +252,14 @@ def learning_bytes(plan: Plan) -> int:
     copies = 0 if size == 4 else 4 + size
     weights = sum(o * c for o, c in adapter.linear_shapes().values())
     learned = weights * (copies + 17 + size + (4 if learning.rounding else 0))
-    return (1 + followers(plan)) * (block_bytes(plan) + windows * window_bytes(plan)) + windows * scores + learned
+    step = windows * ((1 + followers(plan)) * window_bytes(plan) + scores)
+    return (1 + followers(plan)) * block_bytes(plan) + steps_held(plan) * step + learned
+
+
+def steps_held(plan: Plan) -> int:
+    """Steps whose activations there is room for: a CUDA graph keeps its own, beside those of a step that it is not."""
+    weights = sum(o * c for o, c in plan.adapter.linear_shapes().values())
+    return 2 if replays(weights, plan.settings.device, plan.workers) else 1
 
 
 def tuning_bytes(plan: Plan) -> int:
@@ -275,7 +282,8 @@ def tuning_bytes(plan: Plan) -> int:
     kept = adapter.num_layers * (codes + 29 * (groups + others) + shifts)
     kept += adapter.num_layers * windows * length * config.hidden_size * size
     head = config.vocab_size * (config.hidden_size * size + 24 * LOGIT_ROWS)
-    return kept + head + weights * (12 + 2 * size) + windows * (window_bytes(plan) + tune.score_bytes(plan))
+    step = weights * (12 + 2 * size) + windows * (window_bytes(plan) + tune.score_bytes(plan))
+    return kept + head + steps_held(plan) * step
 
 
 def working_bytes(plan: Plan, captured: int = 0) -> int:

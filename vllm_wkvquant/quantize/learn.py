@@ -387,7 +387,8 @@ def learn(
         block.project()
         return of_windows
 
-    take_step = replayed(step, sum(w.weight.numel() for w in block.weights.values()), device, workers)
+    weights = sum(w.weight.numel() for w in block.weights.values())
+    take_step = Replayed(step) if replays(weights, device.type, workers) else step
     losses: list[torch.Tensor] = []  # read at the end: a GPU is not waited for in between
     for done, batch in enumerate(batches(windows, learning, seed)):
         mine = workers.positions(batch)
@@ -402,9 +403,9 @@ def learn(
 Step = Callable[[list[Entry]], list[torch.Tensor]]  # a batch's windows -> losses
 
 
-def replayed(step: Step, weights: int, device: torch.device, workers: Workers) -> Step:
-    """`step` as a `Replayed`, where that is worth it: of a block with so many weights on a GPU of a worker alone."""
-    return Replayed(step) if device.type == "cuda" and workers.size == 1 and weights <= REPLAYED else step
+def replays(weights: int, device: str, workers: Workers) -> bool:
+    """Whether steps of a block with so many weights, or of a model of such, are `Replayed`: on a GPU of one worker."""
+    return device != "cpu" and workers.size == 1 and weights <= REPLAYED
 
 
 class Replayed:

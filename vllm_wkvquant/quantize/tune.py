@@ -23,7 +23,7 @@ from vllm_wkvquant.checkpoint import KV_PARAMS, pack_weight, unpack_codes
 from vllm_wkvquant.quantize.blocks import cache_tensors
 from vllm_wkvquant.quantize.calibration import SKIPPED
 from vllm_wkvquant.quantize.head import LOGIT_ROWS
-from vllm_wkvquant.quantize.learn import Entry, SignDescent, batches, fake_quantize_cache, replayed
+from vllm_wkvquant.quantize.learn import Entry, Replayed, SignDescent, batches, fake_quantize_cache, replays
 from vllm_wkvquant.quantize.plan import Plan
 from vllm_wkvquant.quantize.recipes import Tuning
 from vllm_wkvquant.quantize.runner import BlockRunner
@@ -308,7 +308,7 @@ def tune(
         return []
 
     weights = sum(c.steps.numel() for c in model.blocks[0].codes.values())
-    take_step = replayed(step, weights, torch.device(model.device), workers)
+    take_step = Replayed(step) if replays(weights, model.device, workers) else step
     for done, batch in enumerate(batches(windows, tuning, plan.settings.seed), 1):
         schedule(optimizer, 1 - (done - 1) / steps)
         of_codes.schedule(done - 1)
