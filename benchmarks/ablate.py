@@ -119,10 +119,8 @@ TUNING_VARIANTS = {
     "tuning_15_epochs": tuning(BEST, epochs=15),
 }
 BEST_VARIANTS = learning_variants(BEST) | TUNING_VARIANTS | cache_variants(BEST)
-UNTUNED_VARIANTS = learning_variants(UNTUNED) | {
-    "no_balance": replace(UNTUNED, value_balance=0.0),
-    "no_value_hadamard": replace(UNTUNED, value_hadamard=False),
-}
+FOLDED = ("no_balance", "no_value_hadamard")  # parts of the cache that weights have to be learned with
+UNTUNED_VARIANTS = learning_variants(UNTUNED) | {name: cache_variants(UNTUNED)[name] for name in FOLDED}
 PAPER_VARIANTS = {
     "no_followers": learning(PAPER, followers=0),
     "one_follower": learning(PAPER, followers=1),

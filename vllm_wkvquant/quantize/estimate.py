@@ -253,12 +253,12 @@ def learning_bytes(plan: Plan) -> int:
     weights = sum(o * c for o, c in adapter.linear_shapes().values())
     learned = weights * (copies + 17 + size + (4 if learning.rounding else 0))
     step = windows * ((1 + followers(plan)) * window_bytes(plan) + scores)
-    return (1 + followers(plan)) * block_bytes(plan) + steps_held(plan) * step + learned
+    return (1 + followers(plan)) * block_bytes(plan) + steps_held(plan, weights) * step + learned
 
 
-def steps_held(plan: Plan) -> int:
-    """Steps whose activations there is room for: a CUDA graph keeps its own, beside those of a step that it is not."""
-    weights = sum(o * c for o, c in plan.adapter.linear_shapes().values())
+def steps_held(plan: Plan, weights: int) -> int:
+    """Steps whose activations there is room for, with so many weights in a block: a CUDA graph keeps its own, beside
+    those of a step that it is not."""
     return 2 if replays(weights, plan.settings.device, plan.workers) else 1
 
 
@@ -283,7 +283,7 @@ def tuning_bytes(plan: Plan) -> int:
     kept += adapter.num_layers * windows * length * config.hidden_size * size
     head = config.vocab_size * (config.hidden_size * size + 24 * LOGIT_ROWS)
     step = weights * (12 + 2 * size) + windows * (window_bytes(plan) + tune.score_bytes(plan))
-    return kept + head + steps_held(plan) * step
+    return kept + head + steps_held(plan, weights) * step
 
 
 def working_bytes(plan: Plan, captured: int = 0) -> int:
