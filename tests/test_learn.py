@@ -164,6 +164,14 @@ def test_every_window_once_an_epoch() -> None:
     assert got != list(learn.batches(10, dataclasses.replace(LEARNING, epochs=3, batch=4), seed=2))
 
 
+def test_a_token_without_a_range_has_a_gradient_that_is_a_number() -> None:
+    x = torch.stack([torch.zeros(GROUP), torch.full((GROUP,), 1.5), torch.linspace(-1, 1, GROUP)])[:, None]
+    x.requires_grad_()
+    learn.fake_quantize_tokens(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
 def test_few_windows_are_learned_from_one_at_a_time(model, tmp_path) -> None:
     """In as many steps as many windows would have a window, and in a part of the passes."""
     of_many = dataclasses.replace(LEARNING, epochs=40, batch=4, few=9)

@@ -5,6 +5,7 @@ model, which had its own blocks before: so a block also learns to undo the error
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -118,7 +119,7 @@ def fake_quantize_tokens(x: torch.Tensor) -> torch.Tensor:
     minimum = straight_through(minimum.half().float(), minimum)
     scale = ((high - low) / QMAX).clamp_max(FP16_MAX)
     scale = straight_through(scale.half().float(), scale)
-    codes = (x - minimum) * (1 / scale).masked_fill(scale <= 0, 0)
+    codes = (x - minimum) * (1 / scale.masked_fill(scale <= 0, math.inf))  # 0, without a gradient, where all are equal
     codes = straight_through(codes.round(), codes).clamp(0, QMAX)
     return codes * scale + minimum
 
