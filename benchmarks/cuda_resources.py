@@ -20,10 +20,10 @@ import torch
 from vllm_wkvquant import native_cuda, reference
 from vllm_wkvquant.reference import KVParams
 
-# (kernel, head size, row tiles of 8) -> (bytes of stack, why they are accepted)
+# (kernel, head size, row tiles of 8, strands) -> (bytes of stack, why they are accepted)
 KNOWN = {
-    ("paged_attention", 128, 1): (24, "two CTAs on an SM leave 168 registers"),
-    ("paged_attention", 256, 1): (32, "a thread has 255 registers; not in the loop"),
+    ("paged_attention", 128, 1, 2): (24, "two CTAs on an SM leave 168 registers; not in the loop"),
+    ("paged_attention", 256, 1, 2): (32, "a thread has 255 registers; not in the loop"),
 }
 SEQUENCES = 256
 
@@ -38,13 +38,13 @@ def cuobjdump() -> str:
     return found
 
 
-def shared_bytes(head_size: int, tiles: int) -> int:
+def shared_bytes(head_size: int, tiles: int, strands: int) -> int:
     """Dynamic shared memory of a CTA of an attention kernel."""
     inv_freq = [5e5 ** (-2 * j / head_size) for j in range(head_size // 2)]
     ones = torch.ones(1, head_size)
     params = KVParams(ones, ones, ones, key_hadamard=True, rope_turns=reference.rope_turns(inv_freq))
     fields = native_cuda.prepare(params).fields
-    return native_cuda.library().wkvquant_cuda_shared_bytes(ctypes.byref(fields), tiles, SEQUENCES)
+    return native_cuda.library().wkvquant_cuda_shared_bytes(ctypes.byref(fields), tiles, strands, SEQUENCES)
 
 
 def main() -> None:
@@ -57,15 +57,15 @@ def main() -> None:
         if found := re.match(r"arch = (\S+)", line):
             arch = found[1]
         if found := re.search(
-            r"(paged_attention|gather_kv|cache_write)ILi(\d+)E(?:Li(\d+)E|f|6__half|13__nv_bfloat16)?E", line
+            r"(paged_attention|gather_kv|cache_write)ILi(\d+)E(?:Li(\d+)ELi(\d+)E|f|6__half|13__nv_bfloat16)?E", line
         ):
-            kernel = found[1], int(found[2]), int(found[3] or 0)
+            kernel = found[1], int(found[2]), int(found[3] or 0), int(found[4] or 0)
             dtype = next((name for name in ("half", "nv_bfloat16") if f"__{name}E" in line), "float")
         if kernel and (found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line)):
             registers, stack, static = map(int, found.groups())
-            name, head_size, tiles = kernel
-            shown = f"{name}<{head_size}, {tiles}>" if tiles else f"{name}<{head_size}, {dtype}>"
-            shared = static + (shared_bytes(head_size, tiles) if tiles else 0)
+            name, head_size, tiles, strands = kernel
+            shown = f"{name}<{head_size}, {tiles}, {strands}>" if tiles else f"{name}<{head_size}, {dtype}>"
+            shared = static + (shared_bytes(head_size, tiles, strands) if tiles else 0)
             allowed, why = KNOWN.get(kernel, (0, ""))
             print(f"{arch:8}{shown:46}{registers:10}{stack:7}{shared:15}  {why if stack else ''}".rstrip())
             if stack > allowed:

@@ -190,6 +190,14 @@ def test_score_of_the_shift():
     assert (lse[:1] - expected[:1]).abs().max() < 4e-3
 
 
+@pytest.mark.parametrize("group", [1, 2, 4, 8])
+@pytest.mark.parametrize("kind", ["rotating", "none"])
+def test_long(group, kind):
+    """Many chunks a warp, and a second sequence whose warps have few units."""
+    params = cases.make_params(2, 64, kind=kind)
+    check(cases.make_case([(20011, 1), (97, 1)], params, group=group, dtype=torch.float16))
+
+
 @pytest.mark.parametrize("count", [1, 3, 6, 20, 66, 132, 200, 264])
 def test_equal_sequences(count):
     """Whole teams take an item, or teams take whole items, where that leaves out few."""

@@ -35,7 +35,7 @@ def emulated(tmp_path_factory):
 
 
 @pytest.mark.parametrize("head_size", native_cuda.HEAD_SIZES)
-@pytest.mark.parametrize("group", [1, 7, 16])
+@pytest.mark.parametrize("group", [1, 4, 7, 16])
 def test_heads(emulated, head_size, group):
     test_ops_cuda.test_heads(head_size, group)
 
@@ -91,6 +91,11 @@ def test_gather_far_from_the_start(emulated):
 
 def test_gather_of_large_numbers(emulated):
     test_ops_cuda.test_gather_of_large_numbers()
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_long(emulated, group):
+    test_ops_cuda.test_long(group, "rotating")
 
 
 @pytest.mark.parametrize("count", [1, 3, 6, 20])

@@ -102,7 +102,7 @@ def load(path: Path) -> Any:
     lib.wkvquant_cuda_cache_write.argtypes = [POINTER(CacheWrite), POINTER(Params), c_void_p]
     lib.wkvquant_cuda_gather_kv.argtypes = [POINTER(Gather), POINTER(Params), c_void_p]
     lib.wkvquant_cuda_paged_attention.argtypes = [POINTER(PagedAttention), POINTER(Params), c_void_p]
-    lib.wkvquant_cuda_shared_bytes.argtypes = [POINTER(Params), c_int32, c_int32]
+    lib.wkvquant_cuda_shared_bytes.argtypes = [POINTER(Params), c_int32, c_int32, c_int32]
     lib.wkvquant_cuda_shared_bytes.restype = c_int64
     lib.wkvquant_cuda_workspace.restype = c_int64
     lib.wkvquant_cuda_sizeof.restype = c_int64
@@ -308,7 +308,7 @@ def reserve(params: KVParams, max_seqs: int) -> None:
     """
     tables = prepare(params)
     device = tables.device
-    needed = library().wkvquant_cuda_shared_bytes(byref(tables.fields), 1, max_seqs)
+    needed = library().wkvquant_cuda_shared_bytes(byref(tables.fields), 1, 1, max_seqs)
     most = _shared_memory(device)
     _check(
         needed <= most,

@@ -21,13 +21,13 @@ int64_t wkvquant_cuda_workspace() {
   return kCounterBytes + kMaxCtas * kCtaBytes;
 }
 
-int64_t wkvquant_cuda_shared_bytes(const WkvCudaParams* p, int tiles, int num_seqs) {
+int64_t wkvquant_cuda_shared_bytes(const WkvCudaParams* p, int tiles, int strands, int num_seqs) {
   using namespace wkvquant;
   switch (p->head_size) {
-    case 64: return tiles == 1 ? shared_bytes<64, 1>(*p, num_seqs, 1) : shared_bytes<64, 2>(*p, num_seqs, 1);
-    case 96: return tiles == 1 ? shared_bytes<96, 1>(*p, num_seqs, 1) : shared_bytes<96, 2>(*p, num_seqs, 1);
-    case 128: return tiles == 1 ? shared_bytes<128, 1>(*p, num_seqs, 1) : shared_bytes<128, 2>(*p, num_seqs, 1);
-    case 256: return tiles == 1 ? shared_bytes<256, 1>(*p, num_seqs, 1) : -1;
+    case 64: return shared_bytes_of<64>(*p, tiles, strands, num_seqs);
+    case 96: return shared_bytes_of<96>(*p, tiles, strands, num_seqs);
+    case 128: return shared_bytes_of<128>(*p, tiles, strands, num_seqs);
+    case 256: return shared_bytes_of<256>(*p, tiles, strands, num_seqs);
   }
   return -1;
 }

@@ -127,8 +127,9 @@ WKV_API int wkvquant_cuda_cache_write(const WkvCudaCacheWrite*, const WkvCudaPar
 WKV_API int wkvquant_cuda_gather_kv(const WkvCudaGather*, const WkvCudaParams*, void* stream);
 WKV_API int wkvquant_cuda_paged_attention(const WkvCudaAttention*, const WkvCudaParams*, void* stream);
 WKV_API int64_t wkvquant_cuda_workspace();
-// Dynamic shared memory of a CTA of `tiles` row tiles of 8, 1 or 2; -1 where there is no such kernel.
-WKV_API int64_t wkvquant_cuda_shared_bytes(const WkvCudaParams*, int tiles, int num_seqs);
+// Dynamic shared memory of a CTA of `tiles` row tiles of 8, 1 or 2, and `strands` strands of past tokens, 1, or 2
+// where a tile has at most 4 rows; -1 where there is no such kernel.
+WKV_API int64_t wkvquant_cuda_shared_bytes(const WkvCudaParams*, int tiles, int strands, int num_seqs);
 WKV_API int64_t
 wkvquant_cuda_sizeof(int which);  // 0: WkvCudaParams, 1: WkvCudaCacheWrite, 2: WkvCudaAttention, 3: Gather
 WKV_API int32_t wkvquant_cuda_max_seqs();

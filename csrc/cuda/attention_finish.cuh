@@ -5,24 +5,24 @@
 
 namespace wkvquant {
 
-template <int D, int NT>
-__device__ void Kernel<D, NT>::write_row4(int r, int d, float4 x, float sum_of_row) const {
+template <int D, int NT, int Strands>
+__device__ void Kernel<D, NT, Strands>::write_row4(int r, int d, float4 x, float sum_of_row) const {
   const int row = item.tile * kRows + r;
   const int64_t at =
       (item.query + row / group) * a.out_stride[0] + (item.head * group + row % group) * a.out_stride[1] + d;
   store_row4(a.out, a.dtype, at, x, sum_of_row > 0 ? __fdividef(1, sum_of_row) : 0);
 }
 
-template <int D, int NT>
-__device__ void Kernel<D, NT>::write_lse(int r, float top_of_row, float sum_of_row) const {
+template <int D, int NT, int Strands>
+__device__ void Kernel<D, NT, Strands>::write_lse(int r, float top_of_row, float sum_of_row) const {
   if (!a.lse) return;
   const int row = item.tile * kRows + r;
   a.lse[(item.query + row / group) * a.lse_stride[0] + (item.head * group + row % group) * a.lse_stride[1]] =
       (top_of_row + __log2f(sum_of_row)) * kLn2;
 }
 
-template <int D, int NT>
-__device__ float* Kernel<D, NT>::partial(int number, int slot) const {
+template <int D, int NT, int Strands>
+__device__ float* Kernel<D, NT, Strands>::partial(int number, int slot) const {
   return reinterpret_cast<float*>(static_cast<char*>(a.workspace) + kCounterBytes) +
          (2 * number + slot) * partial_floats(kRows, D);
 }
@@ -30,9 +30,9 @@ __device__ float* Kernel<D, NT>::partial(int number, int slot) const {
 // Adds up the warps' results of the item. If it is this team's alone, that is the output. If not, it is stored for the
 // last team of the item to arrive, and one thread finds out whether this is the one, while the others go on: misc says
 // so after the next barrier.
-template <int D, int NT>
-__device__ bool Kernel<D, NT>::finish(bool with_current) {
-  float* mine = s.red + warp * (kRows * S::kPitch);
+template <int D, int NT, int Strands>
+__device__ bool Kernel<D, NT, Strands>::finish(bool with_current) {
+  float* mine = s.red + warp * (S::kColumns * S::kPitch);
   __syncwarp();
 #pragma unroll
   for (int n = 0; n < NT; ++n)
@@ -43,11 +43,11 @@ __device__ bool Kernel<D, NT>::finish(bool with_current) {
         sum[n][j] += __shfl_xor_sync(kFull, sum[n][j], m);
         min_sum[n][j] += __shfl_xor_sync(kFull, min_sum[n][j], m);
       }
-      const int r = 8 * n + 2 * t + j;
-      if (g == 0) s.part[warp * kRows + r] = {top[n][j], sum[n][j], min_sum[n][j], 0};
+      const int c = 8 * n + 2 * t + j;
+      if (g == 0) s.part[warp * S::kColumns + c] = {top[n][j], sum[n][j], min_sum[n][j], 0};
 #pragma unroll
       for (int m = 0; m < S::kMTiles; m += 2)
-        *reinterpret_cast<float4*>(mine + r * S::kPitch + S::column(S::dimension(m, g))) = {
+        *reinterpret_cast<float4*>(mine + c * S::kPitch + S::place(S::dimension(m, g))) = {
             acc[m][n][j] * 0x1p24f, acc[m][n][2 + j] * 0x1p20f, acc[m + 1][n][j] * 0x1p24f,
             acc[m + 1][n][2 + j] * 0x1p20f};
     }
@@ -55,26 +55,27 @@ __device__ bool Kernel<D, NT>::finish(bool with_current) {
   const int size = this->size(), member = this->member();
   const bool whole = item.begin == 0 && item.end == item.units;
   float* out = partial(number_of_team(), item.begin == 0);
-  const float4* parts = s.part + (warp - member) * kRows;
-  const float* red = s.red + (warp - member) * (kRows * S::kPitch);
+  const float4* parts = s.part + (warp - member) * S::kColumns;
+  const float* red = s.red + (warp - member) * (S::kColumns * S::kPitch);
+  const int columns = size * Strands;  // of a row, kRows apart
 #pragma unroll 1
   for (int i = 32 * member + lane; i < rows * (D / 4); i += 32 * size) {
     const int r = i / (D / 4), d = i % (D / 4) * 4;
     const float own = with_current ? s.current_max[r] : kLowest;
     float high = own, past = 0, low = 0;
 #pragma unroll 3
-    for (int w = 0; w < size; ++w) high = fmaxf(high, parts[w * kRows + r].x);
+    for (int w = 0; w < columns; ++w) high = fmaxf(high, parts[w * kRows + r].x);
     float4 x = {0, 0, 0, 0};
     const auto add = [&](float f, const float* from) {
       const float4 y = *reinterpret_cast<const float4*>(from);
       x.x += f * y.x, x.y += f * y.y, x.z += f * y.z, x.w += f * y.w;
     };
 #pragma unroll 3
-    for (int w = 0; w < size; ++w) {
+    for (int w = 0; w < columns; ++w) {
       const float4 part = parts[w * kRows + r];
       const float f = exp2_fast(part.x - high);
       past += f * part.y, low += f * part.z;
-      add(f, red + (w * kRows + r) * S::kPitch + S::column(d));
+      add(f, red + (w * kRows + r) * S::kPitch + S::place(d));
     }
     add(past, s.v_shift + d);
     x.x += low, x.y += low, x.z += low, x.w += low;
@@ -103,8 +104,8 @@ __device__ bool Kernel<D, NT>::finish(bool with_current) {
 }
 
 // Adds up the partial results of an item.
-template <int D, int NT>
-__device__ void Kernel<D, NT>::combine(const Item& x) {
+template <int D, int NT, int Strands>
+__device__ void Kernel<D, NT, Strands>::combine(const Item& x) {
   const int first = s.misc[0], parts = s.misc[1];
   item = x;
   rows = min(item.queries * group - item.tile * kRows, kRows);

@@ -12,22 +12,23 @@ namespace wkvquant {
 constexpr float kSlack = 2;
 constexpr int kAny = -1;  // number of steps that is not known to the compiler
 
-template <int D, int NT>
+template <int D, int NT, int Strands>
 struct Shape {
-  static constexpr int kHeadSize = D, kTiles = NT, kRows = 8 * NT;
+  static_assert(Strands == 1 || (Strands == 2 && NT == 1));
+  static constexpr int kHeadSize = D, kTiles = NT, kStrands = Strands;
+  static constexpr int kColumns = 8 * NT, kRows = kColumns / Strands;  // of products, of a tile
   static constexpr int kWarps = D > 128 ? 8 : NT == 1 ? 6 : 4;
   static constexpr int kCtasPerSm = D > 128 ? 1 : 2;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kKWords = D / 32;  // K words of a thread and token
   static constexpr int kVWords = D / 32;  // V words of a thread and token pair
   static constexpr int kMTiles = D / 16;
-  static constexpr bool kQueryInRegisters = NT * D <= 128;
   static constexpr int kPitch = D + 4;
 
   // First of the two dimensions (d, d + 1) that thread row g has in m-tile `m` of the output.
   __device__ static __forceinline__ int dimension(int m, int g) { return 4 * word(m / 2, g) + 2 * (m % 2); }
   // Where a dimension is in `red`: lanes that store 16 bytes at once meet in no bank.
-  __device__ static __forceinline__ int column(int d) { return D == 96 ? d : d ^ (d / (D == 64 ? 8 : 16) % 2 * 4); }
+  __device__ static __forceinline__ int place(int d) { return D == 96 ? d : d ^ (d / (D == 64 ? 8 : 16) % 2 * 4); }
   // V word c of thread row g.
   __device__ static __forceinline__ int word(int c, int g) {
     if constexpr (D == 64) return 2 * g + c;
@@ -41,27 +42,32 @@ __host__ __device__ inline int slots_of(const WkvCudaParams& p) { return 8 * (p.
 
 // What is of a team is that of the CTA's first one until move().
 struct Shared {
-  uint4* meta;   // [warps][2] scales of a unit: of K and of V, each [8]
-  uint4* query;  // [rows][D / 8], the 8 dimensions of a word in the order 0 2 4 6 1 3 5 7, 4 .. 7 over 16
-  uint4* basis;  // tables of the shift, as in WkvCudaParams, where they are `tabled`
+  uint4* meta;            // [warps][2] scales of a unit: of K and of V, each [8]
+  const uint8_t** tiles;  // [warps][2][2] where the tiles of a unit of each strand begin
+  uint4* query;           // [rows][D / 8], the 8 dimensions of a word in the order 0 2 4 6 1 3 5 7, 4 .. 7 over 16
+  uint4* basis;           // tables of the shift, as in WkvCudaParams, where they are `tabled`
   uint4* chebyshev;
   int64_t* turns;
   float2* ab;      // [rows][slots + 4] coefficients of cos and sin at position 0
-  float2* angle;   // [warps][slots] cos and sin at the chunk's centre
+  float2* angle;   // [warps][strands][slots] cos and sin at the chunk's centre
   float* v_shift;  // [D]
   float* raw;      // [rows][D] the query, then the current tokens' part of the output
-  float* red;   // [warps][rows][pitch] numerators; before them coefficients of the shift, [warps][NT][steps][32] uint4
+  float*
+      red;  // [warps][columns][pitch] numerators; before them coefficients of the shift, [warps][NT][steps][32] uint4
   float4* row;  // [rows] what turns products into scores: factor, total, factor of the shift, constant
   float *first_extra, *first_score;  // [rows] what position 0 has more, and its score
   float *current_max, *current_sum;  // [rows]
-  float4* part;                      // [warps][rows] maximum, sum, sum of minima
+  float4* part;                      // [warps][columns] maximum, sum, sum of minima
   int* prefix;                       // [num_seqs + 1] units before a sequence
   int4* sequence;                    // [num_seqs] past, first query, queries
   Plan* plan;
   Item* item;  // [2] this one and the one before
   int team_bytes;
-  int* misc;  // [4] first CTA that has a part of the item before, the item's parts if this CTA adds them up, last row
-              // of the tile, its rows
+  int4* walk;  // [warps] of what the warp asks for next: next item's unit in the list of all units, sequence, last
+               // tile, end of the team's units
+  int* misc;   // [8] first CTA that has a part of the item before, the item's parts if this CTA adds them up, last row
+               // of the tile, its rows, the same two of this item (before it is known who adds them up), past tokens,
+               // the last of them that a window hides from any row
 
   template <class S>
   __host__ __device__ static int64_t carve(Shared* s, char* base, const WkvCudaParams& p, int num_seqs, int teams) {
@@ -71,10 +77,10 @@ struct Shared {
       if (base) p = reinterpret_cast<std::remove_reference_t<decltype(p)>>(base + used);
       used += (n * static_cast<int64_t>(sizeof(*p)) + 15) / 16 * 16;
     };
-    constexpr int R = S::kRows, W = S::kWarps, D = S::kHeadSize;
+    constexpr int R = S::kRows, C = S::kColumns, W = S::kWarps, D = S::kHeadSize, N = S::kStrands;
     // what has a fixed size comes first, so that its offsets are constants
-    take(s->red, W * R * S::kPitch), take(s->part, W * R), take(s->plan, 1);
-    take(s->meta, W * 32);
+    take(s->red, W * C * S::kPitch), take(s->part, W * C), take(s->plan, 1), take(s->walk, W);
+    take(s->meta, W * 32), take(s->tiles, N > 1 ? W * 4 : 0);
     const int64_t first = used;
     take(s->query, R * D / 8), take(s->v_shift, D), take(s->raw, R * D);
     take(s->row, R), take(s->first_extra, R), take(s->first_score, R), take(s->current_max, R), take(s->current_sum, R);
@@ -82,7 +88,7 @@ struct Shared {
     s->team_bytes = static_cast<int>(used - first);
     used += (teams - 1) * (used - first);
     take(s->basis, steps * (4 * 2 * 32)), take(s->chebyshev, p.tabled ? p.slow_steps * 32 : 0);
-    take(s->turns, p.tabled ? slots : 0), take(s->angle, W * slots);
+    take(s->turns, p.tabled ? slots : 0), take(s->angle, W * N * slots);
     take(s->prefix, num_seqs + 1), take(s->sequence, num_seqs);
     return used;
   }
@@ -96,27 +102,47 @@ struct Shared {
   }
 };
 
-template <int D, int NT>
+template <int D, int NT, int Strands>
 int64_t shared_bytes(const WkvCudaParams& p, int num_seqs, int teams) {
   Shared unused;
-  return Shared::carve<Shape<D, NT>>(&unused, nullptr, p, num_seqs, teams);
+  return Shared::carve<Shape<D, NT, Strands>>(&unused, nullptr, p, num_seqs, teams);
 }
 
 // As many teams as shared memory has room for.
-template <int D, int NT>
+template <int D, int NT, int Strands>
 int most_teams(const WkvCudaParams& p, int num_seqs, int64_t bytes) {
   int teams = kTeams;
-  while (teams > 1 && shared_bytes<D, NT>(p, num_seqs, teams) > bytes) teams /= 2;
+  while (teams > 1 && shared_bytes<D, NT, Strands>(p, num_seqs, teams) > bytes) teams /= 2;
   return teams;
+}
+
+// The shape whose rows are enough for the batch's mean query length, if shared memory has room for it.
+template <int D, class F>
+auto with_shape(const WkvCudaAttention& a, const WkvCudaParams& p, int64_t bytes, const F& f) {
+  const int64_t rows = a.num_heads / p.num_kv_heads * ((a.num_tokens + a.num_seqs - 1) / a.num_seqs);
+  if (rows <= 4 && shared_bytes<D, 1, 2>(p, a.num_seqs, 1) <= bytes) return f(Shape<D, 1, 2>());
+  if constexpr (D <= 128)
+    if (rows > 8 && shared_bytes<D, 2, 1>(p, a.num_seqs, 1) <= bytes) return f(Shape<D, 2, 1>());
+  return f(Shape<D, 1, 1>());
+}
+
+// Of a CTA with one team; -1 where there is no such shape.
+template <int D>
+int64_t shared_bytes_of(const WkvCudaParams& p, int tiles, int strands, int num_seqs) {
+  if (tiles == 1 && strands == 1) return shared_bytes<D, 1, 1>(p, num_seqs, 1);
+  if (tiles == 1 && strands == 2) return shared_bytes<D, 1, 2>(p, num_seqs, 1);
+  if constexpr (D <= 128)
+    if (tiles == 2 && strands == 1) return shared_bytes<D, 2, 1>(p, num_seqs, 1);
+  return -1;
 }
 
 // Partial results in the workspace: counters [kMaxCtas], then two slots a CTA of [rows][D] numerators, [rows] maxima
 // and [rows] sums. Slot 1 is of an item whose first units are this CTA's, slot 0 of one that began before.
 constexpr int64_t partial_floats(int rows, int d) { return static_cast<int64_t>(rows) * (d + 2); }
 
-template <int D, int NT>
+template <int D, int NT, int Strands>
 struct Kernel {
-  using S = Shape<D, NT>;
+  using S = Shape<D, NT, Strands>;
   static_assert(kTeams * 2 * partial_floats(S::kRows, D) * sizeof(float) <= kCtaBytes);
   static constexpr int kWarps = S::kWarps, kRows = S::kRows;
 
@@ -132,19 +158,37 @@ struct Kernel {
   // Of the row tile.
   Item item;
   int rows;
-  uint32_t q[S::kQueryInRegisters ? NT : 1][S::kQueryInRegisters ? S::kKWords : 1][4];
   // Softmax state of this warp: columns are rows 2t, 2t + 1 of each n-tile.
   float acc[S::kMTiles][NT][4];
   float top[NT][2], sum[NT][2], min_sum[NT][2];
 
-  // Walks this warp's units over all of the CTA's items. The page is that of this lane's tile of K; the lane's tile of
-  // V, which may be another one, is looked up in the other lanes.
+  // Walks this warp's units over all of the CTA's items: one after the other, or the first of both strands, then the
+  // second of both, and so on. The page is that of this lane's tile of K; the lane's tile of V may be another one.
   struct Cursor {
-    int next_unit;  // of the list of all units
-    int segment;    // items so far, INT_MAX: at the end
-    int seq, head, last_tile;
-    int unit, end;  // of the item, this warp's, counted from position 0
-    int page, tile;
+    int segment;  // items so far, INT_MAX: at the end
+    int head;
+    int unit, end;     // of the item, this warp's, counted from position 0; of two strands the first's
+    int last, length;  // two strands: the end of the first, its units
+    int page[Strands], tile[Strands];
+
+    // The second strand has a unit, too.
+    __device__ __forceinline__ bool both() const { return unit + length < end; }
+  };
+
+  // What is in registers or on its way there.
+  struct Ahead {
+    uint32_t k[Strands][S::kKWords][4], v[Strands][4][S::kVWords];
+    int segment;            // INT_MAX: nothing
+    int unit;               // of two strands the first's
+    const uint8_t* next_v;  // one strand: where V of the unit is
+    uint4* meta;            // one strand: its scales
+    int length;             // two strands: units of the first
+    bool both;              // the second has a unit, too
+
+    __device__ __forceinline__ void note(const Cursor& c) {
+      segment = c.segment, unit = c.unit;
+      if constexpr (Strands == 2) length = c.length, both = c.both();
+    }
   };
 
   __device__ Kernel(const WkvCudaAttention& args, const WkvCudaParams& params, int teams, char* memory)
@@ -165,6 +209,11 @@ struct Kernel {
   }
 
   __device__ __forceinline__ int tiles_of(int queries) const { return (queries * group + kRows - 1) / kRows; }
+
+  // Of the shift, for a chunk. As many steps as a head size has (D / 16) fit: 32 * NT * D bytes.
+  __device__ __forceinline__ uint4* coefficients() const {
+    return reinterpret_cast<uint4*>(s.red + warp * (S::kColumns * S::kPitch));
+  }
 
   // Not kept in registers: warps of the team, the team in the CTA, this warp in the team.
   __device__ int size() const { return s.plan->warps; }
@@ -220,13 +269,16 @@ struct Kernel {
   }
 
   // attention_load.cuh
-  __device__ __forceinline__ void enter(Cursor& c, const Item& x) const;
-  __device__ __forceinline__ void advance(Cursor& c, int end_unit) const;
-  __device__ __forceinline__ const uint8_t* tile_of(const Cursor& c) const;
+  __device__ __forceinline__ void enter(Cursor& c, const Item& x, int end_unit) const;
+  __device__ __forceinline__ void settle(Cursor& c) const;
+  __device__ __forceinline__ void advance(Cursor& c) const;
+  __device__ __forceinline__ const uint8_t* tile_of(const Cursor& c, int i) const;
   __device__ __forceinline__ void load_k(const uint8_t* tile, uint32_t (&k)[S::kKWords][4]) const;
-  __device__ __forceinline__ void copy_meta(const Cursor& c, const uint8_t* tile, uint4* meta) const;
+  __device__ __forceinline__ void copy_meta(int tile_of_page, const uint8_t* tile, uint4* meta) const;
   __device__ __forceinline__ const uint8_t* v_of(const uint8_t* tile) const;
   __device__ __forceinline__ void load_v(const uint8_t* base, uint32_t (&v)[4][S::kVWords]) const;
+  __device__ __forceinline__ void load_keys(const Cursor& c, Ahead& ahead) const;
+  __device__ __forceinline__ void load_values(Ahead& ahead) const;
 
   // attention_rows.cuh
   template <class T, class F>
@@ -234,14 +286,20 @@ struct Kernel {
   __device__ void start_rows();
 
   // attention_past.cuh
+  // Row of a column of products.
+  static __device__ __forceinline__ int row_of(int column) { return Strands == 1 ? column : column % kRows; }
   template <bool Tabled>
-  __device__ __forceinline__ void make_coefficients(int chunk, uint4* coef);
-  __device__ __forceinline__ void scores(const uint32_t (&k)[S::kKWords][4], float (&c)[2][NT][4]) const;
+  __device__ __forceinline__ void make_coefficients(int first, int stride, uint4* coef);
+  __device__ __forceinline__ void scores(const uint32_t (&k)[Strands][S::kKWords][4],
+                                         float (&c)[Strands][2][NT][4]) const;
   template <int Steps>
-  __device__ __forceinline__ void shift_scores(int first, const uint4* coef, float (&c)[2][NT][4]) const;
-  __device__ __forceinline__ void softmax(int first, int past, int latest, const uint4* meta, float (&c)[2][NT][4],
+  __device__ __forceinline__ void shift_scores(int unit, const uint4* coef, float (&c)[2][NT][4]) const;
+  __device__ __forceinline__ void shift_scores_of_steps(int unit, const uint4* coef, float (&c)[2][NT][4]) const;
+  __device__ __forceinline__ void softmax(int first, bool any, const uint4* meta, float (&c)[2][NT][4],
                                           const float (&shift)[2][NT][4], uint32_t (&weights)[2][NT][2]);
   __device__ __forceinline__ void output(const uint32_t (&v)[4][S::kVWords], const uint32_t (&weights)[2][NT][2]);
+  __device__ __forceinline__ void walk_units(int segment, Cursor& cursor, Ahead& ahead);
+  __device__ __forceinline__ void walk_strands(int segment, Cursor& cursor, Ahead& ahead);
 
   // attention_finish.cuh
   __device__ void write_row4(int r, int d, float4 x, float sum_of_row) const;
@@ -266,32 +324,31 @@ struct Kernel {
     const int begin = __shfl_sync(kFull, at, 0);
     const int end = number + 1 < plan.teams ? __shfl_sync(kFull, at, 1) : plan.units;
     if (begin >= end) return;
-    Cursor cursor;  // of the unit that is in registers or on its way there
+    Cursor cursor;  // of what is to be asked for next
     item = decode_at(begin, end);
     cursor.segment = -1;
-    enter(cursor, item);
-    --cursor.unit;  // advance() goes to the first
-    uint32_t k[S::kKWords][4], v[4][S::kVWords];
-    advance(cursor, end);
-    const uint8_t* next_v = nullptr;
-    uint4* meta = s.meta + warp * 32;  // of the next unit
-    int now = cursor.segment, now_first = cursor.unit * kUnit;
-    // As many steps as a head size has (D / 16) fit: 32 * NT * D bytes.
-    uint4* coef = reinterpret_cast<uint4*>(s.red + warp * (kRows * S::kPitch));
+    enter(cursor, item, end);
+    settle(cursor);
+    Ahead ahead = {};
+    ahead.note(cursor);
+    ahead.meta = s.meta + warp * 32;
     int segment = 0;
     bool before = false;  // others have parts of the item before
     for (int u = begin; u < end || before; ++segment) {
-      int past = 0, latest = 0;
       if (u < end) {
         if (segment) item = decode_at(u, end);
         const bool with_current = item.end == item.units;
         // The first pages, after the rows' own loads, which wait for what is ahead of them.
         const auto start_pages = [&] {
-          if (segment || now == INT_MAX) return;
-          const uint8_t* tile = tile_of(cursor);
-          load_k(tile, k);
-          copy_meta(cursor, tile, meta);
-          load_v(next_v = v_of(tile), v);
+          if (segment || ahead.segment == INT_MAX) return;
+          if constexpr (Strands == 1) {
+            const uint8_t* tile = tile_of(cursor, 0);
+            load_k(tile, ahead.k[0]);
+            copy_meta(cursor.tile[0], tile, ahead.meta);
+            load_v(ahead.next_v = v_of(tile), ahead.v[0]);
+          } else {
+            load_keys(cursor, ahead);
+          }
         };
         if (a.dtype == kBFloat16)
           prepare_rows<__nv_bfloat16>(with_current, start_pages);
@@ -299,66 +356,24 @@ struct Kernel {
           prepare_rows<__half>(with_current, start_pages);
         else
           prepare_rows<float>(with_current, start_pages);
-        if (segment == 0 && now != INT_MAX) advance(cursor, end);
+        if (segment == 0 && ahead.segment != INT_MAX) advance(cursor);
         const int last_row = item.tile * kRows + rows - 1;
-        past = item.past;
-        // the last row of the tile hides the most of a window
-        latest = a.sliding_window ? past + last_row / group - a.sliding_window : INT_MIN / 2;
-        if (member() + 1 == size() && lane == 0) s.misc[2] = last_row, s.misc[3] = rows, s.item[segment % 2] = item;
+        if (member() + 1 == size() && lane == 0) {
+          s.misc[2] = last_row, s.misc[3] = rows, s.misc[6] = item.past;
+          // the last row of the tile hides the most of a window
+          s.misc[7] = a.sliding_window ? item.past + last_row / group - a.sliding_window : INT_MIN / 2;
+          s.item[segment % 2] = item;
+        }
       }
       team_barrier();
       if (before && s.misc[1]) combine(s.item[(segment - 1) % 2]);
       if (u >= end) return;
       rows = s.misc[3];
       start_rows();
-      int chunk = -1;
-      uint32_t weights[2][NT][2] = {};  // of the unit before: its output's products follow the scores' of the next
-      bool first = true;                // then V is of this unit, else of the one before
-      while (now == segment) {
-        if (steps && now_first / kChunk != chunk) {
-          chunk = now_first / kChunk;
-          p.tabled ? make_coefficients<true>(chunk, coef) : make_coefficients<false>(chunk, coef);
-        }
-        float c[2][NT][4], shift[2][NT][4];
-        const bool more = cursor.segment != INT_MAX;
-        // Before the wait for the loads; the scores' products overlap with the output's.
-        const int kind = p.tabled ? steps : steps ? kAny : 0;
-        if (kind == 1)
-          shift_scores<1>(now_first, coef, shift);
-        else if (kind == 2)
-          shift_scores<2>(now_first, coef, shift);
-        else if (kind == 0)
-          shift_scores<0>(now_first, coef, shift);
-        else if (kind == 3)
-          shift_scores<3>(now_first, coef, shift);
-        else if (kind == 4)
-          shift_scores<4>(now_first, coef, shift);
-        else
-          shift_scores<kAny>(now_first, coef, shift);
-        scores(k, c);
-        output(v, weights);
-        const int unit = now_first;
-        now = cursor.segment;
-        const uint4* scales = meta;
-        meta = s.meta + ((meta - s.meta) ^ 16);
-        wait_for_copies();
-        __syncwarp();
-        const uint8_t* tile = tile_of(cursor);
-        if (more) load_k(tile, k);
-        if (!first) load_v(next_v, v);
-        first = false;
-        if (more) {
-          copy_meta(cursor, tile, meta);
-          next_v = v_of(tile);
-          now_first = cursor.unit * kUnit;
-          advance(cursor, end);
-        }
-        softmax(unit, past, latest, scales, c, shift, weights);
-      }
-      if (!first) {
-        output(v, weights);
-        if (now != INT_MAX) load_v(next_v, v);
-      }
+      if constexpr (Strands == 1)
+        walk_units(segment, cursor, ahead);
+      else
+        walk_strands(segment, cursor, ahead);
       item = s.item[segment % 2];  // not kept in registers during the loop
       rows = s.misc[3];
       before = finish(item.end == item.units);

@@ -6,72 +6,129 @@
 namespace wkvquant {
 
 // This warp's share of the team's units of an item.
-template <int D, int NT>
-__device__ __forceinline__ void Kernel<D, NT>::enter(Cursor& c, const Item& x) const {
+template <int D, int NT, int Strands>
+__device__ __forceinline__ void Kernel<D, NT, Strands>::enter(Cursor& c, const Item& x, int end_unit) const {
   const int count = x.end - x.begin;
   ++c.segment;
-  c.next_unit = x.u + x.end;
   const int parts = size() == kWarps ? 1 : kTeams, from = count * member() * parts;  // of a CTA's warps
   const int begin = x.first + x.begin;
   c.unit = begin + from / kWarps;
   c.end = min(begin + (from + count * parts) / kWarps, (x.past + kUnit - 1) / kUnit);
-  c.seq = x.seq, c.head = x.head, c.last_tile = (x.past - 1) / kTile;
+  if constexpr (Strands == 2) c.length = max(c.end - c.unit + 1, 0) / 2, c.last = c.unit + c.length;
+  c.head = x.head;
+  __syncwarp();
+  if (lane == 0) s.walk[warp] = {x.u + x.end, x.seq, (x.past - 1) / kTile, end_unit};
+  __syncwarp();
 }
 
-template <int D, int NT>
-__device__ __forceinline__ void Kernel<D, NT>::advance(Cursor& c, int end_unit) const {
-  ++c.unit;
-  while (c.unit >= c.end) {
-    if (c.next_unit >= end_unit) {
+// Goes to the next item that this warp has units of, if it has none left of this one, and asks for the page.
+template <int D, int NT, int Strands>
+__device__ __forceinline__ void Kernel<D, NT, Strands>::settle(Cursor& c) const {
+  int4 walk = s.walk[warp];
+  while (c.unit >= (Strands == 1 ? c.end : c.last)) {
+    if (walk.x >= walk.w) {
       c.segment = INT_MAX;
       return;
     }
-    enter(c, decode_at(c.next_unit, end_unit));
+    enter(c, decode_at(walk.x, walk.w), walk.w);
+    walk = s.walk[warp];
   }
-  const int tile = min(c.unit * (kUnit / kTile) + g / 4, c.last_tile);
-  const int block = tiles_per_block(tile);
-  c.tile = tile - block * tiles_per_block.divisor;
-  c.page = __ldg(a.block_table + c.seq * a.block_table_stride + block);
+#pragma unroll
+  for (int i = 0; i < Strands; ++i) {
+    const int unit = i ? c.unit + c.length : c.unit;
+    const int tile = min(unit * (kUnit / kTile) + g / 4, walk.z);
+    const int block = tiles_per_block(tile);
+    c.tile[i] = tile - block * tiles_per_block.divisor;
+    c.page[i] = __ldg(a.block_table + walk.y * a.block_table_stride + block);
+  }
 }
 
-// Where the words of K of the cursor's tile begin.
-template <int D, int NT>
-__device__ __forceinline__ const uint8_t* Kernel<D, NT>::tile_of(const Cursor& c) const {
-  const uint32_t page = min(static_cast<uint32_t>(c.page), static_cast<uint32_t>(a.num_blocks) - 1);
-  return a.kv_cache + static_cast<uint64_t>(page) * block_stride + (c.head * page_bytes + c.tile * (8 * D));
+template <int D, int NT, int Strands>
+__device__ __forceinline__ void Kernel<D, NT, Strands>::advance(Cursor& c) const {
+  ++c.unit;
+  settle(c);
+}
+
+// Where the words of K of the cursor's tile begin, of its first or second unit.
+template <int D, int NT, int Strands>
+__device__ __forceinline__ const uint8_t* Kernel<D, NT, Strands>::tile_of(const Cursor& c, int i) const {
+  const uint32_t page = min(static_cast<uint32_t>(c.page[i]), static_cast<uint32_t>(a.num_blocks) - 1);
+  return a.kv_cache + static_cast<uint64_t>(page) * block_stride + (c.head * page_bytes + c.tile[i] * (8 * D));
 }
 
 // Words t, t + 4, .. of tokens 4g .. 4g + 3.
-template <int D, int NT>
-__device__ __forceinline__ void Kernel<D, NT>::load_k(const uint8_t* tile, uint32_t (&k)[S::kKWords][4]) const {
+template <int D, int NT, int Strands>
+__device__ __forceinline__ void Kernel<D, NT, Strands>::load_k(const uint8_t* tile,
+                                                               uint32_t (&k)[S::kKWords][4]) const {
   const uint8_t* base = tile + (t * 64 + g % 4 * 16);
 #pragma unroll
   for (int j = 0; j < S::kKWords; ++j) load_words<4>(base + j * 256, k[j]);
 }
 
 // Scales of K and V to shared memory: [2][8] of four tokens.
-template <int D, int NT>
-__device__ __forceinline__ void Kernel<D, NT>::copy_meta(const Cursor& c, const uint8_t* tile, uint4* meta) const {
+template <int D, int NT, int Strands>
+__device__ __forceinline__ void Kernel<D, NT, Strands>::copy_meta(int tile_of_page, const uint8_t* tile,
+                                                                  uint4* meta) const {
   const int of_v = lane / 4 % 2, i = lane % 4;
-  const int offset = (D + of_v * 4) * a.block_size - c.tile * (8 * D - 4 * kTile) + i * 16;
+  const int offset = (D + of_v * 4) * a.block_size - tile_of_page * (8 * D - 4 * kTile) + i * 16;
   if (lane % 16 < 8) copy_async(meta + of_v * 8 + lane / 16 * 4 + i, tile + offset);
 }
 
 // Where this lane's words of V are: token pairs 4t .. 4t + 3.
-template <int D, int NT>
-__device__ __forceinline__ const uint8_t* Kernel<D, NT>::v_of(const uint8_t* tile) const {
+template <int D, int NT, int Strands>
+__device__ __forceinline__ const uint8_t* Kernel<D, NT, Strands>::v_of(const uint8_t* tile) const {
   const auto from = __shfl_sync(kFull, reinterpret_cast<unsigned long long>(tile), t / 2 * 16);
   return reinterpret_cast<const uint8_t*>(from) + (D / 2 * a.block_size + t % 2 * (4 * D) + 4 * S::word(0, g));
 }
 
-template <int D, int NT>
-__device__ __forceinline__ void Kernel<D, NT>::load_v(const uint8_t* base, uint32_t (&v)[4][S::kVWords]) const {
+template <int D, int NT, int Strands>
+__device__ __forceinline__ void Kernel<D, NT, Strands>::load_v(const uint8_t* base,
+                                                               uint32_t (&v)[4][S::kVWords]) const {
   constexpr int kRun = D == 64 ? 2 : D == 96 ? 1 : 4;
 #pragma unroll
   for (int i = 0; i < 4; ++i)
 #pragma unroll
     for (int c = 0; c < S::kVWords; c += kRun)
       load_words<kRun>(base + i * D + 4 * (S::word(c, 0) - S::word(0, 0)), v[i] + c);
+}
+
+// What stands for a unit that a strand does not have, so that no register holds what was in its place.
+template <int M, int N>
+__device__ __forceinline__ void clear(uint32_t (&x)[M][N]) {
+#pragma unroll
+  for (int i = 0; i < M; ++i)
+#pragma unroll
+    for (int j = 0; j < N; ++j) x[i][j] = 0;
+}
+
+// Keys and scales of both strands.
+template <int D, int NT, int Strands>
+__device__ __forceinline__ void Kernel<D, NT, Strands>::load_keys(const Cursor& c, Ahead& ahead) const {
+#pragma unroll
+  for (int i = 0; i < Strands; ++i) {
+    if (i && !c.both()) {
+      clear(ahead.k[i]);
+      break;
+    }
+    const uint8_t* tile = tile_of(c, i);
+    load_k(tile, ahead.k[i]);
+    copy_meta(c.tile[i], tile, s.meta + (2 * warp + i) * 16);
+    if (lane % 16 == 0) s.tiles[2 * (2 * warp + i) + lane / 16] = tile;
+  }
+}
+
+// Their values.
+template <int D, int NT, int Strands>
+__device__ __forceinline__ void Kernel<D, NT, Strands>::load_values(Ahead& ahead) const {
+#pragma unroll
+  for (int i = 0; i < Strands; ++i) {
+    if (i && !ahead.both) {
+      clear(ahead.v[i]);
+      break;
+    }
+    const uint8_t* tile = s.tiles[2 * (2 * warp + i) + t / 2];
+    load_v(tile + (D / 2 * a.block_size + t % 2 * (4 * D) + 4 * S::word(0, g)), ahead.v[i]);
+  }
 }
 
 }  // namespace wkvquant

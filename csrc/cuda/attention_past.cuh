@@ -5,18 +5,23 @@
 
 namespace wkvquant {
 
-// Coefficients of the basis for the chunk, as operand B. Tabled: those of fast steps have no low part.
-template <int D, int NT>
+// Coefficients of the basis, as operand B, for the chunk from position `first`; of two strands the second's is `stride`
+// further on.
+template <int D, int NT, int Strands>
 template <bool Tabled>
-__device__ __forceinline__ void Kernel<D, NT>::make_coefficients(int chunk, uint4* coef) {
-  float2* angle = s.angle + warp * slots;
+__device__ __forceinline__ void Kernel<D, NT, Strands>::make_coefficients(int first, int stride, uint4* coef) {
+  float2* angle = s.angle + warp * (Strands * slots);
   __syncwarp();
-  for (int i = lane; i < slots; i += 32)
-    angle[i] = cos_sin_fast(chunk_angle(chunk, Tabled ? s.turns[i] : __ldg(p.slot_turns + i)));
+  for (int i = lane; i < slots; i += 32) {
+    const int64_t turns = Tabled ? s.turns[i] : __ldg(p.slot_turns + i);
+#pragma unroll
+    for (int n = 0; n < Strands; ++n) angle[n * slots + i] = cos_sin_fast(chunk_angle(first + n * stride, turns));
+  }
   __syncwarp();
+  angle += g / kRows * slots;
 #pragma unroll 1
   for (int n = 0; n < NT; ++n) {
-    const float2* ab = s.ab + min(8 * n + g, s.misc[3] - 1) * (slots + 4) + t;
+    const float2* ab = s.ab + min(row_of(8 * n + g), s.misc[3] - 1) * (slots + 4) + t;
     const auto rotated = [&](int step) -> float4 {
       const float2 c = ab[8 * step], r = angle[8 * step + t], d = ab[8 * step + 4], q = angle[8 * step + t + 4];
       return {c.x * r.x + c.y * r.y, c.y * r.x - c.x * r.y, d.x * q.x + d.y * q.y, d.y * q.x - d.x * q.y};
@@ -56,45 +61,46 @@ __device__ __forceinline__ void Kernel<D, NT>::make_coefficients(int chunk, uint
   __syncwarp();
 }
 
-template <int D, int NT>
-__device__ __forceinline__ void Kernel<D, NT>::scores(const uint32_t (&k)[S::kKWords][4], float (&c)[2][NT][4]) const {
+template <int D, int NT, int Strands>
+__device__ __forceinline__ void Kernel<D, NT, Strands>::scores(const uint32_t (&k)[Strands][S::kKWords][4],
+                                                               float (&c)[Strands][2][NT][4]) const {
   constexpr uint32_t kLow = 0x000f000f, kHigh = 0x00f000f0;
 #pragma unroll
-  for (int x = 0; x < 2; ++x)
+  for (int y = 0; y < Strands; ++y)
 #pragma unroll
-    for (int n = 0; n < NT; ++n)
+    for (int x = 0; x < 2; ++x)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) c[x][n][i] = 0;
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) c[y][x][n][i] = 0;
 #pragma unroll
   for (int j = 0; j < S::kKWords; ++j) {
     uint32_t b[NT][4];
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-      if constexpr (S::kQueryInRegisters) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) b[n][i] = q[n][j][i];
-      } else {
-        const uint4 w = s.query[min(8 * n + g, s.misc[3] - 1) * (D / 8) + t + 4 * j];
-        b[n][0] = w.x, b[n][1] = w.y, b[n][2] = w.z, b[n][3] = w.w;
-      }
+      const uint4 w = s.query[min(row_of(8 * n + g), s.misc[3] - 1) * (D / 8) + t + 4 * j];
+      b[n][0] = w.x, b[n][1] = w.y, b[n][2] = w.z, b[n][3] = w.w;
     }
 #pragma unroll
     for (int u = 0; u < 2; ++u)
 #pragma unroll
-      for (int x = 0; x < 2; ++x) {
-        const uint32_t w0 = k[j][2 * x] >> (8 * u), w1 = k[j][2 * x + 1] >> (8 * u);
+      for (int y = 0; y < Strands; ++y)
 #pragma unroll
-        for (int n = 0; n < NT; ++n)
-          mma(c[x][n], w0 & kLow, w1 & kLow, w0 & kHigh, w1 & kHigh, b[n][2 * u], b[n][2 * u + 1]);
-      }
+        for (int x = 0; x < 2; ++x) {
+          const uint32_t w0 = k[y][j][2 * x] >> (8 * u), w1 = k[y][j][2 * x + 1] >> (8 * u);
+#pragma unroll
+          for (int n = 0; n < NT; ++n)
+            mma(c[y][x][n], w0 & kLow, w1 & kLow, w0 & kHigh, w1 & kHigh, b[n][2 * u], b[n][2 * u + 1]);
+        }
   }
 }
 
-// The shift's part of the scores of the unit from position `first`. Steps: how many there are, in shared memory; kAny:
+// The shift's part of the scores of a chunk's unit. Steps: how many there are, in shared memory; kAny:
 // any, in global memory.
-template <int D, int NT>
+template <int D, int NT, int Strands>
 template <int Steps>
-__device__ __forceinline__ void Kernel<D, NT>::shift_scores(int first, const uint4* coef, float (&c)[2][NT][4]) const {
+__device__ __forceinline__ void Kernel<D, NT, Strands>::shift_scores(int unit, const uint4* coef,
+                                                                     float (&c)[2][NT][4]) const {
   float other[2][NT][4];  // a second sum, so that chains of products are short
 #pragma unroll
   for (int x = 0; x < 2; ++x)
@@ -105,7 +111,6 @@ __device__ __forceinline__ void Kernel<D, NT>::shift_scores(int first, const uin
   if constexpr (Steps == 0) return;
   // The basis is tabulated for the second half of the chunk. Cosines and even polynomials are the same in the first,
   // sines and odd polynomials, the high halves of the coefficients, change sign, and tokens come in reverse order.
-  const int unit = first / kUnit % (kChunk / kUnit);
   const bool mirror = unit < kChunk / kUnit / 2;
   const uint32_t sign = mirror ? 0x80000000 : 0;
   const int place = mirror ? 3 - unit : unit - 4, from = mirror ? lane ^ 28 : lane;
@@ -173,11 +178,29 @@ __device__ __forceinline__ void Kernel<D, NT>::shift_scores(int first, const uin
     }
 }
 
+template <int D, int NT, int Strands>
+__device__ __forceinline__ void Kernel<D, NT, Strands>::shift_scores_of_steps(int unit, const uint4* coef,
+                                                                              float (&c)[2][NT][4]) const {
+  const int kind = p.tabled ? steps : steps ? kAny : 0;
+  if (kind == 1)
+    shift_scores<1>(unit, coef, c);
+  else if (kind == 2)
+    shift_scores<2>(unit, coef, c);
+  else if (kind == 0)
+    shift_scores<0>(unit, coef, c);
+  else if (kind == 3)
+    shift_scores<3>(unit, coef, c);
+  else if (kind == 4)
+    shift_scores<4>(unit, coef, c);
+  else
+    shift_scores<kAny>(unit, coef, c);
+}
+
 // Scores to weights p * scale_v as operand B of the output's products; keeps the softmax state.
-template <int D, int NT>
-__device__ __forceinline__ void Kernel<D, NT>::softmax(int first, int past, int latest, const uint4* meta,
-                                                       float (&c)[2][NT][4], const float (&shift)[2][NT][4],
-                                                       uint32_t (&weights)[2][NT][2]) {
+template <int D, int NT, int Strands>
+__device__ __forceinline__ void Kernel<D, NT, Strands>::softmax(int first, bool any, const uint4* meta,
+                                                                float (&c)[2][NT][4], const float (&shift)[2][NT][4],
+                                                                uint32_t (&weights)[2][NT][2]) {
   float2 k[4], v[4];  // (scale, minimum)
   const uint4 of_k = meta[g], of_v = meta[8 + g];
   const uint32_t k_meta[4] = {of_k.x, of_k.y, of_k.z, of_k.w}, v_meta[4] = {of_v.x, of_v.y, of_v.z, of_v.w};
@@ -190,7 +213,7 @@ __device__ __forceinline__ void Kernel<D, NT>::softmax(int first, int past, int 
   for (int n = 0; n < NT; ++n)
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const float4 row = s.row[8 * n + 2 * t + j];
+      const float4 row = s.row[row_of(8 * n + 2 * t + j)];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& x = c[i / 2][n][i % 2 * 2 + j];
@@ -202,10 +225,11 @@ __device__ __forceinline__ void Kernel<D, NT>::softmax(int first, int past, int 
 #pragma unroll
     for (int n = 0; n < NT; ++n)
 #pragma unroll
-      for (int j = 0; j < 2; ++j) c[0][n][j] += s.first_extra[8 * n + 2 * t + j];
-  if (first + kUnit > past || first <= latest) {
+      for (int j = 0; j < 2; ++j) c[0][n][j] += s.first_extra[row_of(8 * n + 2 * t + j)];
+  const int past = s.misc[6], latest = s.misc[7];
+  if (!any || first + kUnit > past || first <= latest) {
     const int last_row = s.misc[2], rows = s.misc[3];
-    const int start = first_visible(past, a.sliding_window);
+    const int start = any ? first_visible(past, a.sliding_window) : INT_MAX;
     const int token = first + 4 * g;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
@@ -214,17 +238,17 @@ __device__ __forceinline__ void Kernel<D, NT>::softmax(int first, int past, int 
     for (int n = 0; n < NT; ++n)
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const int hidden = latest - (last_row / group - (last_row - rows + 1 + 8 * n + 2 * t + j) / group);
+        const int hidden = latest - (last_row / group - (last_row - rows + 1 + row_of(8 * n + 2 * t + j)) / group);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          if (token + i >= past || token + i <= hidden) c[i / 2][n][i % 2 * 2 + j] = -INFINITY;
+          if (!any || token + i >= past || token + i <= hidden) c[i / 2][n][i % 2 * 2 + j] = -INFINITY;
       }
   }
   if (first == 0 && g == 0)
 #pragma unroll
     for (int n = 0; n < NT; ++n)
 #pragma unroll
-      for (int j = 0; j < 2; ++j) s.first_score[8 * n + 2 * t + j] = c[0][n][j];
+      for (int j = 0; j < 2; ++j) s.first_score[row_of(8 * n + 2 * t + j)] = c[0][n][j];
   // The subtracted maximum follows where weights would leave a range of 2^(kBoost + kSlack).
   float high[NT][2];
   bool leaves = false;
@@ -272,9 +296,9 @@ __device__ __forceinline__ void Kernel<D, NT>::softmax(int first, int past, int 
   }
 }
 
-template <int D, int NT>
-__device__ __forceinline__ void Kernel<D, NT>::output(const uint32_t (&v)[4][S::kVWords],
-                                                      const uint32_t (&weights)[2][NT][2]) {
+template <int D, int NT, int Strands>
+__device__ __forceinline__ void Kernel<D, NT, Strands>::output(const uint32_t (&v)[4][S::kVWords],
+                                                               const uint32_t (&weights)[2][NT][2]) {
   constexpr uint32_t kLow = 0x000f000f, kHigh = 0x00f000f0;
 #pragma unroll
   for (int x = 0; x < 2; ++x)
@@ -287,6 +311,93 @@ __device__ __forceinline__ void Kernel<D, NT>::output(const uint32_t (&v)[4][S::
         for (int n = 0; n < NT; ++n)
           mma(acc[2 * c + u][n], w0 & kLow, w0 & kHigh, w1 & kLow, w1 & kHigh, weights[x][n][0], weights[x][n][1]);
       }
+}
+
+// The units of an item, one after the other.
+template <int D, int NT, int Strands>
+__device__ __forceinline__ void Kernel<D, NT, Strands>::walk_units(int segment, Cursor& cursor, Ahead& ahead) {
+  uint4* coef = coefficients();
+  int chunk = -1;
+  uint32_t weights[2][NT][2] = {};  // of the unit before: its output's products follow the scores' of the next
+  bool first = true;                // then V is of this unit, else of the one before
+  while (ahead.segment == segment) {
+    const int unit = ahead.unit, in_chunk = unit % (kChunk / kUnit);
+    if (steps && unit / (kChunk / kUnit) != chunk) {
+      chunk = unit / (kChunk / kUnit);
+      p.tabled ? make_coefficients<true>(chunk * kChunk, 0, coef) : make_coefficients<false>(chunk * kChunk, 0, coef);
+    }
+    float c[1][2][NT][4], shift[2][NT][4];
+    const bool more = cursor.segment != INT_MAX;
+    // Before the wait for the loads; the scores' products overlap with the output's.
+    shift_scores_of_steps(in_chunk, coef, shift);
+    scores(ahead.k, c);
+    output(ahead.v[0], weights);
+    const uint4* scales = ahead.meta;
+    ahead.meta = s.meta + ((ahead.meta - s.meta) ^ 16);
+    wait_for_copies();
+    __syncwarp();
+    const uint8_t* tile = tile_of(cursor, 0);
+    ahead.segment = cursor.segment;
+    if (more) load_k(tile, ahead.k[0]);
+    if (!first) load_v(ahead.next_v, ahead.v[0]);
+    first = false;
+    if (more) {
+      copy_meta(cursor.tile[0], tile, ahead.meta);
+      ahead.next_v = v_of(tile);
+      ahead.unit = cursor.unit;
+      advance(cursor);
+    }
+    softmax(unit * kUnit, true, scales, c[0], shift, weights);
+  }
+  if (first) return;
+  output(ahead.v[0], weights);
+  if (ahead.segment != INT_MAX) load_v(ahead.next_v, ahead.v[0]);
+}
+
+// The units of an item, one of each strand at a time. Columns of products that the tile has no rows for are those of
+// the second strand: what is done with a column, the shift's products among it, since both are as far in a chunk, is
+// done for two units at once.
+template <int D, int NT, int Strands>
+__device__ __forceinline__ void Kernel<D, NT, Strands>::walk_strands(int segment, Cursor& cursor, Ahead& ahead) {
+  uint4* coef = coefficients();
+  const int strand = t / 2;  // of this lane's columns of scores
+  for (int in_chunk = 0; ahead.segment == segment; in_chunk = (in_chunk + 1) % (kChunk / kUnit)) {
+    const int unit = ahead.unit, stride = ahead.length;
+    const bool has_unit = strand == 0 || ahead.both;
+    float x[2][2][NT][4], c[2][NT][4], shift[2][NT][4];
+    // Before the wait for the keys.
+    if (steps && in_chunk == 0)
+      p.tabled ? make_coefficients<true>(unit * kUnit, stride * kUnit, coef)
+               : make_coefficients<false>(unit * kUnit, stride * kUnit, coef);
+    shift_scores_of_steps(in_chunk, coef, shift);
+    scores(ahead.k, x);
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[m][0][i] = strand ? x[1][m][0][i] : x[0][m][0][i];
+    wait_for_copies();
+    __syncwarp();
+    load_values(ahead);
+    uint32_t weights[2][NT][2];
+    softmax((unit + strand * stride) * kUnit, has_unit, s.meta + (2 * warp + strand) * 16, c, shift, weights);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      uint32_t own[2][NT][2];  // 0 in the other strand's columns
+#pragma unroll
+      for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) own[m][0][j] = g / kRows == i ? weights[m][0][j] : 0;
+      output(ahead.v[i], own);
+    }
+    __syncwarp();
+    ahead.note(cursor);
+    if (cursor.segment != INT_MAX) {
+      load_keys(cursor, ahead);
+      advance(cursor);
+    } else {
+      clear(ahead.k[0]), clear(ahead.k[1]);
+    }
+  }
 }
 
 }  // namespace wkvquant

@@ -8,9 +8,9 @@ namespace wkvquant {
 // Query rows as operands, coefficients of the shift, and the step's own tokens. Half a warp takes a row. Columns
 // of rows that the tile does not have are copies of its last one. Each warp calls when_loaded() once its first rows are
 // here.
-template <int D, int NT>
+template <int D, int NT, int Strands>
 template <class T, class F>
-__device__ void Kernel<D, NT>::prepare_rows(bool with_current, const F& when_loaded) {
+__device__ void Kernel<D, NT, Strands>::prepare_rows(bool with_current, const F& when_loaded) {
   constexpr int kLanes = 16, N = groups_of_lane(D, kLanes), kSlots = (D / 2 + 8 + kLanes - 1) / kLanes;
   const int l = lane % kLanes, size = this->size(), member = this->member();
   const auto active = [&](int i) { return D % (4 * kLanes) == 0 || l + kLanes * i < D / 4; };
@@ -145,17 +145,8 @@ __device__ void Kernel<D, NT>::prepare_rows(bool with_current, const F& when_loa
   }
 }
 
-template <int D, int NT>
-__device__ void Kernel<D, NT>::start_rows() {
-  if constexpr (S::kQueryInRegisters) {
-#pragma unroll
-    for (int n = 0; n < NT; ++n)
-#pragma unroll
-      for (int j = 0; j < S::kKWords; ++j) {
-        const uint4 w = s.query[min(8 * n + g, rows - 1) * (D / 8) + t + 4 * j];
-        q[n][j][0] = w.x, q[n][j][1] = w.y, q[n][j][2] = w.z, q[n][j][3] = w.w;
-      }
-  }
+template <int D, int NT, int Strands>
+__device__ void Kernel<D, NT, Strands>::start_rows() {
 #pragma unroll
   for (int n = 0; n < NT; ++n)
 #pragma unroll

@@ -80,9 +80,9 @@ __device__ __forceinline__ float2 cos_sin_fast(uint64_t angle) {
   return {__cosf(x), __sinf(x)};
 }
 
-// The angle at the chunk's centre, which is half a position before its position kChunk / 2.
-__device__ __forceinline__ uint64_t chunk_angle(int chunk, int64_t turns) {
-  return static_cast<uint64_t>(chunk * kChunk + kChunk / 2 - 1) * static_cast<uint64_t>(turns) +
+// The angle at the centre of the chunk from position `first`, which is half a position before its position kChunk / 2.
+__device__ __forceinline__ uint64_t chunk_angle(int first, int64_t turns) {
+  return static_cast<uint64_t>(first + kChunk / 2 - 1) * static_cast<uint64_t>(turns) +
          static_cast<uint64_t>(turns >> 1);
 }
 

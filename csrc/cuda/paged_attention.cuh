@@ -1,11 +1,13 @@
 // Past tokens from the page and the step's own tokens as they came -> output.
 //
-//     item      (sequence, KV head, row tile); row = query token x query head of the group, up to 8 * NT rows a tile
+//     item      (sequence, KV head, row tile); row = query token x query head of the group, up to 8 * NT / Strands rows
+//               a tile
 //     unit      32 past tokens of an item; eight in a row, a chunk, share the coefficients of the shift
 //     team      a CTA, or a half of one where there are more items than CTAs: an equal run of the list of all units of
 //               all items; an item that straddles teams is combined by whichever of them finishes last, through the
 //               workspace
 //     warp      an equal run of the team's units of an item, with a softmax state of its own
+//     strand    a half of that run, where a tile has at most 4 rows
 //
 // Several teams share an SM, so that the start and the end of one's items overlap with the others' products.
 //
@@ -15,8 +17,15 @@
 // Products are mma.sync m16n8k16 with tokens (scores) or dimensions (output) as M and rows as N. Codes enter as fp16
 // subnormals, the bits of a nibble as they stand (code * 2^-24) or four higher (code * 2^-20); the factor 16 between
 // the two is folded into the query and the output. The loads of codes match the operands of the products, so they go to
-// registers, one unit ahead, and never through shared memory. The assembler lets all of them signal one scoreboard, so
-// that a wait for any waits for all: they are asked for together, before a softmax, and awaited after it.
+// registers and never through shared memory. The assembler lets all of them signal one scoreboard, so that a wait for
+// any waits for all: they are asked for together, with work for the meantime.
+//
+// A product has 8 columns, of which 4 rows or fewer fill half. So the other columns are another strand's: keys of one
+// unit of both are awaited together, each in products of its own, and of their scores a lane keeps those of its
+// columns' strand. What follows is once for both units: the shift's products, since both are as far in their chunks and
+// so have the same basis, and the softmax, with a state for each column. Values are products of their own again, with
+// weights of 0 in the other's columns, and the end of an item adds columns up as it adds up warps. With 5 rows and more
+// a warp walks its units one by one: keys of the next and values of this one are on their way together.
 //
 //     K   thread (g, t) = (lane / 4, lane % 4) has tokens 4g .. 4g + 3, words t, t + 4, ..; the first product of a
 //         unit has tokens 4g and 4g + 1 as its rows g and g + 8, the second one 4g + 2 and 4g + 3
@@ -40,47 +49,43 @@
 
 namespace wkvquant {
 
-template <int D, int NT>
-__global__ void __launch_bounds__(Shape<D, NT>::kThreads, Shape<D, NT>::kCtasPerSm)
+template <int D, int NT, int Strands>
+__global__ void __launch_bounds__(Shape<D, NT, Strands>::kThreads, Shape<D, NT, Strands>::kCtasPerSm)
     paged_attention(const __grid_constant__ WkvCudaAttention a, const __grid_constant__ WkvCudaParams p, int teams) {
   extern __shared__ __align__(16) char memory[];
-  Kernel<D, NT>(a, p, teams, memory).run();
+  Kernel<D, NT, Strands>(a, p, teams, memory).run();
 }
 
-template <int D, int NT>
+template <int D, int NT, int Strands>
 cudaError_t launch(const WkvCudaAttention& a, const WkvCudaParams& p, cudaStream_t stream) {
   int device = 0, major = 0, most = 0;
   if (cudaError_t e = cudaGetDevice(&device)) return e;
   if (cudaError_t e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return e;
   if (cudaError_t e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return e;
-  const int teams = most_teams<D, NT>(p, a.num_seqs, most / Shape<D, NT>::kCtasPerSm - 1024);
-  const int64_t bytes = shared_bytes<D, NT>(p, a.num_seqs, teams);
-  if (cudaError_t e = allow_shared<paged_attention<D, NT>>(bytes)) return e;
+  const int teams = most_teams<D, NT, Strands>(p, a.num_seqs, most / Shape<D, NT, Strands>::kCtasPerSm - 1024);
+  const int64_t bytes = shared_bytes<D, NT, Strands>(p, a.num_seqs, teams);
+  if (cudaError_t e = allow_shared<paged_attention<D, NT, Strands>>(bytes)) return e;
   cudaLaunchAttribute overlap = {};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = std::min(a.num_sms * Shape<D, NT>::kCtasPerSm, kMaxCtas);
-  config.blockDim = Shape<D, NT>::kThreads;
+  config.gridDim = std::min(a.num_sms * Shape<D, NT, Strands>::kCtasPerSm, kMaxCtas);
+  config.blockDim = Shape<D, NT, Strands>::kThreads;
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = a.after_write && major >= 9;
-  return cudaLaunchKernelEx(&config, paged_attention<D, NT>, a, p, teams);
+  return cudaLaunchKernelEx(&config, paged_attention<D, NT, Strands>, a, p, teams);
 }
 
-// One row tile of 8 where the batch's mean query length needs no more, or registers or shared memory do not hold two.
 template <int D>
 cudaError_t launch_any(const WkvCudaAttention& a, const WkvCudaParams& p, cudaStream_t stream) {
-  if constexpr (D <= 128) {
-    const int64_t group = a.num_heads / p.num_kv_heads;
-    int device = 0, most = 0;
-    if (cudaError_t e = cudaGetDevice(&device)) return e;
-    if (cudaError_t e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return e;
-    if (group * ((a.num_tokens + a.num_seqs - 1) / a.num_seqs) > 8 && shared_bytes<D, 2>(p, a.num_seqs, 1) <= most)
-      return launch<D, 2>(a, p, stream);
-  }
-  return launch<D, 1>(a, p, stream);
+  int device = 0, most = 0;
+  if (cudaError_t e = cudaGetDevice(&device)) return e;
+  if (cudaError_t e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return e;
+  return with_shape<D>(a, p, most, [&](auto shape) {
+    return launch<D, decltype(shape)::kTiles, decltype(shape)::kStrands>(a, p, stream);
+  });
 }
 
 cudaError_t launch_64(const WkvCudaAttention&, const WkvCudaParams&, cudaStream_t);

@@ -16,24 +16,19 @@ namespace wkvquant {
 
 constexpr int64_t kSharedBytes = 227 << 10;
 
-template <int D, int NT>
-int launch(const WkvCudaAttention& a, const WkvCudaParams& p) {
-  using S = Shape<D, NT>;
-  const int teams = most_teams<D, NT>(p, a.num_seqs, kSharedBytes / S::kCtasPerSm - 1024);
-  if (shared_bytes<D, NT>(p, a.num_seqs, teams) > kSharedBytes) return 1;
-  std::vector<uint4> memory(kSharedBytes / sizeof(uint4) + 1);
-  memset(memory.data(), 0xff, memory.size() * sizeof(uint4));
-  run_grid(dim3(std::min(a.num_sms * S::kCtasPerSm, kMaxCtas), 1, 1), S::kThreads,
-           [&] { Kernel<D, NT>(a, p, teams, reinterpret_cast<char*>(memory.data())).run(); });
-  return 0;
-}
-
 template <int D>
 int launch_any(const WkvCudaAttention& a, const WkvCudaParams& p) {
-  const int64_t group = a.num_heads / p.num_kv_heads;
-  if constexpr (D <= 128)
-    if (group * ((a.num_tokens + a.num_seqs - 1) / a.num_seqs) > 8) return launch<D, 2>(a, p);
-  return launch<D, 1>(a, p);
+  return with_shape<D>(a, p, kSharedBytes, [&](auto shape) {
+    using S = decltype(shape);
+    constexpr int NT = S::kTiles, Strands = S::kStrands;
+    const int teams = most_teams<D, NT, Strands>(p, a.num_seqs, kSharedBytes / S::kCtasPerSm - 1024);
+    if (shared_bytes<D, NT, Strands>(p, a.num_seqs, teams) > kSharedBytes) return 1;
+    std::vector<uint4> memory(kSharedBytes / sizeof(uint4) + 1);
+    memset(memory.data(), 0xff, memory.size() * sizeof(uint4));
+    run_grid(dim3(std::min(a.num_sms * S::kCtasPerSm, kMaxCtas), 1, 1), S::kThreads,
+             [&] { Kernel<D, NT, Strands>(a, p, teams, reinterpret_cast<char*>(memory.data())).run(); });
+    return 0;
+  });
 }
 
 }  // namespace wkvquant
@@ -51,13 +46,13 @@ int wkvquant_cuda_paged_attention(const WkvCudaAttention* a, const WkvCudaParams
   return 1;
 }
 
-int64_t wkvquant_cuda_shared_bytes(const WkvCudaParams* p, int, int num_seqs) {
+int64_t wkvquant_cuda_shared_bytes(const WkvCudaParams* p, int tiles, int strands, int num_seqs) {
   using namespace wkvquant;
   switch (p->head_size) {
-    case 64: return shared_bytes<64, 1>(*p, num_seqs, 1);
-    case 96: return shared_bytes<96, 1>(*p, num_seqs, 1);
-    case 128: return shared_bytes<128, 1>(*p, num_seqs, 1);
-    case 256: return shared_bytes<256, 1>(*p, num_seqs, 1);
+    case 64: return shared_bytes_of<64>(*p, tiles, strands, num_seqs);
+    case 96: return shared_bytes_of<96>(*p, tiles, strands, num_seqs);
+    case 128: return shared_bytes_of<128>(*p, tiles, strands, num_seqs);
+    case 256: return shared_bytes_of<256>(*p, tiles, strands, num_seqs);
   }
   return -1;
 }
