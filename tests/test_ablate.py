@@ -28,12 +28,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def as_of_many(recipe: Recipe) -> Recipe:
-    """Which few windows change nothing of, in a quarter of the epochs."""
+    """Which few windows change nothing of, in fewer epochs."""
     learning, tuning = recipe.learning, recipe.tuning
     return dataclasses.replace(
         recipe,
-        learning=learning and dataclasses.replace(learning, few=0, epochs=max(1, learning.epochs // 4)),
-        tuning=tuning and dataclasses.replace(tuning, few=0),
+        learning=learning and dataclasses.replace(learning, few=0, epochs=max(1, learning.epochs // 6)),
+        tuning=tuning and dataclasses.replace(tuning, few=0, epochs=max(1, tuning.epochs // 2)),
     )
 
 

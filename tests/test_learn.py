@@ -173,12 +173,12 @@ def test_a_token_without_a_range_has_a_gradient_that_is_a_number() -> None:
 
 
 def test_few_windows_are_learned_from_one_at_a_time(model, tmp_path) -> None:
-    """In as many steps as many windows would have a window, and in a part of the passes."""
-    of_many = dataclasses.replace(LEARNING, epochs=40, batch=4, few=9)
+    """And in epochs of their own."""
+    of_many = dataclasses.replace(LEARNING, epochs=40, batch=4, few=9, few_epochs=10)
     assert of_many.of(10) == of_many
     assert of_many.of(9) == dataclasses.replace(of_many, epochs=10, batch=1, few=0)
-    assert dataclasses.replace(of_many, epochs=3).of(2).epochs == 1
-    recipe = dataclasses.replace(BEST, learning=of_many, tuning=Tuning(epochs=5, batch=4, rate=1e-3, few=9))
+    tuning = Tuning(epochs=5, batch=4, rate=1e-3, few=9, few_epochs=2)
+    recipe = dataclasses.replace(BEST, learning=of_many, tuning=tuning)
     for samples, batch, tuning in ((12, 1, 2), (16, 4, 5)):  # a quarter of the samples is held out
         plan = preflight(dataclasses.replace(settings(model, tmp_path, recipe=recipe), samples=samples))
         assert plan.recipe.learning

@@ -26,7 +26,7 @@ from vllm_wkvquant.evaluate import ATTENTION, SimulatedCache, load_quantized
 from vllm_wkvquant.inspect import inspect
 from vllm_wkvquant.quantize import attention, blocks, kv
 from vllm_wkvquant.quantize.adapters import group_size
-from vllm_wkvquant.quantize.calibration import SKIPPED, read_windows
+from vllm_wkvquant.quantize.calibration import SKIPPED, held_out_of, read_windows, samples_for
 from vllm_wkvquant.quantize.fold import fold_value
 from vllm_wkvquant.quantize.pipeline import quantize
 from vllm_wkvquant.quantize.plan import Settings, preflight
@@ -514,6 +514,15 @@ def test_search_takes_the_better_candidate_of_each_head() -> None:
     candidates = [reference.KVParams.build(config, s, zeros, zeros) for s in (torch.ones(2, 64), smooth)]
     best = kv.search(candidates, [(q, k, v)], torch.randn(32, 128), scale=0.125, sliding_window=0)
     assert best.tolist() == [1, 0]
+
+
+def test_held_out_windows() -> None:
+    """A quarter of few, a sixteenth of many, never fewer of more, and one for every worker of as many as are named."""
+    counts = [held_out_of(n) for n in range(4, 600)]
+    assert counts == sorted(counts)
+    assert [held_out_of(n) for n in (4, 12, 32, 128, 256, 512)] == [2, 3, 8, 8, 16, 32]
+    for workers in range(2, 40):
+        assert held_out_of(samples_for(workers)) == workers
 
 
 def test_calibration_windows(tmp_path: Path) -> None:

@@ -211,9 +211,9 @@ def test_a_lost_worker_ends_the_run(files: tuple[Path, Path], tmp_path: Path) ->
 
 
 def test_a_workers_error_is_the_runs(files: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^--workers 3 is more than the 2 windows .* raise --samples to 12$"):
+    with pytest.raises(ConfigError, match=r"^--workers 3 is more than the 2 .* raise --samples to 12, or use fewer$"):
         launch.run(settings(files, tmp_path / "out", samples=4, workers=3))
-    with pytest.raises(ConfigError, match=r"^--workers 17 is more than the 2 windows .* use at most 16$"):
+    with pytest.raises(ConfigError, match=r"^--workers 17 is more than the 2 .* raise --samples to 272, or use fewer$"):
         preflight(settings(files, tmp_path / "out", samples=4, workers=17), Workers(0, 17))
 
 

@@ -47,7 +47,7 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calib-text", type=Path, required=True, metavar="FILE", help="UTF-8 text to calibrate on")
     parser.add_argument("--recipe", default=DEFAULT, metavar="NAME", help="see below (%(default)s)")
     parser.add_argument(
-        "--samples", type=int, default=32, help="windows of text, up to 16 of which are held out (%(default)s)"
+        "--samples", type=int, default=32, help="windows of text; of 32 to 128 of them 8 are held out (%(default)s)"
     )
     parser.add_argument("--seq-len", type=int, help="tokens in a window (2048, or what the model has)")
     parser.add_argument("--seed", type=int, default=0, help="which windows of the text are drawn (%(default)s)")

@@ -10,7 +10,7 @@ from vllm_wkvquant.quantize.workers import Workers
 from vllm_wkvquant.text import read_tokens
 
 FIRST_TOKENS = 256  # of these the mean key and value at position 0 is taken
-HELD_OUT = 16  # windows that are held out at most, of a quarter of all
+HELD_OUT = 8  # windows that are enough to hold out of less than 16 times as many
 SKIPPED = 4  # first positions, left out of every statistic: they carry massive activations that no other token has
 
 
@@ -39,8 +39,13 @@ class Windows:
 
 
 def held_out_of(samples: int) -> int:
-    """How many of so many windows are held out."""
-    return max(2, min(samples // 4, HELD_OUT))
+    """How many of so many windows are held out: a quarter of few, a sixteenth of many."""
+    return max(2, min(samples // 4, max(HELD_OUT, samples // 16)))
+
+
+def samples_for(workers: int) -> int:
+    """Of how many windows each of so many workers has one that is held out."""
+    return (4 if workers <= HELD_OUT else 16) * workers
 
 
 def read_windows(model: Path, text: Path, samples: int, seq_len: int, seed: int) -> Windows:

@@ -13,7 +13,7 @@ import vllm_wkvquant
 from vllm_wkvquant.config import ConfigError, KVCacheConfig
 from vllm_wkvquant.quantize.adapters import ModelAdapter
 from vllm_wkvquant.quantize.attention import ATTENTION, CalibrationAttention
-from vllm_wkvquant.quantize.calibration import HELD_OUT, SKIPPED, Windows, read_windows
+from vllm_wkvquant.quantize.calibration import SKIPPED, Windows, read_windows, samples_for
 from vllm_wkvquant.quantize.recipes import DEFAULT, RECIPES, Recipe, find_recipe
 from vllm_wkvquant.quantize.state import check_output
 from vllm_wkvquant.quantize.workers import ALONE, Workers
@@ -101,10 +101,9 @@ def preflight(settings: Settings, workers: Workers = ALONE) -> Plan:
     windows = read_windows(settings.model, settings.calib_text, settings.samples, seq_len, settings.seed)
     recipe = recipe.of(windows.statistics)
     if windows.held_out < workers.size:
-        more = f"raise --samples to {4 * workers.size}"
         raise ConfigError(
             f"--workers {workers.size} is more than the {windows.held_out} windows that are held out; "
-            f"{more if workers.size <= HELD_OUT else f'use at most {HELD_OUT}'}"
+            f"raise --samples to {samples_for(workers.size)}, or use fewer"
         )
     kv_config = KVCacheConfig(
         head_size=adapter.head_size,

@@ -38,10 +38,9 @@ class Learning:
     and the cache's parameters are taken from statistics afterwards. past_only: the simulated cache leaves a token's own
     key and value as they are. optimizer: of the weights, "sign" (rate: how far the rounding may move in all,
     clip_rate: how far an end of the range) or "adamw" (both: learning rate); the cache's is AdamW with learning rate
-    cache_rate. batch: windows a step. few: so many windows or fewer are learned from one at a time, in as many steps
-    but `batch` times fewer epochs. loss: a key of `learn.LOSSES`. skip_first: leave the first positions of a window out
-    of it, as out of every statistic. followers: how many of the following blocks, in 16 bits, the output is also
-    compared after.
+    cache_rate. batch: windows a step. few: so many windows or fewer are learned from one at a time, in few_epochs.
+    loss: a key of `learn.LOSSES`. skip_first: leave the first positions of a window out of it, as out of every
+    statistic. followers: how many of the following blocks, in 16 bits, the output is also compared after.
     """
 
     clip: str
@@ -56,6 +55,7 @@ class Learning:
     cache_rate: float = 0.0
     followers: int = 0
     few: int = 0
+    few_epochs: int = 0
     clipping: bool = True
     past_only: bool = True
     skip_first: bool = False
@@ -64,7 +64,7 @@ class Learning:
         """What this is with so many windows to learn from."""
         if windows > self.few:
             return self
-        return replace(self, batch=1, epochs=max(1, self.epochs // self.batch), few=0)
+        return replace(self, batch=1, epochs=self.few_epochs, few=0)
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,9 @@ class Tuning:
     falls linearly to 0. cache_rate: the same of the smoothing of keys, in its logarithm, and of the shifts, in units of
     the largest cached key and of a head's root mean square shift of values; 0: they stay. code_sigmas: by how many
     standard deviations of what chance would do the signs of its gradients must agree for a code to become its
-    neighbour; 0: codes stay. batch: windows a step. few: so many windows or fewer are gone over half as often. cache:
-    under the simulated 4-bit cache, a token's own key and value as they are; otherwise under a 16-bit one.
+    neighbour; 0: codes stay. batch: windows a step. few: so many windows or fewer are gone over few_epochs times, since
+    they are soon known by heart. cache: under the simulated 4-bit cache, a token's own key and value as they are;
+    otherwise under a 16-bit one.
     """
 
     epochs: int
@@ -86,11 +87,12 @@ class Tuning:
     code_sigmas: float = 0.0
     cache_rate: float = 0.0
     few: int = 0
+    few_epochs: int = 0
     cache: bool = True
 
     def of(self, windows: int) -> "Tuning":
         """What this is with so many windows to learn from."""
-        return replace(self, epochs=max(1, self.epochs // 2), few=0) if windows <= self.few else self
+        return replace(self, epochs=self.few_epochs, few=0) if windows <= self.few else self
 
 
 @dataclass(frozen=True)
@@ -175,15 +177,16 @@ BEST = replace(
         rounding=True,
         cache=False,
         optimizer="sign",
-        epochs=40,
+        epochs=60,
         batch=4,
         few=16,
+        few_epochs=10,
         rate=0.5,
         clip_rate=0.5,
         loss="relative_mse",
         skip_first=True,
     ),
-    tuning=Tuning(epochs=5, batch=4, rate=1e-3, code_sigmas=3.0, cache_rate=3e-3, few=16),
+    tuning=Tuning(epochs=10, batch=4, rate=1e-3, code_sigmas=3.0, cache_rate=3e-3, few=16, few_epochs=2),
 )
 PAPER = replace(
     STATIC,
