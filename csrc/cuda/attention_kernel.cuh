@@ -295,7 +295,7 @@ struct Kernel {
   template <int Steps>
   __device__ __forceinline__ void shift_scores(int unit, const uint4* coef, float (&c)[2][NT][4]) const;
   __device__ __forceinline__ void shift_scores_of_steps(int unit, const uint4* coef, float (&c)[2][NT][4]) const;
-  __device__ __forceinline__ void softmax(int first, bool any, const uint4* meta, float (&c)[2][NT][4],
+  __device__ __forceinline__ void softmax(int first, bool present, const uint4* meta, float (&c)[2][NT][4],
                                           const float (&shift)[2][NT][4], uint32_t (&weights)[2][NT][2]);
   __device__ __forceinline__ void output(const uint32_t (&v)[4][S::kVWords], const uint32_t (&weights)[2][NT][2]);
   __device__ __forceinline__ void walk_units(int segment, Cursor& cursor, Ahead& ahead);

@@ -196,9 +196,10 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::shift_scores_of_steps(in
     shift_scores<kAny>(unit, coef, c);
 }
 
-// Scores to weights p * scale_v as operand B of the output's products; keeps the softmax state.
+// Scores of the unit from position `first` to weights p * scale_v as operand B of the output's products; keeps the
+// softmax state. present: false where this lane's strand has no unit; its weights are 0.
 template <int D, int NT, int Strands>
-__device__ __forceinline__ void Kernel<D, NT, Strands>::softmax(int first, bool any, const uint4* meta,
+__device__ __forceinline__ void Kernel<D, NT, Strands>::softmax(int first, bool present, const uint4* meta,
                                                                 float (&c)[2][NT][4], const float (&shift)[2][NT][4],
                                                                 uint32_t (&weights)[2][NT][2]) {
   float2 k[4], v[4];  // (scale, minimum)
@@ -227,9 +228,9 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::softmax(int first, bool 
 #pragma unroll
       for (int j = 0; j < 2; ++j) c[0][n][j] += s.first_extra[row_of(8 * n + 2 * t + j)];
   const int past = s.misc[6], latest = s.misc[7];
-  if (!any || first + kUnit > past || first <= latest) {
+  if (!present || first + kUnit > past || first <= latest) {
     const int last_row = s.misc[2], rows = s.misc[3];
-    const int start = any ? first_visible(past, a.sliding_window) : INT_MAX;
+    const int start = present ? first_visible(past, a.sliding_window) : INT_MAX;
     const int token = first + 4 * g;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
@@ -241,7 +242,7 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::softmax(int first, bool 
         const int hidden = latest - (last_row / group - (last_row - rows + 1 + row_of(8 * n + 2 * t + j)) / group);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          if (!any || token + i >= past || token + i <= hidden) c[i / 2][n][i % 2 * 2 + j] = -INFINITY;
+          if (!present || token + i >= past || token + i <= hidden) c[i / 2][n][i % 2 * 2 + j] = -INFINITY;
       }
   }
   if (first == 0 && g == 0)
