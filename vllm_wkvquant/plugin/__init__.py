@@ -35,6 +35,15 @@ def check_version(version: str) -> str | None:
     return f"{tried}, found {version}" if number > NEWEST else None
 
 
+def lacks_w4_kernel() -> bool:
+    """Whether this vLLM is for CPUs and its library for this one, without AVX-512, cannot multiply 4-bit weights."""
+    import torch
+    import vllm._custom_ops  # noqa: F401 - loads the library
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu() and not hasattr(torch.ops._C, "cpu_gemm_wna16")
+
+
 @functools.cache
 def register() -> None:
     """Register the attention backend and the quantization method; vLLM calls this in every one of its processes."""
@@ -47,3 +56,8 @@ def register() -> None:
     register_backend(AttentionBackendEnum.CUSTOM, BACKEND_PATH)
     # the class itself registers the quantization method
     import vllm_wkvquant.plugin.quantization  # noqa: F401
+
+    if lacks_w4_kernel():
+        from vllm_wkvquant.plugin import linear
+
+        linear.register()
