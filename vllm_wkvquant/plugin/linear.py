@@ -53,5 +53,6 @@ class DequantizedLinearKernel(MPLinearKernel):
 def register() -> None:
     """Let vLLM choose this kernel rather than its own."""
     disabled = os.environ.get("VLLM_DISABLED_KERNELS", "").split(",")
-    os.environ["VLLM_DISABLED_KERNELS"] = ",".join(filter(None, [*disabled, *WITHOUT_OP]))
+    names = dict.fromkeys(filter(None, [*disabled, *WITHOUT_OP]))  # a child process inherits them
+    os.environ["VLLM_DISABLED_KERNELS"] = ",".join(names)
     register_linear_kernel(DequantizedLinearKernel, current_platform._enum, "mp")
