@@ -19,8 +19,8 @@ gives a row with an `error` and no time.
 
     python benchmarks/attention.py --device cuda --op decode --no-peers --build old=a.so --build new=b.so
 
-times decode with several builds of csrc/cuda, whose interface must be this version's, in turns on the same caches; us
-is the median of their turns.
+times decode (--build-ops decode,write+decode: both) with several builds of csrc/cuda, whose interface must be this
+version's, in turns on the same caches; us is the median of their turns.
 """
 
 import argparse
@@ -114,6 +114,9 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--writes", type=ints, default=[1, 64, 8192], help="tokens of a cache write")
     group.add_argument(
         "--build", action="append", default=[], type=build, metavar="NAME=PATH", help="libraries to compare in decode"
+    )
+    group.add_argument(
+        "--build-ops", type=lambda s: s.split(","), default=["decode"], help="of builds: decode, write+decode"
     )
     group.add_argument("--seconds", type=float, default=0.1, help="of a build's turn")
     group.add_argument("--no-peers", action="store_true", help="ours alone, where vLLM is not installed")
@@ -281,9 +284,9 @@ class Ours(Cache):
         self.check(row, kind, params)
 
     def measure_builds(self, row: Row, kind: str, builds: list[Build], seconds: float) -> list[Row]:
-        """A row of each."""
+        """A row of each, of decode or of write and decode."""
         params = make_params(self.step.kv_heads, BASE, kind).to("cuda")
-        attend = self.attend(params, "cuda")
+        attend = self.attend(params, "cuda") if row.op == "decode" else self.write_and_attend(params)
         found = [(replace(row, build=x.name), x, list[float]()) for x in builds]
 
         def turn(row: Row, x: Build, times: list[float]) -> None:
@@ -313,10 +316,9 @@ class Ours(Cache):
         )  # fmt: skip
         row.max_error = s.error(expected[0])
 
-    def measure_both(self, row: Row, kind: str) -> None:
-        """Write and decode, one after the other as the plugin calls them."""
+    def write_and_attend(self, params: reference.KVParams) -> Call:
+        """One after the other as the plugin calls them."""
         s = self.step
-        params = make_params(s.kv_heads, BASE, kind).to("cuda")
         slots, positions = s.slots(self.table, self.block), (s.seq_lens - 1).long()
 
         def both(c: int) -> None:
@@ -326,6 +328,13 @@ class Ours(Cache):
                 after_write=True,
             )  # fmt: skip
 
+        return both
+
+    def measure_both(self, row: Row, kind: str) -> None:
+        """Write and decode."""
+        s = self.step
+        params = make_params(s.kv_heads, BASE, kind).to("cuda")
+        both = self.write_and_attend(params)
         row.us = timed(both, s.copies)
         row.options = f"block_size={self.block} shift={kind}"
         both(0)
@@ -539,8 +548,9 @@ def decode_rows(kv_heads: int, batch: int, context: int, args: argparse.Namespac
     step.fill(list(ours))
     for cache, kind in itertools.product(ours, args.kinds):
         if args.build:
-            row = Row(op="decode", variant="cuda", bytes=batch * step.past * step.token, **common)
-            found += cache.measure_builds(row, kind, args.build, args.seconds)
+            for op in args.build_ops:
+                row = Row(op=op, variant="cuda", bytes=batch * step.past * step.token, **common)
+                found += cache.measure_builds(row, kind, args.build, args.seconds)
             continue
         for variant in args.variants:
 
