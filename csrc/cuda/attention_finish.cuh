@@ -7,17 +7,18 @@ namespace wkvquant {
 
 template <int D, int NT, int Strands>
 __device__ void Kernel<D, NT, Strands>::write_row4(int r, int d, float4 x, float sum_of_row) const {
-  const int row = item.tile * kRows + r;
+  const int row = item.tile * kRows + r, token = token_of(row);
   const int64_t at =
-      (item.query + row / group) * a.out_stride[0] + (item.head * group + row % group) * a.out_stride[1] + d;
-  store_row4(a.out, a.dtype, at, x, sum_of_row > 0 ? __fdividef(1, sum_of_row) : 0);
+      (item.query + token) * a.out_stride[0] + (item.head * group + row - token * group) * a.out_stride[1] + d;
+  const float factor = sum_of_row > 0 ? __fdividef(1, sum_of_row) : 0;
+  store4(a.out, a.dtype, at, {x.x * factor, x.y * factor, x.z * factor, x.w * factor});
 }
 
 template <int D, int NT, int Strands>
 __device__ void Kernel<D, NT, Strands>::write_lse(int r, float top_of_row, float sum_of_row) const {
   if (!a.lse) return;
-  const int row = item.tile * kRows + r;
-  a.lse[(item.query + row / group) * a.lse_stride[0] + (item.head * group + row % group) * a.lse_stride[1]] =
+  const int row = item.tile * kRows + r, token = token_of(row);
+  a.lse[(item.query + token) * a.lse_stride[0] + (item.head * group + row - token * group) * a.lse_stride[1]] =
       (top_of_row + __log2f(sum_of_row)) * kLn2;
 }
 

@@ -136,6 +136,15 @@ int64_t shared_bytes_of(const WkvCudaParams& p, int tiles, int strands, int num_
   return -1;
 }
 
+// What is the same for all CTAs and takes divisions.
+struct Launch {
+  int teams;  // of a CTA, at most
+  FastDivide tiles_per_block, group;
+
+  Launch(const WkvCudaAttention& a, const WkvCudaParams& p, int most_teams)
+      : teams(most_teams), tiles_per_block(a.block_size / kTile), group(a.num_heads / p.num_kv_heads) {}
+};
+
 // Partial results in the workspace: counters [kMaxCtas], then two slots a CTA of [rows][D] numerators, [rows] maxima
 // and [rows] sums. Slot 1 is of an item whose first units are this CTA's, slot 0 of one that began before.
 constexpr int64_t partial_floats(int rows, int d) { return static_cast<int64_t>(rows) * (d + 2); }
@@ -148,11 +157,10 @@ struct Kernel {
 
   const WkvCudaAttention& a;
   const WkvCudaParams& p;
-  const int most_teams;  // of a CTA
   Shared s;
   const int warp, lane, g, t;
+  const Launch& launch;
   const int group, steps, slots;
-  const FastDivide tiles_per_block;
   const uint32_t page_bytes, block_stride;  // of a (block, head), of a block
 
   // Of the row tile.
@@ -191,23 +199,24 @@ struct Kernel {
     }
   };
 
-  __device__ Kernel(const WkvCudaAttention& args, const WkvCudaParams& params, int teams, char* memory)
+  __device__ Kernel(const WkvCudaAttention& args, const WkvCudaParams& params, const Launch& of_launch, char* memory)
       : a(args),
         p(params),
-        most_teams(teams),
         warp(threadIdx.x / 32),
         lane(threadIdx.x % 32),
         g(lane / 4),
         t(lane % 4),
-        group(args.num_heads / params.num_kv_heads),
+        launch(of_launch),
+        group(of_launch.group.divisor),
         steps(steps_of(params)),
         slots(slots_of(params)),
-        tiles_per_block(args.block_size / kTile),
         page_bytes(args.block_size * (D + 8)),
         block_stride(static_cast<uint32_t>(args.block_stride)) {
-    Shared::carve<S>(&s, memory, params, args.num_seqs, teams);
+    Shared::carve<S>(&s, memory, params, args.num_seqs, of_launch.teams);
   }
 
+  // Query token of a row.
+  __device__ __forceinline__ int token_of(int row) const { return launch.group(row); }
   __device__ __forceinline__ int tiles_of(int queries) const { return (queries * group + kRows - 1) / kRows; }
 
   // Of the shift, for a chunk. As many steps as a head size has (D / 16) fit: 32 * NT * D bytes.
@@ -235,6 +244,7 @@ struct Kernel {
       const int64_t most = static_cast<int64_t>(a.max_blocks) * a.block_size;
       int before = 0, items = 0, least = INT_MAX, longest = 0;
       for (int i = lane; i - lane < a.num_seqs; i += 32) {
+        const int count = min(a.num_seqs - (i - lane), 32);
         int units = 0, own = 0;
         if (i < a.num_seqs) {
           const int query = a.query_start_loc[i], next = a.query_start_loc[i + 1], length = a.seq_lens[i];
@@ -249,23 +259,23 @@ struct Kernel {
           s.sequence[i] = {past, query, queries, 0};
         }
         int scan = units, scan_items = own;
-#pragma unroll
-        for (int m = 1; m < 32; m *= 2) {
+#pragma unroll 1
+        for (int m = 1; m < count; m *= 2) {
           const int other = __shfl_up_sync(kFull, scan, m), other_items = __shfl_up_sync(kFull, scan_items, m);
           if (lane >= m) scan += other, scan_items += other_items;
         }
         if (i < a.num_seqs) s.prefix[i] = before + scan - units, s.sequence[i].w = items + scan_items - own;
-        before += __shfl_sync(kFull, scan, 31), items += __shfl_sync(kFull, scan_items, 31);
+        before += __shfl_sync(kFull, scan, count - 1), items += __shfl_sync(kFull, scan_items, count - 1);
       }
       const bool equal = __reduce_min_sync(kFull, least) == __reduce_max_sync(kFull, longest);
-      if (lane == 0) *s.plan = share_out(before, items, equal, gridDim.x, kWarps, most_teams);
+      if (lane == 0) *s.plan = share_out(before, items, equal, gridDim.x, kWarps, launch.teams);
     }
     wait_for_copies();
     __syncthreads();
   }
 
   __device__ __forceinline__ Item decode_at(int u, int end) const {
-    return decode(s.prefix, s.sequence, a.num_seqs, a.sliding_window, group, kRows, s.plan->weight, u, end);
+    return decode<kRows>(s.prefix, s.sequence, a.num_seqs, a.sliding_window, group, s.plan->weight, u, end);
   }
 
   // attention_load.cuh
@@ -281,7 +291,7 @@ struct Kernel {
   __device__ __forceinline__ void load_values(Ahead& ahead) const;
 
   // attention_rows.cuh
-  template <class T, class F>
+  template <class F>
   __device__ void prepare_rows(bool with_current, const F& when_loaded);
   __device__ void start_rows();
 
@@ -350,18 +360,13 @@ struct Kernel {
             load_keys(cursor, ahead);
           }
         };
-        if (a.dtype == kBFloat16)
-          prepare_rows<__nv_bfloat16>(with_current, start_pages);
-        else if (a.dtype == kFloat16)
-          prepare_rows<__half>(with_current, start_pages);
-        else
-          prepare_rows<float>(with_current, start_pages);
+        prepare_rows(with_current, start_pages);
         if (segment == 0 && ahead.segment != INT_MAX) advance(cursor);
         const int last_row = item.tile * kRows + rows - 1;
         if (member() + 1 == size() && lane == 0) {
           s.misc[2] = last_row, s.misc[3] = rows, s.misc[6] = item.past;
           // the last row of the tile hides the most of a window
-          s.misc[7] = a.sliding_window ? item.past + last_row / group - a.sliding_window : INT_MIN / 2;
+          s.misc[7] = a.sliding_window ? item.past + token_of(last_row) - a.sliding_window : INT_MIN / 2;
           s.item[segment % 2] = item;
         }
       }

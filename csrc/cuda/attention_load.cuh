@@ -37,8 +37,8 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::settle(Cursor& c) const 
   for (int i = 0; i < Strands; ++i) {
     const int unit = i ? c.unit + c.length : c.unit;
     const int tile = min(unit * (kUnit / kTile) + g / 4, walk.z);
-    const int block = tiles_per_block(tile);
-    c.tile[i] = tile - block * tiles_per_block.divisor;
+    const int block = launch.tiles_per_block(tile);
+    c.tile[i] = tile - block * launch.tiles_per_block.divisor;
     c.page[i] = __ldg(a.block_table + walk.y * a.block_table_stride + block);
   }
 }

@@ -12,6 +12,7 @@ template <bool Tabled>
 __device__ __forceinline__ void Kernel<D, NT, Strands>::make_coefficients(int first, int stride, uint4* coef) {
   float2* angle = s.angle + warp * (Strands * slots);
   __syncwarp();
+#pragma unroll 1
   for (int i = lane; i < slots; i += 32) {
     const int64_t turns = Tabled ? s.turns[i] : __ldg(p.slot_turns + i);
 #pragma unroll
@@ -239,7 +240,7 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::softmax(int first, bool 
     for (int n = 0; n < NT; ++n)
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const int hidden = latest - (last_row / group - (last_row - rows + 1 + row_of(8 * n + 2 * t + j)) / group);
+        const int hidden = latest - (token_of(last_row) - token_of(last_row - rows + 1 + row_of(8 * n + 2 * t + j)));
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           if (!present || token + i >= past || token + i <= hidden) c[i / 2][n][i % 2 * 2 + j] = -INFINITY;
@@ -383,6 +384,7 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::walk_strands(int segment
     softmax((unit + strand * stride) * kUnit, has_unit, s.meta + (2 * warp + strand) * 16, c, shift, weights);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
+      if (i && !ahead.both) break;
       uint32_t own[2][NT][2];  // 0 in the other strand's columns
 #pragma unroll
       for (int m = 0; m < 2; ++m)

@@ -18,7 +18,7 @@ struct Plan {
   int weight;      // of an item, in units
   int each, more;  // the line's length is teams * each + more
 
-  __device__ int start(int team) const { return team * each + team * more / teams; }
+  __device__ int start(int team) const { return team * each + divide(team * more, teams); }
   // The last team that starts at or before place `x`.
   __device__ int team_of(int x) const {
     int team = min(static_cast<int>(static_cast<float>(x) / (each + static_cast<float>(more) / teams)), teams - 1);
@@ -35,11 +35,11 @@ static __device__ Plan share_out(int units, int items, bool equal, int ctas, int
   int most = ctas, fewest = 2 * warps / 3;  // teams, units of a team
   for (; most_teams > 1 && most < items; most_teams /= 2, most *= 2) warps /= 2, fewest /= 2;
   plan.units = units, plan.warps = warps;
-  plan.teams = max(min(min(most, units), max(items, (units + fewest - 1) / fewest)), 1);
-  plan.weight = min(kItemWeight, units / plan.teams / 2);
+  plan.teams = max(min(min(most, units), max(items, divide(units + fewest - 1, fewest))), 1);
+  plan.weight = min(kItemWeight, divide(units, plan.teams) / 2);
   if (equal) {  // whole teams an item, or whole items a team, where few teams are left out by that
-    const int rounds = (items + plan.teams - 1) / plan.teams;
-    const int even = rounds > 1 ? items / rounds : plan.teams / items * items;
+    const int rounds = divide(items + plan.teams - 1, plan.teams);
+    const int even = rounds > 1 ? divide(items, rounds) : divide(plan.teams, items) * items;
     if (even * 16 >= plan.teams * 15 && (rounds == 1 || even * rounds == items)) plan.teams = even, plan.weight = 0;
   }
   const int line = units + items * plan.weight;
@@ -63,9 +63,11 @@ __device__ __forceinline__ int units_of(int past, int window) {
   return max((past + kUnit - 1) / kUnit - first_visible(past, window) / kUnit, 1);
 }
 
-// The item of unit `u`, and its units from there up to `end`. Not inlined: it runs seldom, and code costs time, too.
+// The item of unit `u`, of tiles of so many rows, and its units from there up to `end`. Not inlined: it runs seldom,
+// and code costs time, too.
+template <int Rows>
 static __device__ __noinline__ Item decode(const int* prefix, const int4* sequence, int num_seqs, int window, int group,
-                                           int rows_of_tile, int weight, int u, int end) {
+                                           int weight, int u, int end) {
   Item x;
   int low = 0, high = num_seqs - 1;  // the last sequence whose prefix is <= u: it has units
   while (low < high) {
@@ -80,9 +82,9 @@ static __device__ __noinline__ Item decode(const int* prefix, const int4* sequen
   x.past = lengths.x, x.query = lengths.y, x.queries = lengths.z;
   x.units = units_of(x.past, window);
   x.first = first_visible(x.past, window) / kUnit;
-  const int inside = u - prefix[low], index = inside / x.units;
-  const int tiles = (x.queries * group + rows_of_tile - 1) / rows_of_tile;
-  x.head = index / tiles;
+  const int inside = u - prefix[low], index = divide(inside, x.units);
+  const int tiles = (x.queries * group + Rows - 1) / Rows;
+  x.head = tiles == 1 ? index : divide(index, tiles);
   x.tile = index - x.head * tiles;
   x.begin = inside - index * x.units;
   x.end = min(x.units, x.begin + end - u);
@@ -104,7 +106,7 @@ static __device__ __noinline__ int unit_at(const int* prefix, const int4* sequen
   }
   const int4 lengths = sequence[low];
   const int units = units_of(lengths.x, window), length = units + plan.weight;
-  const int inside = x - prefix[low] - lengths.w * plan.weight, index = inside / length;
+  const int inside = x - prefix[low] - lengths.w * plan.weight, index = divide(inside, length);
   const int unit = inside - index * length - plan.weight;
   return prefix[low] + index * units + (unit <= 0 ? 0 : unit > units - plan.skipped(units) ? units : unit);
 }

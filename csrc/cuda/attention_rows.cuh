@@ -5,38 +5,43 @@
 
 namespace wkvquant {
 
-// Query rows as operands, coefficients of the shift, and the step's own tokens. Half a warp takes a row. Columns
-// of rows that the tile does not have are copies of its last one. Each warp calls when_loaded() once its first rows are
-// here.
+// Query rows as operands, coefficients of the shift, and the step's own tokens. A warp takes a row, or half of one
+// where there may be more rows than warps. Columns of rows that the tile does not have are copies of its last one. Each
+// warp calls when_loaded() once its first rows are here.
 template <int D, int NT, int Strands>
-template <class T, class F>
+template <class F>
 __device__ void Kernel<D, NT, Strands>::prepare_rows(bool with_current, const F& when_loaded) {
-  constexpr int kLanes = 16, N = groups_of_lane(D, kLanes), kSlots = (D / 2 + 8 + kLanes - 1) / kLanes;
+  constexpr int kLanes = kRows <= kWarps ? 32 : 16, kRowsOfWarp = 32 / kLanes;
+  constexpr int N = groups_of_lane(D, kLanes), kSlots = (D / 2 + 8 + kLanes - 1) / kLanes;
   const int l = lane % kLanes, size = this->size(), member = this->member();
   const auto active = [&](int i) { return D % (4 * kLanes) == 0 || l + kLanes * i < D / 4; };
   rows = min(item.queries * group - item.tile * kRows, kRows);
   const int64_t of_head = item.head * D + 4 * l;  // in [heads, D]
-  const T* keys = static_cast<const T*>(a.key) + item.query * a.key_stride[0] + item.head * a.key_stride[1] + 4 * l;
-  const T* values =
-      static_cast<const T*>(a.value) + item.query * a.value_stride[0] + item.head * a.value_stride[1] + 4 * l;
-  const auto load_row = [&](const T* row, float (&to)[4 * N]) {
+  const int64_t keys = item.query * a.key_stride[0] + item.head * a.key_stride[1] + 4 * l;
+  const int64_t values = item.query * a.value_stride[0] + item.head * a.value_stride[1] + 4 * l;
+  // Asks for a row in the memory's type; convert() waits for it.
+  const auto ask = [&](const void* base, int64_t at, uint4(&to)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i)
-      if (active(i)) load4(row + 4 * kLanes * i, to + 4 * i);
+      if (active(i)) load4_raw(base, a.dtype, at + 4 * kLanes * i, to[i]);
   };
-  if (2 * member >= rows) when_loaded();
+  const auto convert = [&](const uint4(&from)[N], float (&to)[4 * N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) convert4(from[i], a.dtype, to + 4 * i);
+  };
+  if (kRowsOfWarp * member >= rows) when_loaded();
 #pragma unroll 1
-  for (int first = 2 * member; first < rows; first += 2 * size) {
+  for (int first = kRowsOfWarp * member; first < rows; first += kRowsOfWarp * size) {
     const int r = min(first + lane / kLanes, rows - 1), row = item.tile * kRows + r;
-    const int own = row / group, head = item.head * group + row % group;
+    const int own = token_of(row), head = item.head * group + row - own * group;
     float raw[4 * N] = {}, x[4 * N] = {}, key[4 * N] = {}, out[4 * N] = {}, shift[4 * N] = {}, more[4 * N] = {};
     int slot[kSlots];
     float2 slot_shift[kSlots], ab[kSlots];
-    load_row(static_cast<const T*>(a.query) + (item.query + own) * a.query_stride[0] + head * a.query_stride[1] + 4 * l,
-             raw);
+    uint4 asked[3][N] = {};  // query, key, value
+    ask(a.query, (item.query + own) * a.query_stride[0] + head * a.query_stride[1] + 4 * l, asked[0]);
     if (with_current) {
-      load_row(keys + own * a.key_stride[0], key);
-      load_row(values + own * a.value_stride[0], out);
+      ask(a.key, keys + own * a.key_stride[0], asked[1]);
+      ask(a.value, values + own * a.value_stride[0], asked[2]);
     }
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -52,6 +57,7 @@ __device__ void Kernel<D, NT, Strands>::prepare_rows(bool with_current, const F&
       slot[i] = used ? p.slots[l + kLanes * i] : 0;
       slot_shift[i] = used ? p.slot_shift[item.head * slots + l + kLanes * i] : float2{0, 0};
     }
+    convert(asked[0], raw), convert(asked[1], key), convert(asked[2], out);
     // scores of the step's own token, of the part of the shift that does not rotate, and of what position 0 has more
     float high = 0, fixed = 0, extra = 0, size = 0, largest = 0, together = 0;
     float* saved = s.raw + r * D + 4 * l;
@@ -72,7 +78,7 @@ __device__ void Kernel<D, NT, Strands>::prepare_rows(bool with_current, const F&
     };
     save(raw);
     __syncwarp();
-    if (first == 2 * member) when_loaded();
+    if (first == kRowsOfWarp * member) when_loaded();
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {
       const float u = s.raw[r * D + slot[i]], v = s.raw[r * D + slot[i] + p.rotary_pairs];
@@ -106,14 +112,14 @@ __device__ void Kernel<D, NT, Strands>::prepare_rows(bool with_current, const F&
     float weight = 1;
     if (with_current && item.queries > 1) {
       const int seen = a.sliding_window ? max(own - a.sliding_window + 1, 0) : 0;
-      const int begin = __shfl_sync(kFull, seen, 0), end = __shfl_sync(kFull, own, 31);  // of both rows
+      const int begin = __shfl_sync(kFull, seen, 0), end = __shfl_sync(kFull, own, 31);  // of all the warp's rows
       for (int j = begin; j < end; ++j) {
-        float other[4 * N] = {}, value[4 * N] = {}, score = 0;
+        float other[4 * N], value[4 * N], score = 0;
         const bool sees = j >= seen && j < own;
-        if (sees) {
-          load_row(keys + j * a.key_stride[0], other);
-          load_row(values + j * a.value_stride[0], value);
-        }
+        uint4 of_key[N] = {}, of_value[N] = {};
+        if (sees)
+          ask(a.key, keys + j * a.key_stride[0], of_key), ask(a.value, values + j * a.value_stride[0], of_value);
+        convert(of_key, other), convert(of_value, value);
 #pragma unroll
         for (int i = 0; i < 4 * N; ++i) score += raw[i] * other[i];
         score = warp_sum<kLanes>(score);

@@ -24,28 +24,18 @@ __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-__device__ __forceinline__ void store_element(void* base, int dtype, int64_t index, float x) {
-  if (dtype == kBFloat16)
-    static_cast<__nv_bfloat16*>(base)[index] = __float2bfloat16(x);
-  else if (dtype == kFloat16)
-    static_cast<__half*>(base)[index] = __float2half(x);
-  else
-    static_cast<float*>(base)[index] = x;
-}
-
-inline __device__ __noinline__ void store_row4(void* out, int dtype, int64_t at, float4 x, float factor) {
-  store_element(out, dtype, at, x.x * factor);
-  store_element(out, dtype, at + 1, x.y * factor);
-  store_element(out, dtype, at + 2, x.z * factor);
-  store_element(out, dtype, at + 3, x.w * factor);
-}
-
-// Division by a small constant, exact for numerators below 2^17 and divisors below 2^15.
+// Division by a number that the host knows, exact where numerator times divisor is below 2^32.
 struct FastDivide {
   uint32_t divisor, reciprocal;
-  __device__ explicit FastDivide(uint32_t d) : divisor(d), reciprocal(d == 1 ? 0 : 0xffffffffu / d + 1) {}
+  explicit FastDivide(uint32_t d) : divisor(d), reciprocal(d == 1 ? 0 : 0xffffffffu / d + 1) {}
   __device__ __forceinline__ uint32_t operator()(uint32_t n) const { return reciprocal ? __umulhi(n, reciprocal) : n; }
 };
+
+// n / d, n not negative, d positive and the quotient below 2^21, in half the instructions.
+__device__ __forceinline__ int divide(int n, int d) {
+  const int q = static_cast<int>(__fdividef(static_cast<float>(n), static_cast<float>(d))), rest = n - q * d;
+  return q + (rest >= d) - (rest < 0);
+}
 
 __device__ __forceinline__ float power_of_two(int e) { return __int_as_float((e + 127) << 23); }
 
@@ -139,6 +129,44 @@ __device__ __forceinline__ void load4(const T* p, float* x) {
   } raw = *reinterpret_cast<const decltype(raw)*>(p);
 #pragma unroll
   for (int b = 0; b < 4; ++b) x[b] = to_float(raw.x[b]);
+}
+
+// Four elements of a WkvDtype from index `at` on, as they are in memory.
+__device__ __forceinline__ void load4_raw(const void* base, int dtype, int64_t at, uint4& x) {
+  const char* p = static_cast<const char*>(base) + at * (dtype == kFloat32 ? 4 : 2);
+  if (dtype == kFloat32) {
+    x = *reinterpret_cast<const uint4*>(p);
+  } else {
+    const uint2 y = *reinterpret_cast<const uint2*>(p);
+    x.x = y.x, x.y = y.y;
+  }
+}
+
+__device__ __forceinline__ void convert4(const uint4& raw, int dtype, float* x) {
+  if (dtype == kFloat32) {
+    x[0] = __uint_as_float(raw.x), x[1] = __uint_as_float(raw.y);
+    x[2] = __uint_as_float(raw.z), x[3] = __uint_as_float(raw.w);
+  } else if (dtype == kBFloat16) {
+    x[0] = __uint_as_float(raw.x << 16), x[1] = __uint_as_float(raw.x & 0xffff0000);
+    x[2] = __uint_as_float(raw.y << 16), x[3] = __uint_as_float(raw.y & 0xffff0000);
+  } else {
+    const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&raw.x));
+    const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&raw.y));
+    x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
+  }
+}
+
+// Stores four elements of a WkvDtype.
+__device__ __forceinline__ void store4(void* base, int dtype, int64_t at, float4 x) {
+  char* p = static_cast<char*>(base) + at * (dtype == kFloat32 ? 4 : 2);
+  if (dtype == kFloat32) {
+    *reinterpret_cast<float4*>(p) = x;
+  } else if (dtype == kBFloat16) {
+    const __nv_bfloat162 y[2] = {__floats2bfloat162_rn(x.x, x.y), __floats2bfloat162_rn(x.z, x.w)};
+    *reinterpret_cast<uint2*>(p) = *reinterpret_cast<const uint2*>(y);
+  } else {
+    *reinterpret_cast<uint2*>(p) = {pack_half2(x.x, x.y), pack_half2(x.z, x.w)};
+  }
 }
 
 // Unnormalized Hadamard rotation of a row, in blocks of the largest power of two that divides it.

@@ -51,9 +51,10 @@ namespace wkvquant {
 
 template <int D, int NT, int Strands>
 __global__ void __launch_bounds__(Shape<D, NT, Strands>::kThreads, Shape<D, NT, Strands>::kCtasPerSm)
-    paged_attention(const __grid_constant__ WkvCudaAttention a, const __grid_constant__ WkvCudaParams p, int teams) {
+    paged_attention(const __grid_constant__ WkvCudaAttention a, const __grid_constant__ WkvCudaParams p,
+                    const __grid_constant__ Launch of_launch) {
   extern __shared__ __align__(16) char memory[];
-  Kernel<D, NT, Strands>(a, p, teams, memory).run();
+  Kernel<D, NT, Strands>(a, p, of_launch, memory).run();
 }
 
 template <int D, int NT, int Strands>
@@ -75,7 +76,7 @@ cudaError_t launch(const WkvCudaAttention& a, const WkvCudaParams& p, cudaStream
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = a.after_write && major >= 9;
-  return cudaLaunchKernelEx(&config, paged_attention<D, NT, Strands>, a, p, teams);
+  return cudaLaunchKernelEx(&config, paged_attention<D, NT, Strands>, a, p, Launch(a, p, teams));
 }
 
 template <int D>

@@ -26,7 +26,7 @@ int launch_any(const WkvCudaAttention& a, const WkvCudaParams& p) {
     std::vector<uint4> memory(kSharedBytes / sizeof(uint4) + 1);
     memset(memory.data(), 0xff, memory.size() * sizeof(uint4));
     run_grid(dim3(std::min(a.num_sms * S::kCtasPerSm, kMaxCtas), 1, 1), S::kThreads,
-             [&] { Kernel<D, NT, Strands>(a, p, teams, reinterpret_cast<char*>(memory.data())).run(); });
+             [&] { Kernel<D, NT, Strands>(a, p, Launch(a, p, teams), reinterpret_cast<char*>(memory.data())).run(); });
     return 0;
   });
 }

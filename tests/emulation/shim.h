@@ -147,6 +147,7 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t s) {
 }
 inline int __float_as_int(float x) { return (int)bits(x); }
 inline float __int_as_float(int x) { return from<float>((uint32_t)x); }
+inline float __uint_as_float(uint32_t x) { return from<float>(x); }
 inline void sincospif(float x, float* s, float* c) {
   *s = sin(M_PI * (double)x);
   *c = cos(M_PI * (double)x);
