@@ -24,7 +24,8 @@ VARIANTS = {
     "int4_per_token_head": ("vLLM int4_per_token_head", "#fdae6b"),
     "turboquant_4bit_nc": ("vLLM turboquant_4bit_nc", "#bcbddc"),
     "cuda": ("4 bits, a shift on every pair", "#31a354"),
-    "cuda, no shift": ("4 bits, no shift", "#a1d99b"),
+    "cuda, slow": ("4 bits, a shift on slow pairs", "#74c476"),
+    "cuda, none": ("4 bits, no shift", "#c7e9c0"),
 }
 
 
@@ -35,8 +36,9 @@ def best_times(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
         if row["op"] != "decode" or not row.get("us"):
             continue
         variant = row["variant"]
-        if variant == "cuda" and "shift=none" in row.get("options", ""):
-            variant = "cuda, no shift"
+        shift = row.get("options", "").rpartition("shift=")[2]
+        if variant == "cuda" and shift in ("slow", "none"):
+            variant = f"cuda, {shift}"
         found = best.setdefault((row["num_kv_heads"], row["batch"], row["context"]), {})
         if variant not in found or row["us"] < found[variant]["us"]:
             found[variant] = row
@@ -52,6 +54,8 @@ def draw_decode(rows: list[dict]) -> Figure:
     figure, axis = plt.subplots(figsize=(12, 4.5))
     width = 0.8 / len(VARIANTS)
     for i, (variant, (label, color)) in enumerate(VARIANTS.items()):
+        if not any(variant in found for found in best.values()):
+            continue
         heights = [
             found["fa3-bf16"]["us"] / found[variant]["us"] if variant in found else 0.0 for found in best.values()
         ]
