@@ -74,3 +74,20 @@ def test_builds_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         ("old", 5, None), ("broken", None, "RuntimeError: no kernel"), ("new", 4, None)
     ]  # fmt: skip
     assert TURNS == 3
+
+
+def test_shifts_are_drawn_apart() -> None:
+    """A bar of the rows with a shift on every pair shows no other's time, be it the fastest."""
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    import plots
+
+    times = {"rotating": 4.0, "slow": 3.0, "none": 2.0}
+    rows = [row(us=us, options=f"block_size=64 shift={kind}", read_fraction=1 / us) for kind, us in times.items()]
+    peer = Row(op="decode", variant="fa3-bf16", device="any", batch=1, context=2, num_kv_heads=1, us=6.0)
+    figure = plots.draw_decode([x.present() for x in (*rows, peer)])
+    bars = {c.get_label(): [bar.get_height() for bar in c] for c in figure.axes[0].containers}
+    assert bars == {
+        "4 bits, a shift on every pair": [1.5],
+        "4 bits, a shift on slow pairs": [2.0],
+        "4 bits, no shift": [3.0],
+    }
