@@ -74,7 +74,7 @@ def generate(model: str, kv_cache_dtype: str, out: str) -> None:
 
 def run_row(model: Path, kv_cache_dtype: str) -> dict:
     """`generate` in a subprocess, so that every engine starts from nothing."""
-    environment = {**os.environ, "VLLM_CPU_INT4_W4A8": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
+    environment = {**os.environ, "VLLM_CPU_INT4_W4A8": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "row.json"
         command = [sys.executable, __file__, "--row", str(model), kv_cache_dtype, str(out)]
