@@ -224,6 +224,28 @@ def run_eval(args: argparse.Namespace) -> int:
     return evaluate.main(args)
 
 
+def add_write_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `wkvquant write-text`."""
+    parser.description = (
+        "Write text that the model makes up itself, from random first tokens on. Calibrated on as much of it as of\n"
+        "your own text (append one to the other), a model keeps more of what your text does not show."
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL", help="directory of a Hugging Face checkpoint")
+    parser.add_argument("file", type=Path, metavar="FILE", help="text file to create")
+    parser.add_argument("--tokens", type=int, default=1 << 17, help="how many, at least (%(default)s)")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a text (%(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="texts at a time (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (%(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+
+
+def run_write_text(args: argparse.Namespace) -> int:
+    """Run `wkvquant write-text`; returns the exit status."""
+    from vllm_wkvquant import self_text
+
+    return self_text.main(args)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command. Nothing heavy is imported before a command runs."""
     parser = argparse.ArgumentParser(prog="wkvquant", description="4-bit weights and a 4-bit paged KV cache for vLLM")
@@ -232,6 +254,9 @@ def build_parser() -> argparse.ArgumentParser:
     quantize = commands.add_parser("quantize", help="make a checkpoint from a Hugging Face model")
     add_quantize_arguments(quantize)
     quantize.set_defaults(run=run_quantize)
+    writing = commands.add_parser("write-text", help="let a model write text to calibrate on")
+    add_write_text_arguments(writing)
+    writing.set_defaults(run=run_write_text)
     look = commands.add_parser("inspect", help="show and validate a checkpoint")
     add_inspect_arguments(look)
     look.set_defaults(run=run_inspect)
@@ -250,7 +275,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; `wkvquant quantize` goes on with --resume", file=sys.stderr)
+        more = "; the same command goes on with --resume" if args.run is run_quantize else ""
+        print(f"interrupted{more}", file=sys.stderr)
         return 130
 
 

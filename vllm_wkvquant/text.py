@@ -17,11 +17,17 @@ def load_tokenizer(model: Path) -> Any:
         raise ConfigError(f"the tokenizer of {model} cannot be loaded: {reason}") from error
 
 
-def read_tokens(model: Path, file: Path, what: str) -> tuple[list[int], list[int]]:
-    """Tokens of a UTF-8 file without special ones, and the prefix that the tokenizer puts before every text.
+def prefix_of(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before every text, as it does with a served prompt: Llama's BOS, often nothing."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    special = tokenizer("a")["input_ids"]
+    return special[: special.index(plain[0])] if plain and plain[0] in special else []
 
-    The prefix is what a served prompt begins with (Llama's BOS; often nothing). what: name of the file in errors.
-    Raises ConfigError.
+
+def read_tokens(model: Path, file: Path, what: str) -> tuple[list[int], list[int]]:
+    """Tokens of a UTF-8 file without special ones, and `prefix_of` the tokenizer.
+
+    what: name of the file in errors. Raises ConfigError.
     """
     if not file.is_file():
         raise ConfigError(f"{what} {file} does not exist; give a UTF-8 text file")
@@ -30,7 +36,4 @@ def read_tokens(model: Path, file: Path, what: str) -> tuple[list[int], list[int
     except UnicodeDecodeError as error:
         raise ConfigError(f"{what} {file} is not UTF-8: {error}") from error
     tokenizer = load_tokenizer(model)
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    special = tokenizer("a")["input_ids"]
-    prefix = special[: special.index(plain[0])] if plain and plain[0] in special else []
-    return tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"], prefix
+    return tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"], prefix_of(tokenizer)

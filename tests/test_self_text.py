@@ -1,0 +1,69 @@
+"""`wkvquant write-text`: text of the model's own."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from vllm_wkvquant import cli, self_text
+from vllm_wkvquant.text import read_tokens
+
+
+def run(model: Path, file: Path, *options: object) -> int:
+    return cli.main(["write-text", str(model), str(file), *map(str, options)])
+
+
+def test_texts_are_likely_to_the_model(smollm2, tmp_path: Path) -> None:
+    """A text that the model wrote surprises it less than the same words of another order do."""
+    options = ["--tokens", 100, "--length", 48, "--batch", 2]
+    assert run(smollm2.path, tmp_path / "own.txt", *options) == 0
+    ids, _ = read_tokens(smollm2.path, tmp_path / "own.txt", "text")
+    assert len(ids) >= 100  # three texts, the last batch has but one
+    model = AutoModelForCausalLM.from_pretrained(smollm2.path, dtype=torch.float32)
+
+    def loss(tokens: list[int]) -> float:
+        row = torch.tensor([tokens[:90]])
+        return model(row, labels=row).loss.item()
+
+    shuffled = [ids[i] for i in torch.randperm(len(ids), generator=torch.Generator().manual_seed(0)).tolist()]
+    assert loss(ids) < loss(shuffled) - 1
+    assert run(smollm2.path, tmp_path / "again.txt", *options) == 0
+    assert run(smollm2.path, tmp_path / "other.txt", *options, "--seed", 1) == 0
+    own, again, other = ((tmp_path / f"{name}.txt").read_text() for name in ("own", "again", "other"))
+    assert own == again != other
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_interruption_leaves_no_file(smollm2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> object:
+        yield ["a"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(self_text, "write", interrupted)
+    assert run(smollm2.path, tmp_path / "own.txt") == 130
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--length", "100000"], "--length 100000 is more than the "),
+        (["--tokens", "0"], "--tokens 0 must be at least 1"),
+        (["--device", "tpu"], "--device tpu is neither cpu nor cuda"),
+    ],
+)
+def test_bad_input_is_refused(smollm2, tmp_path: Path, options: list[str], reason: str, capsys) -> None:
+    assert run(smollm2.path, tmp_path / "own.txt", *options) == 2
+    assert reason in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_files_are_refused(smollm2, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "there.txt").touch()
+    assert run(smollm2.path, tmp_path / "there.txt") == 2
+    assert "exists; give a new name" in capsys.readouterr().err
+    assert run(smollm2.path, tmp_path / "nowhere" / "own.txt") == 2
+    assert "does not exist" in capsys.readouterr().err
+    assert run(tmp_path / "no-model", tmp_path / "own.txt") == 2
+    assert "cannot be loaded" in capsys.readouterr().err
