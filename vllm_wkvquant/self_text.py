@@ -66,6 +66,7 @@ def write(folder: Path, tokens: int, length: int, batch: int, seed: int, device:
                 temperature=1.0,
                 top_k=0,
                 top_p=1.0,
+                repetition_penalty=1.0,  # whatever the model's own settings for serving say
                 min_new_tokens=length - 1,  # an end of text is never drawn
                 max_new_tokens=length - 1,
                 pad_token_id=tokenizer.pad_token_id or 0,
