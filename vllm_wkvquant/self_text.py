@@ -15,15 +15,13 @@ from rich.progress import track
 from transformers import AutoModelForCausalLM
 
 from vllm_wkvquant.config import ConfigError
+from vllm_wkvquant.quantize.plan import check_device
 from vllm_wkvquant.text import load_tokenizer, prefix_of
 
 
 def check(args: argparse.Namespace) -> None:
     """Everything that can be refused before long work. Raises ConfigError."""
-    if args.device.partition(":")[0] not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {args.device} is neither cpu nor cuda")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu")
+    check_device(args.device)
     if not args.file.parent.is_dir():
         raise ConfigError(f"the directory of {args.file} does not exist")
     if args.file.exists():

@@ -79,15 +79,20 @@ class Plan:
     storage: Storage = Storage()
 
 
+def check_device(device: str) -> None:
+    """Raise ConfigError unless there is such a device here."""
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {device} is neither cpu nor cuda")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu")
+
+
 def preflight(settings: Settings, workers: Workers = ALONE) -> Plan:
     """Everything that can be refused before long work. Raises ConfigError."""
     recipe = settings.recipe if isinstance(settings.recipe, Recipe) else find_recipe(settings.recipe)
     if workers.rank == 0:  # who writes
         check_output(settings.out, settings.resume)
-    if settings.device.partition(":")[0] not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {settings.device} is neither cpu nor cuda")
-    if settings.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu")
+    check_device(settings.device)
     attention = CalibrationAttention()
     adapter = ModelAdapter(settings.model, ATTENTION)
     limit = int(adapter.config.max_position_embeddings)
