@@ -3,8 +3,8 @@
 Every time is the median over replays of a CUDA graph of many calls, each on the next of several copies of the cache,
 together larger than three times the L2 cache. Decode counts everything from roped q, k, v to the output but the write;
 `write+decode` rows have both (max_error: against the two not overlapped).
-Our plan is in it, since every CTA makes it for itself; what a peer or a metadata builder makes once a step is a `plan`
-row.
+What is made once a step for all layers is not in it: our plan and positions of tokens, a peer's scheduler metadata.
+Those are `plan` rows.
 
 Prefill is a chunk of one sequence over its past: `cuda` and `triton` are what the plugin does, keys and values
 gathered by our kernel, FlashAttention over them, and vLLM's merge where they do not fit the workspace; `cuda-gather`
@@ -65,13 +65,12 @@ class Build:
 
     name: str
     path: Path
-    workspaces: dict[tuple[torch.device, int], torch.Tensor] = field(default_factory=dict)
+    workspaces: dict[tuple[torch.device, int], native_cuda.Workspace] = field(default_factory=dict)
 
     @functools.cached_property
     def library(self) -> Any:
         lib = native_cuda.load(self.path)
-        structs = (native_cuda.Params, native_cuda.CacheWrite, native_cuda.PagedAttention, native_cuda.Gather)
-        if any(lib.wkvquant_cuda_sizeof(i) != ctypes.sizeof(struct) for i, struct in enumerate(structs)):
+        if any(lib.wkvquant_cuda_sizeof(i) != ctypes.sizeof(x) for i, x in enumerate(native_cuda.STRUCTS)):
             raise ValueError(f"{self.path} has another interface than this version")
         return lib
 
@@ -265,13 +264,26 @@ class Ours(Cache):
     def write(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> None:
         native_cuda.cache_write(key, value, self.pages, slots, positions, self.step.params)
 
+    def plan(self, params: reference.KVParams) -> Callable[[], native_cuda.Plan]:
+        """The step's plan by the build in use, each of which makes its own, once."""
+        s, made = self.step, dict[int, native_cuda.Plan]()
+
+        def plan() -> native_cuda.Plan:
+            library = id(native_cuda.library())
+            if library not in made:
+                planner = native_cuda.Planner([params], HEADS)
+                made[library] = planner.plan(s.starts, s.seq_lens, s.batch, s.batch, self.table.shape[2] * self.block)
+            return made[library]
+
+        return plan
+
     def attend(self, params: reference.KVParams, variant: str) -> Call:
-        s = self.step
+        s, plan = self.step, self.plan(params)
 
         def attend(c: int) -> None:
             ops.paged_attention(
                 s.query, s.key, s.value, self.pages, self.table[c], s.seq_lens, s.starts, params, SCALE, s.out,
-                variant=variant,
+                variant=variant, plan=plan() if variant == "cuda" else None,
             )  # fmt: skip
 
         return attend
@@ -318,14 +330,14 @@ class Ours(Cache):
 
     def write_and_attend(self, params: reference.KVParams) -> Call:
         """One after the other as the plugin calls them."""
-        s = self.step
+        s, plan = self.step, self.plan(params)
         slots, positions = s.slots(self.table, self.block), (s.seq_lens - 1).long()
 
         def both(c: int) -> None:
             native_cuda.cache_write(s.key, s.value, self.pages, slots[c], positions, params)
             native_cuda.paged_attention(
                 s.query, s.key, s.value, self.pages, self.table[c], s.seq_lens, s.starts, params, SCALE, s.out,
-                after_write=True,
+                after_write=True, plan=plan(),
             )  # fmt: skip
 
         return both
@@ -643,11 +655,13 @@ class Prefill:
 
     def measure_decode(self, row: Row, kind: str) -> None:
         params = self.parameters(kind)
+        planner = native_cuda.Planner([params], HEADS)
+        plan = planner.plan(self.starts, self.seq_lens, 1, self.count, self.table.shape[1] * self.block)
 
         def attend(c: int) -> None:
             native_cuda.paged_attention(
                 self.query, self.key, self.value, self.pages, self.table, self.seq_lens, self.starts, params, SCALE,
-                self.out,
+                self.out, plan=plan,
             )  # fmt: skip
 
         row.us = timed(attend, 1)
@@ -793,20 +807,19 @@ def prefill_rows(kv_heads: int, count: int, past: int, args: argparse.Namespace)
     yield from found
 
 
-def plan_row(batch: int, context: int) -> Row:
-    """Positions of a step's tokens, which the plugin's metadata builder computes once a step on the device."""
+def plan_row(kv_heads: int, batch: int, context: int) -> Row:
+    """The plan of a step and its tokens' positions, which the plugin's metadata builder makes once for all layers."""
     row = Row(
-        op="plan", variant="cuda", device=torch.cuda.get_device_name(), batch=batch, context=context, num_kv_heads=0
-    )
+        op="plan", variant="cuda", device=torch.cuda.get_device_name(), batch=batch, context=context,
+        num_kv_heads=kv_heads,
+    )  # fmt: skip
 
     def measure(row: Row) -> None:
-        from vllm_wkvquant.plugin.attention import token_positions
-
         lengths = torch.full((batch,), context, dtype=torch.int32, device="cuda")
         starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
-        tokens = torch.arange(batch, device="cuda")
-        positions = torch.empty_like(tokens)
-        row.us = timed(lambda i: token_positions(starts, lengths, tokens, positions), 1)
+        positions = torch.empty(batch, dtype=torch.int64, device="cuda")
+        planner = native_cuda.Planner([make_params(kv_heads, BASE).to("cuda")], HEADS)
+        row.us = timed(lambda i: planner.plan(starts, lengths, batch, batch, context, positions), 1)
 
     return attempt(row, measure)
 
@@ -869,7 +882,6 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
         torch.cuda.empty_cache()
     for shape in filter(None, args.shapes.split(",") if args.op in ("decode", "all") else []):
         kv_heads, batch, context = (int(x) for x in shape.split("x"))
-        if not args.no_peers:
-            yield plan_row(batch, context)
+        yield plan_row(kv_heads, batch, context)
         yield from decode_rows(kv_heads, batch, context, args, peak)
         torch.cuda.empty_cache()

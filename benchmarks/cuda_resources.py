@@ -3,7 +3,7 @@
     python benchmarks/cuda_resources.py
 
 Stack is what ptxas spilled: the kernels use no local arrays. Exits with 1 where a kernel spills more than KNOWN allows.
-Shared memory is that of a launch over 256 sequences with a shift on all rotary pairs of base 5e5. Needs cuobjdump, on
+Shared memory is that of a launch with one team a CTA and a shift on all rotary pairs of base 5e5. Needs cuobjdump, on
 the PATH or beside triton, but no GPU.
 """
 
@@ -25,7 +25,6 @@ KNOWN = {
     ("paged_attention", 128, 1, 1): (16, "two CTAs on an SM leave 168 registers; sm_121 alone"),
     ("paged_attention", 128, 1, 2): (8, "the same"),
 }
-SEQUENCES = 256
 
 
 def cuobjdump() -> str:
@@ -44,7 +43,7 @@ def shared_bytes(head_size: int, tiles: int, strands: int) -> int:
     ones = torch.ones(1, head_size)
     params = KVParams(ones, ones, ones, key_hadamard=True, rope_turns=reference.rope_turns(inv_freq))
     fields = native_cuda.prepare(params).fields
-    return native_cuda.library().wkvquant_cuda_shared_bytes(ctypes.byref(fields), tiles, strands, SEQUENCES)
+    return native_cuda.library().wkvquant_cuda_shared_bytes(ctypes.byref(fields), tiles, strands)
 
 
 def main() -> None:

@@ -37,11 +37,12 @@ def run(implementation, case: cases.Case, **options) -> tuple[torch.Tensor, torc
     return out.cpu(), lse.cpu()
 
 
-def check(case: cases.Case, **options) -> None:
+def check(case: cases.Case, planner: native_cuda.Planner | None = None, **options) -> None:
     """Ours equals the specification, and leaves padded rows alone."""
     case = to_gpu(case)
     tokens = int(case.query_start_loc[-1])
-    out, lse = run(native_cuda.paged_attention, case, **options)
+    plan = {} if planner is None else {"plan": plan_of(planner, case)}
+    out, lse = run(native_cuda.paged_attention, case, **options, **plan)
     expected, expected_lse = run(reference.paged_attention, replace(case, query=case.query.double()), **options)
     assert out[tokens:].isnan().all()
     assert (lse[tokens:] == 7).all()
@@ -281,6 +282,74 @@ def test_graph_replay():
         assert torch.equal(lse[:3].cpu(), eager_lse[:3])
         native_cuda.cache_write(case.key[:3], case.value[:3], before, slots, positions, static.params)
         assert torch.equal(before, cache)
+
+
+def plan_of(planner: native_cuda.Planner, case: cases.Case, planned: int | None = None) -> native_cuda.Plan:
+    """A plan of the first sequences, for a call with the tables of all."""
+    planned = case.seq_lens.shape[0] if planned is None else planned
+    return planner.plan(
+        case.query_start_loc, case.seq_lens, planned, int(case.query_start_loc[planned]),
+        case.block_table.shape[1] * case.kv_cache.shape[2],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("query_len", [1, 3, 9])
+def test_one_plan_serves_all_layers(query_len):
+    """Also those whose tables of the shift leave room for fewer teams, and after another step."""
+    first, second = (cases.make_params(2, 128, kind=kind) for kind in ("none", "rotating"))
+    lengths = [(600, query_len), (0, query_len), (33, query_len), (0, 0), (257, max(1, query_len - 1))]
+    layers = [cases.make_case(lengths, x, group=4, dtype=torch.float16) for x in (first, second)]
+    planner = native_cuda.Planner([x.params.to("cuda") for x in layers], 8)
+    check(cases.make_case([(90, 2), (5, 1)], first, group=4, dtype=torch.float16), planner)
+    for case in layers:
+        check(case, planner)
+    case = to_gpu(layers[1])
+    of_all = run(native_cuda.paged_attention, case)[0]
+    out, _ = run(native_cuda.paged_attention, case, plan=plan_of(planner, case, 2))
+    assert (out[: 2 * query_len] - of_all[: 2 * query_len]).abs().max() < 3e-3
+    assert out[2 * query_len :].isnan().all()  # a plan of the first sequences leaves the others' rows alone
+
+
+@pytest.mark.parametrize("seqs", [1, 40, 1100])
+def test_positions(seqs):
+    """As the specification has them, of more sequences and tokens than a CTA has threads, padding included."""
+    generator = torch.Generator().manual_seed(seqs)
+    counts = torch.randint(0, 5, (seqs,), generator=generator)
+    counts[0] = 3
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).int()
+    seq_lens = (torch.randint(0, 9000, (seqs,), generator=generator) + counts).int()
+    expected = torch.empty(int(starts[-1]) + 7, dtype=torch.int64)
+    reference.token_positions(starts, seq_lens, torch.arange(len(expected)), expected)
+    planner = native_cuda.Planner([cases.make_params(1, 64).to("cuda")], 1)
+    found = torch.full_like(expected, -1).cuda()
+    planner.plan(starts.cuda(), seq_lens.cuda(), seqs, int(starts[-1]), 1 << 20, found)
+    assert torch.equal(found.cpu(), expected)
+
+
+def test_more_sequences_than_threads():
+    """More than the threads of the CTA that plans them, most without a past."""
+    lengths = [((7 * i) % 61 if i % 5 == 0 else 0, i % 3) for i in range(1300)]
+    check(cases.make_case(lengths, cases.make_params(1, 64), group=2, dtype=torch.float16))
+
+
+def test_a_plan_that_does_not_fit_is_refused():
+    case = to_gpu(cases.make_case([(40, 1), (9, 1)], cases.make_params(2, 64), group=2, dtype=torch.float16))
+    planner = native_cuda.Planner([case.params], 4)
+    plan = plan_of(planner, case)
+    with pytest.raises(ValueError, match=r"layer that has .* 4, 16\)"):
+        run(native_cuda.paged_attention, case, plan=plan, sliding_window=16)
+    with pytest.raises(ValueError, match="does not fit a layer"):
+        run(native_cuda.paged_attention, case, plan=replace(plan, num_heads=2))
+    with pytest.raises(ValueError, match="does not fit 2 rows"):
+        run(native_cuda.paged_attention, replace(case, query=case.query[:2]), plan=replace(plan, num_tokens=3))
+    with pytest.raises(ValueError, match="block table of"):
+        run(native_cuda.paged_attention, replace(case, block_table=case.block_table[:, :1]), plan=plan)
+    with pytest.raises(ValueError, match="3 of 2 sequences"):
+        planner.plan(case.query_start_loc, case.seq_lens, 3, 3, 64)
+    with pytest.raises(ValueError, match="same heads"):
+        native_cuda.Planner([case.params, cases.make_params(1, 64).to("cuda")], 4)
+    with pytest.raises(ValueError, match="3 query heads"):
+        native_cuda.Planner([case.params], 3)
 
 
 def test_attention_that_overlaps_the_write_reads_what_it_wrote():

@@ -29,6 +29,7 @@ def emulated(tmp_path_factory):
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         patch.setattr(native_cuda, "_workspaces", {})
         patch.setattr(native_cuda, "_spares", {})
+        patch.setattr(native_cuda, "_shared_memory", lambda device: 227 << 10)
         native_cuda.library.cache_clear()
         yield
         native_cuda.library.cache_clear()
@@ -103,6 +104,24 @@ def test_equal_sequences(emulated, count):
     test_ops_cuda.test_equal_sequences(count)
 
 
+@pytest.mark.parametrize("query_len", [1, 3, 9])
+def test_one_plan_serves_all_layers(emulated, query_len):
+    test_ops_cuda.test_one_plan_serves_all_layers(query_len)
+
+
+@pytest.mark.parametrize("seqs", [1, 40, 1100])
+def test_positions(emulated, seqs):
+    test_ops_cuda.test_positions(seqs)
+
+
+def test_a_plan_that_does_not_fit_is_refused(emulated):
+    test_ops_cuda.test_a_plan_that_does_not_fit_is_refused()
+
+
+def test_more_sequences_than_threads(emulated):
+    test_ops_cuda.test_more_sequences_than_threads()
+
+
 def test_rotary(emulated):
     test_ops_cuda.test_rotary(32, 1e4, 1.35)
 
@@ -128,12 +147,10 @@ def test_reserve(emulated, monkeypatch):
     """A capture takes a spare workspace, a stream keeps its own, and too many sequences are refused."""
     case = cases.make_case([(20, 1)], cases.make_params(1, 64))
     device = case.params.k_smooth.device
-    properties = SimpleNamespace(shared_memory_per_block_optin=64 << 10)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(native_cuda, "_spares", {})
     monkeypatch.setattr(native_cuda, "_workspaces", {})
-    native_cuda.reserve(case.params, 256)
-    native_cuda.reserve(case.params, 256)
+    native_cuda.reserve(case.params, 4096)
+    native_cuda.reserve(case.params, 4096)
     spares = list(native_cuda._spares[device])
     assert len(spares) == native_cuda.SPARES
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -142,12 +159,11 @@ def test_reserve(emulated, monkeypatch):
     assert native_cuda._workspace(device, 1) is spares.pop()
     with pytest.raises(RuntimeError, match="reserve"):
         native_cuda._workspace(device, 2)
-    with pytest.raises(ValueError, match=r"shared memory for 4096 sequences.*--max-num-seqs"):
-        native_cuda.reserve(case.params, 4096)
+    with pytest.raises(ValueError, match=r"take 4096 sequences.*--max-num-seqs"):
+        native_cuda.reserve(case.params, 4097)
 
 
 def test_structs(emulated):
     lib = native_cuda.library()
-    structs = (native_cuda.Params, native_cuda.CacheWrite, native_cuda.PagedAttention, native_cuda.Gather)
-    for i, struct in enumerate(structs):
+    for i, struct in enumerate(native_cuda.STRUCTS):
         assert lib.wkvquant_cuda_sizeof(i) == native_cuda.ctypes.sizeof(struct)

@@ -17,7 +17,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 import vllm_wkvquant
-from vllm_wkvquant import checkpoint, layout, ops, plugin
+from vllm_wkvquant import checkpoint, layout, ops, plugin, reference
 from vllm_wkvquant.config import ConfigError, KVCacheConfig, RopeConfig
 from vllm_wkvquant.plugin import attention, prefill, quantization
 
@@ -397,7 +397,7 @@ def test_positions_are_indices_in_the_sequence(lengths: list) -> None:
     seq_lens = torch.tensor([past + n for past, n in lengths], dtype=torch.int32)
     padded = count + 3
     out = torch.full((padded,), -99)
-    attention.token_positions(starts, seq_lens, torch.arange(padded), out)
+    reference.token_positions(starts, seq_lens, torch.arange(padded), out)
     expected = [past + i for past, n in lengths for i in range(n)]
     assert out[:count].tolist() == expected
     assert (out >= 0).all()
@@ -438,19 +438,34 @@ def test_positions_keep_their_address() -> None:
 
 
 def test_decode_is_captured_where_kernels_of_a_gpu_are(monkeypatch) -> None:
-    """UNIFORM_BATCH with them, after every layer's needs were reserved; NEVER with the reference."""
+    """UNIFORM_BATCH with them, after every layer's needs were reserved; NEVER with the reference. CUDA's plan steps."""
     params = [layer_with_params().wkv_params for _ in range(2)]
-    reserved = []
+    reserved, planned = [], []
+
+    class Planner:
+        def plan(self, query_start_loc, seq_lens, num_planned, num_tokens, most_past, positions):
+            reference.token_positions(query_start_loc, seq_lens, torch.arange(len(positions)), positions)
+            planned.append((num_planned, num_tokens, most_past))
+            return len(planned)
+
+    def planner(layers, num_heads, window):
+        assert [id(x) for x in layers] == [id(x) for x in params]
+        assert (num_heads, window) == (6, 0)
+        return Planner() if ops.default_variant("cpu", 64) == "cuda" else None
+
     vllm_config = SimpleNamespace(
         model_config=FakeModel(dtype=torch.bfloat16),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=16, max_num_seqs=5),
         compilation_config=SimpleNamespace(
             max_cudagraph_capture_size=24,
-            static_forward_context={name: SimpleNamespace(wkv_params=p) for name, p in zip("ab", params, strict=True)},
+            static_forward_context={
+                name: SimpleNamespace(wkv_params=p, num_heads=6) for name, p in zip("ab", params, strict=True)
+            },
         ),
     )
     spec = SimpleNamespace(head_size=64, block_size=32)
     monkeypatch.setattr(ops, "reserve", lambda p, max_seqs: reserved.append((p, max_seqs)))
+    monkeypatch.setattr(ops, "planner", planner)
     for variant, support, first in (
         ("reference", "NEVER", 16),
         ("cuda", "UNIFORM_BATCH", 24),
@@ -462,8 +477,17 @@ def test_decode_is_captured_where_kernels_of_a_gpu_are(monkeypatch) -> None:
         address = b.build(0, common([(0, first)], list(range(first)))).positions.data_ptr()
         # a larger batch leaves the captured positions where they are
         assert b.build(0, common([(0, 40)], list(range(40)))).positions.data_ptr() != address
-        assert b.build(0, common([(0, first)], list(range(first)))).positions.data_ptr() == address
+        step = b.build(0, common([(0, first)], list(range(first))))
+        assert step.positions.data_ptr() == address
+        assert step.positions.tolist() == list(range(first))
+        assert step.plan == (3 if variant == "cuda" else None)
     assert [(id(p), n) for p, n in reserved] == 2 * [(id(p), 5) for p in params]
+    assert planned == [(1, 24, 8 * 32), (1, 40, 8 * 32), (1, 24, 8 * 32)]
+    # heads that differ from layer to layer have no plan in common
+    vllm_config.compilation_config.static_forward_context["b"].num_heads = 2
+    monkeypatch.setattr(ops, "default_variant", lambda device_type, head_size: "cuda")
+    b = attention.WKVQuantMetadataBuilder(spec, ["a", "b"], vllm_config, torch.device("cpu"))
+    assert b.build(0, common([(3, 1)], [3])).plan is None
 
 
 def test_non_causal_attention_is_refused() -> None:

@@ -3,13 +3,14 @@
 Nothing reaches a pointer before its tensor's shape, dtype, strides and device are checked here; values on the device
 (slots, lengths, block tables) are not read, so that calls can be captured into a graph. What a call needs besides its
 arguments (tables of a layer's parameters, a workspace for each stream) is made on first use, or by `reserve`, which
-must come before a capture.
+must come before a capture. A `Planner` does once a step what is the same in all of its layers.
 """
 
 import ctypes
 import functools
 import math
 import weakref
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ CHEBYSHEV = 16
 # Largest norm of a head's shift whose part of the scores may be rounded to fp16. At head size 128 and a random query
 # the scores' standard error is 2e-3 then; rounding the keys to bf16, as a bf16 cache does, makes one of 1.6e-2.
 PLAIN = 96.0
+MOST_ROWS = 16  # kMaxRows, of a tile
 TABLED = 4  # steps whose tables the kernels keep in shared memory; csrc/cuda/api.h
 
 
@@ -55,18 +57,29 @@ class CacheWrite(Structure):
     ]
 
 
+class PlanStep(Structure):
+    """WkvCudaPlan of csrc/cuda/api.h."""
+
+    _fields_ = [
+        *[(name, c_void_p) for name in ("seq_lens", "query_start_loc", "positions", "plan")],
+        *[(name, c_int64) for name in ("num_positions", "most_past")],
+        *[(name, c_int32) for name in ("num_seqs", "num_planned", "num_tokens")],
+        *[(name, c_int32) for name in ("num_heads", "num_kv_heads", "head_size")],
+        *[(name, c_int32) for name in ("queries", "teams", "num_sms", "sliding_window")],
+    ]
+
+
 class PagedAttention(Structure):
     """WkvCudaAttention of csrc/cuda/api.h."""
 
     _fields_ = [
         *[(name, c_void_p) for name in ("query", "key", "value", "out", "lse", "kv_cache")],
-        *[(name, c_void_p) for name in ("block_table", "seq_lens", "query_start_loc", "workspace")],
+        *[(name, c_void_p) for name in ("block_table", "plan", "workspace")],
         *[(f"{name}_stride", c_int64 * 2) for name in ("query", "key", "value", "out", "lse")],
-        *[(name, c_int64) for name in ("block_table_stride", "block_stride", "num_blocks", "num_tokens")],
-        *[(name, c_int32) for name in ("max_blocks", "num_seqs", "num_heads", "block_size", "dtype")],
-        ("sliding_window", c_int32),
+        *[(name, c_int64) for name in ("block_table_stride", "block_stride", "num_blocks")],
+        *[(name, c_int32) for name in ("num_heads", "block_size", "dtype")],
+        *[(name, c_int32) for name in ("sliding_window", "queries", "teams", "num_sms")],
         ("scale", c_float),
-        ("num_sms", c_int32),
         ("after_write", c_int32),
     ]
 
@@ -81,6 +94,9 @@ class Gather(Structure):
         *[(name, c_int64) for name in ("block_table_stride", "block_stride", "num_blocks", "num_tokens", "num_keys")],
         *[(name, c_int32) for name in ("max_keys", "num_seqs", "block_size", "dtype")],
     ]
+
+
+STRUCTS = (Params, CacheWrite, PlanStep, PagedAttention, Gather)  # in the order of wkvquant_cuda_sizeof
 
 
 def available() -> bool:
@@ -102,9 +118,12 @@ def load(path: Path) -> Any:
     lib.wkvquant_cuda_cache_write.argtypes = [POINTER(CacheWrite), POINTER(Params), c_void_p]
     lib.wkvquant_cuda_gather_kv.argtypes = [POINTER(Gather), POINTER(Params), c_void_p]
     lib.wkvquant_cuda_paged_attention.argtypes = [POINTER(PagedAttention), POINTER(Params), c_void_p]
-    lib.wkvquant_cuda_shared_bytes.argtypes = [POINTER(Params), c_int32, c_int32, c_int32]
+    lib.wkvquant_cuda_plan.argtypes = [POINTER(PlanStep), c_void_p]
+    lib.wkvquant_cuda_teams.argtypes = [POINTER(Params), c_int32, c_int32, c_int64]
+    lib.wkvquant_cuda_shared_bytes.argtypes = [POINTER(Params), c_int32, c_int32]
     lib.wkvquant_cuda_shared_bytes.restype = c_int64
     lib.wkvquant_cuda_workspace.restype = c_int64
+    lib.wkvquant_cuda_plan_bytes.restype = c_int64
     lib.wkvquant_cuda_sizeof.restype = c_int64
     lib.wkvquant_cuda_error.restype = c_char_p
     return lib
@@ -276,18 +295,31 @@ def _shared_memory(device: torch.device) -> int:
     return int(properties.shared_memory_per_block_optin)
 
 
+@dataclass(frozen=True)
+class Workspace:
+    """Partial results, and the plan of calls that are given none."""
+
+    partial: torch.Tensor
+    plan: torch.Tensor
+
+
 # A workspace must start as zeros and serve one stream. Memory made while a stream captures would be zeroed by the
 # replays of that one graph alone, so a stream that is first seen capturing takes one of the device's spare ones.
-_workspaces: dict[tuple[torch.device, int], torch.Tensor] = {}
-_spares: dict[torch.device, list[torch.Tensor]] = {}
+_workspaces: dict[tuple[torch.device, int], Workspace] = {}
+_spares: dict[torch.device, list[Workspace]] = {}
 SPARES = 2  # a step is captured on one stream, or on two where vLLM overlaps two halves of a batch
 
 
-def _new_workspace(device: torch.device) -> torch.Tensor:
-    return torch.zeros(library().wkvquant_cuda_workspace(), dtype=torch.uint8, device=device)
+def _new_workspace(device: torch.device) -> Workspace:
+    partial = torch.zeros(library().wkvquant_cuda_workspace(), dtype=torch.uint8, device=device)
+    return Workspace(partial, _new_plan(device))
 
 
-def _workspace(device: torch.device, stream: int) -> torch.Tensor:
+def _new_plan(device: torch.device) -> torch.Tensor:
+    return torch.empty(library().wkvquant_cuda_plan_bytes(), dtype=torch.uint8, device=device)
+
+
+def _workspace(device: torch.device, stream: int) -> Workspace:
     found = _workspaces.get((device, stream))
     if found is None:
         if torch.cuda.is_current_stream_capturing():
@@ -303,17 +335,14 @@ def _workspace(device: torch.device, stream: int) -> torch.Tensor:
 def reserve(params: KVParams, max_seqs: int) -> None:
     """Make what calls with `params` need, so that they can be captured from now on.
 
-    max_seqs: sequences of the largest call. Raises ValueError where the device's shared memory does not hold the plan
-    of so many beside the tables. A graph keeps the addresses of the tables: `params` must outlive it.
+    max_seqs: sequences of the largest call. Raises ValueError where the kernels do not take so many. A graph keeps the
+    addresses of the tables: `params` must outlive it.
     """
-    tables = prepare(params)
-    device = tables.device
-    needed = library().wkvquant_cuda_shared_bytes(byref(tables.fields), 1, 1, max_seqs)
-    most = _shared_memory(device)
+    device, most = prepare(params).device, library().wkvquant_cuda_max_seqs()
     _check(
-        needed <= most,
-        f"the CUDA kernels need {needed} bytes of shared memory for {max_seqs} sequences, {device} has {most}; allow "
-        "fewer sequences (--max-num-seqs) or serve with an explicit --kv-cache-dtype",
+        max_seqs <= most,
+        f"the CUDA kernels take {most} sequences at once, not {max_seqs}; allow fewer (--max-num-seqs) or serve with "
+        "an explicit --kv-cache-dtype",
     )
     if device not in _spares:
         _spares[device] = [_new_workspace(device) for _ in range(SPARES)]
@@ -428,12 +457,20 @@ def check_write(
     _check_cache(kv_cache, like)
 
 
+def _check_lengths(seq_lens: torch.Tensor, query_start_loc: torch.Tensor, like: Served) -> None:
+    _check_ints("seq_lens", seq_lens, torch.int32, seq_lens.shape[0], like.device)
+    _check_ints("query_start_loc", query_start_loc, torch.int32, seq_lens.shape[0] + 1, like.device)
+
+
+def _check_heads(heads: int, kv_heads: int) -> None:
+    _check(heads > 0 and heads % kv_heads == 0, f"{heads} query heads do not share {kv_heads} KV heads evenly")
+
+
 def _check_sequences(
     block_table: torch.Tensor, seq_lens: torch.Tensor, query_start_loc: torch.Tensor, like: Served
 ) -> None:
     seqs = seq_lens.shape[0]
-    _check_ints("seq_lens", seq_lens, torch.int32, seqs, like.device)
-    _check_ints("query_start_loc", query_start_loc, torch.int32, seqs + 1, like.device)
+    _check_lengths(seq_lens, query_start_loc, like)
     if not (
         block_table.ndim == 2
         and block_table.shape[0] >= seqs
@@ -490,7 +527,7 @@ def check_attention(
     _check_dtype("query", query)
     _check(query.ndim == 3, f"query must be [T, num_heads, head_size], got {_describe(query)}")
     rows, heads = query.shape[:2]
-    _check(heads > 0 and heads % kv_heads == 0, f"{heads} query heads do not share {kv_heads} KV heads evenly")
+    _check_heads(heads, kv_heads)
     _check_rows("query", query, rows, like, heads, query.dtype)
     rows = min(rows, out.shape[0], key.shape[0], value.shape[0])
     _check_rows("key", key, rows, like, kv_heads, query.dtype)
@@ -593,6 +630,122 @@ def gather_kv(
         _raise("gather_kv", status)
 
 
+@dataclass(frozen=True)
+class Plan(Served):
+    """Who does what in the attention of one step's sequences, for every layer that has these heads and this window.
+
+    `tensor` is written on the device, by the stream that `Planner.plan` was called on, and again by each later call.
+    """
+
+    tensor: torch.Tensor
+    num_heads: int
+    sliding_window: int
+    num_tokens: int
+    most_past: int
+    queries: int
+    teams: int
+
+
+class Planner:
+    """Plans a step once for all of its layers, and finds the positions of its tokens, in one kernel.
+
+    layers: parameters of each layer, all of the same heads. num_heads: query heads of each. The plan lives in one
+    buffer for good, so that a replayed graph finds the fresh one where it looked before.
+    """
+
+    def __init__(
+        self, layers: Sequence[KVParams], num_heads: int, sliding_window: int = 0, tensor: torch.Tensor | None = None
+    ) -> None:
+        tables = [prepare(params) for params in layers]
+        self.like = Served(tables[0].device, tables[0].num_kv_heads, tables[0].head_size)
+        for other in tables:
+            _check(
+                (other.device, other.num_kv_heads, other.head_size)
+                == (self.like.device, self.like.num_kv_heads, self.like.head_size),
+                "layers of one plan must have the same heads and device",
+            )
+        _check_heads(num_heads, self.like.num_kv_heads)
+        self.num_heads, self.sliding_window = num_heads, sliding_window
+        self.tensor = _new_plan(self.like.device) if tensor is None else tensor
+        self._fields = [x.fields for x in tables]
+        self._teams: dict[int, int] = {}
+
+    def plan(
+        self,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        num_planned: int,
+        num_tokens: int,
+        most_past: int,
+        positions: torch.Tensor | None = None,
+    ) -> Plan:
+        """The plan of the first `num_planned` sequences, whose queries are among the step's first `num_tokens` tokens.
+
+        query_start_loc, seq_lens: as in `ops.paged_attention`, of all sequences of the step. most_past: tokens that a
+        row of the block table has room for. positions: int64 [T], written as `reference.token_positions` does.
+        Sequences whose queries lie beyond num_tokens are skipped.
+        """
+        like, lib = self.like, library()
+        seqs, most = seq_lens.shape[0], lib.wkvquant_cuda_max_seqs()
+        _check(0 <= num_planned <= seqs, f"{num_planned} of {seqs} sequences cannot be planned")
+        _check(num_planned <= most, f"{num_planned} sequences are more than the {most} that the CUDA kernels take")
+        _check_lengths(seq_lens, query_start_loc, like)
+        if positions is not None:
+            _check_ints("positions", positions, torch.int64, 0, like.device)
+        queries = -(-num_tokens // max(num_planned, 1))
+        with torch.cuda.device(like.device):
+            teams = self._teams_for(queries)
+            args = PlanStep(
+                seq_lens=seq_lens.data_ptr(),
+                query_start_loc=query_start_loc.data_ptr(),
+                positions=None if positions is None else positions.data_ptr(),
+                plan=self.tensor.data_ptr(),
+                num_positions=0 if positions is None else positions.shape[0],
+                most_past=most_past,
+                num_seqs=seqs,
+                num_planned=num_planned,
+                num_tokens=num_tokens,
+                num_heads=self.num_heads,
+                num_kv_heads=like.num_kv_heads,
+                head_size=like.head_size,
+                queries=queries,
+                teams=teams,
+                num_sms=_num_sms(like.device),
+                sliding_window=self.sliding_window,
+            )
+            status = lib.wkvquant_cuda_plan(byref(args), torch.cuda.current_stream().cuda_stream)
+        if status:
+            _raise("plan", status)
+        return Plan(
+            like.device, like.num_kv_heads, like.head_size, self.tensor, self.num_heads, self.sliding_window,
+            num_tokens, most_past, queries, teams,
+        )  # fmt: skip
+
+    def _teams_for(self, queries: int) -> int:
+        """Teams of warps that a CTA has room for in every layer."""
+        queries = min(queries, MOST_ROWS)  # more make no difference
+        if queries not in self._teams:
+            most = _shared_memory(self.like.device)
+            of_layers = [library().wkvquant_cuda_teams(byref(x), self.num_heads, queries, most) for x in self._fields]
+            _check(min(of_layers) > 0, f"{most} bytes of shared memory on {self.like.device} are too few")
+            self._teams[queries] = min(of_layers)
+        return self._teams[queries]
+
+
+def _check_plan(plan: Plan, like: Served, heads: int, sliding_window: int, rows: int, most_past: int) -> None:
+    wanted = (like.device, like.num_kv_heads, like.head_size, heads, sliding_window)
+    has = (plan.device, plan.num_kv_heads, plan.head_size, plan.num_heads, plan.sliding_window)
+    _check(
+        has == wanted,
+        f"a plan for (device, KV heads, head size, heads, window) {has} does not fit a layer that has {wanted}",
+    )
+    _check(
+        plan.num_tokens <= rows and plan.most_past <= most_past,
+        f"a plan of {plan.num_tokens} tokens over at most {plan.most_past} does not fit {rows} rows and a block table "
+        f"of {most_past} tokens",
+    )
+
+
 def paged_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -607,16 +760,25 @@ def paged_attention(
     sliding_window: int = 0,
     lse: torch.Tensor | None = None,
     after_write: bool = False,
+    plan: Plan | None = None,
 ) -> None:
     """`ops.paged_attention` on a GPU. Sequences whose queries lie beyond the rows of query are skipped."""
     like = prepare(params)
     rows = check_attention(
         query, key, value, kv_cache, block_table, seq_lens, query_start_loc, out, sliding_window, lse, like
     )
-    seqs, most = seq_lens.shape[0], library().wkvquant_cuda_max_seqs()
-    _check(seqs <= most, f"{seqs} sequences are more than the {most} that the CUDA kernels take")
+    seqs, heads, most_past = seq_lens.shape[0], query.shape[1], block_table.shape[1] * kv_cache.shape[2]
+    if seqs == 0 or rows == 0:
+        return
     with torch.cuda.device(like.device):
         stream = torch.cuda.current_stream().cuda_stream
+        workspace = _workspace(like.device, stream)
+        if plan is None:
+            planner = Planner([params], heads, sliding_window, workspace.plan)
+            plan = planner.plan(query_start_loc, seq_lens, seqs, rows, most_past)
+            after_write = False  # what ran last is the planner
+        else:
+            _check_plan(plan, like, heads, sliding_window, rows, most_past)
         args = PagedAttention(
             query=query.data_ptr(),
             key=key.data_ptr(),
@@ -625,9 +787,8 @@ def paged_attention(
             lse=None if lse is None else lse.data_ptr(),
             kv_cache=kv_cache.data_ptr(),
             block_table=block_table.data_ptr(),
-            seq_lens=seq_lens.data_ptr(),
-            query_start_loc=query_start_loc.data_ptr(),
-            workspace=_workspace(like.device, stream).data_ptr(),
+            plan=plan.tensor.data_ptr(),
+            workspace=workspace.partial.data_ptr(),
             query_stride=query.stride()[:2],
             key_stride=key.stride()[:2],
             value_stride=value.stride()[:2],
@@ -636,15 +797,14 @@ def paged_attention(
             block_table_stride=block_table.stride(0),
             block_stride=kv_cache.stride(0),
             num_blocks=kv_cache.shape[0],
-            num_tokens=rows,
-            max_blocks=block_table.shape[1],
-            num_seqs=seqs,
-            num_heads=query.shape[1],
+            num_heads=heads,
             block_size=kv_cache.shape[2],
             dtype=DTYPES[query.dtype],
             sliding_window=sliding_window,
-            scale=scale,
+            queries=plan.queries,
+            teams=plan.teams,
             num_sms=_num_sms(like.device),
+            scale=scale,
             after_write=after_write,
         )
         status = library().wkvquant_cuda_paged_attention(byref(args), byref(like.fields), stream)

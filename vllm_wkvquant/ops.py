@@ -10,7 +10,7 @@ vLLM's attention op is opaque to torch.compile, so these are plain functions and
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -68,14 +68,22 @@ def default_variant(device_type: str, head_size: int) -> str:
 def reserve(params: KVParams, max_seqs: int) -> None:
     """Make what the default variant would make on its first call with `params`, so that calls can be captured.
 
-    max_seqs: sequences of the largest call. Raises ValueError where the device cannot hold them. `triton` compiles a
-    kernel in the first call of its shapes, which must come before the capture all the same.
+    max_seqs: sequences of the largest call. Raises ValueError where a variant does not take so many. `triton` compiles
+    a kernel in the first call of its shapes, which must come before the capture all the same.
     """
     variant = default_variant(params.k_smooth.device.type, params.k_smooth.shape[1])
     if variant == "cuda":
         native_cuda.reserve(params, max_seqs)
     elif variant == "triton":
         native_triton.prepare(params)
+
+
+def planner(layers: Sequence[KVParams], num_heads: int, sliding_window: int) -> native_cuda.Planner | None:
+    """What plans a step of layers with these parameters; None: the variant plans nothing. num_heads: query heads."""
+    smooth = layers[0].k_smooth
+    if default_variant(smooth.device.type, smooth.shape[1]) != "cuda":
+        return None
+    return native_cuda.Planner(layers, num_heads, sliding_window)
 
 
 def cache_write(
@@ -114,6 +122,7 @@ def paged_attention(
     lse: torch.Tensor | None = None,
     variant: str | None = None,
     after_write: bool = False,
+    plan: native_cuda.Plan | None = None,
 ) -> None:
     """Causal attention of the step's queries over past tokens in the pages and the step's own raw keys and values.
 
@@ -125,12 +134,13 @@ def paged_attention(
     a query sees the last `sliding_window` positions, itself included; 0 is all. lse: fp32 [>= T, num_heads], written
     with the natural-log-sum-exp of the scaled scores where given. Rows at and after T are left alone. after_write: the
     call before it on this stream is the step's `cache_write`, and every argument is older than that: a GPU may start
-    one while the other still runs.
+    one while the other still runs. plan: of these sequences, by `planner`; a variant that wants one makes it where none
+    is given. `cuda` takes seq_lens and query_start_loc from the plan.
     """
     variant = variant or default_variant(query.device.type, query.shape[-1])
     TABLE["paged_attention"][variant](
         query, key, value, kv_cache, block_table, seq_lens, query_start_loc, params, scale, out, sliding_window, lse,
-        **({"after_write": after_write} if variant == "cuda" else {}),
+        **({"after_write": after_write, "plan": plan} if variant == "cuda" else {}),
     )  # fmt: skip
 
 

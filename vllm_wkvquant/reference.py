@@ -212,6 +212,20 @@ def dequantize(
     return k, dequantize_tokens(*value, dtype) + value_shift_at(positions, params, dtype)
 
 
+def token_positions(
+    query_start_loc: torch.Tensor, seq_lens: torch.Tensor, tokens: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Index of each of the step's tokens in its sequence, int64, without a host copy of either input.
+
+    query_start_loc [num_seqs + 1] and seq_lens [num_seqs]: as in `ops.paged_attention`; tokens: arange(len(out)).
+    Padding after query_start_loc[-1] gets positions of no meaning, none negative.
+    """
+    ends = query_start_loc[1:]
+    seq = torch.searchsorted(ends[:-1], tokens, right=True)  # what follows the last end is of the last sequence, too
+    torch.add(tokens, (seq_lens - ends)[seq], out=out)
+    out.clamp_min_(0)
+
+
 def cache_write(
     key: torch.Tensor,
     value: torch.Tensor,

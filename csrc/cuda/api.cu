@@ -5,7 +5,6 @@ extern "C" {
 
 int wkvquant_cuda_paged_attention(const WkvCudaAttention* a, const WkvCudaParams* p, void* stream) {
   using namespace wkvquant;
-  if (a->num_seqs == 0 || a->num_tokens == 0) return cudaSuccess;
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
   switch (p->head_size) {
     case 64: return launch_64(*a, *p, s);
@@ -21,20 +20,26 @@ int64_t wkvquant_cuda_workspace() {
   return kCounterBytes + kMaxCtas * kCtaBytes;
 }
 
-int64_t wkvquant_cuda_shared_bytes(const WkvCudaParams* p, int tiles, int strands, int num_seqs) {
+int64_t wkvquant_cuda_plan_bytes() { return sizeof(wkvquant::Planned); }
+
+int wkvquant_cuda_teams(const WkvCudaParams* p, int num_heads, int queries, int64_t shared_bytes) {
+  return wkvquant::most_teams(*p, queries, num_heads / p->num_kv_heads, shared_bytes);
+}
+
+int64_t wkvquant_cuda_shared_bytes(const WkvCudaParams* p, int tiles, int strands) {
   using namespace wkvquant;
   switch (p->head_size) {
-    case 64: return shared_bytes_of<64>(*p, tiles, strands, num_seqs);
-    case 96: return shared_bytes_of<96>(*p, tiles, strands, num_seqs);
-    case 128: return shared_bytes_of<128>(*p, tiles, strands, num_seqs);
-    case 256: return shared_bytes_of<256>(*p, tiles, strands, num_seqs);
+    case 64: return shared_bytes_of<64>(*p, tiles, strands);
+    case 96: return shared_bytes_of<96>(*p, tiles, strands);
+    case 128: return shared_bytes_of<128>(*p, tiles, strands);
+    case 256: return shared_bytes_of<256>(*p, tiles, strands);
   }
   return -1;
 }
 
 int64_t wkvquant_cuda_sizeof(int which) {
-  constexpr int64_t kSizes[] = {sizeof(WkvCudaParams), sizeof(WkvCudaCacheWrite), sizeof(WkvCudaAttention),
-                                sizeof(WkvCudaGather)};
+  constexpr int64_t kSizes[] = {sizeof(WkvCudaParams), sizeof(WkvCudaCacheWrite), sizeof(WkvCudaPlan),
+                                sizeof(WkvCudaAttention), sizeof(WkvCudaGather)};
   return kSizes[which];
 }
 

@@ -65,18 +65,37 @@ struct WkvCudaCacheWrite {
   int32_t dtype;
 };
 
-struct WkvCudaAttention {
-  const void* query;               // dtype [T, num_heads, head_size]
-  const void* key;                 // dtype [T, num_kv_heads, head_size]
-  const void* value;               // the same
-  void* out;                       // dtype [T, num_heads, head_size]
-  float* lse;                      // [T, num_heads] or null; -inf (and 0 in out) where a row sees no token
-  const uint8_t* kv_cache;         // [num_blocks, num_kv_heads, layout bytes], 16-byte aligned
-  const int32_t* block_table;      // [num_seqs, max_blocks]
+// Who does what in the attention of a step, and where its tokens are: the same in all layers of a shape.
+struct WkvCudaPlan {
   const int32_t* seq_lens;         // [num_seqs]
   const int32_t* query_start_loc;  // [num_seqs + 1]
-  void* workspace;                 // wkvquant_cuda_workspace() bytes, zeroed once; one for each stream
-  int64_t query_stride[2];         // elements between tokens, heads
+  int64_t* positions;              // [num_positions] of the tokens in their sequences, written
+  void* plan;                      // wkvquant_cuda_plan_bytes() bytes, written; null: positions alone
+  int64_t num_positions;
+  int64_t most_past;    // tokens that the block table has room for
+  int32_t num_seqs;     // positions are of these
+  int32_t num_planned;  // attention is called for the first of them, at most kMaxSeqs
+  int32_t num_tokens;   // rows of query, key, value and out; sequences with queries beyond them are left out
+  int32_t num_heads;
+  int32_t num_kv_heads;
+  int32_t head_size;
+  int32_t queries;  // of a sequence, in the mean; any number is right, the kernels are fastest with this one
+  int32_t teams;    // wkvquant_cuda_teams(), the least of all layers
+  int32_t num_sms;
+  int32_t sliding_window;  // 0: none
+};
+
+struct WkvCudaAttention {
+  const void* query;           // dtype [T, num_heads, head_size]
+  const void* key;             // dtype [T, num_kv_heads, head_size]
+  const void* value;           // the same
+  void* out;                   // dtype [T, num_heads, head_size]
+  float* lse;                  // [T, num_heads] or null; -inf (and 0 in out) where a row sees no token
+  const uint8_t* kv_cache;     // [num_blocks, num_kv_heads, layout bytes], 16-byte aligned
+  const int32_t* block_table;  // [num_seqs, max_blocks]
+  const void* plan;            // of the step's sequences
+  void* workspace;             // wkvquant_cuda_workspace() bytes, zeroed once; one for each stream
+  int64_t query_stride[2];     // elements between tokens, heads
   int64_t key_stride[2];
   int64_t value_stride[2];
   int64_t out_stride[2];
@@ -84,15 +103,14 @@ struct WkvCudaAttention {
   int64_t block_table_stride;  // elements between sequences
   int64_t block_stride;        // bytes between blocks, a multiple of 16
   int64_t num_blocks;
-  int64_t num_tokens;  // rows of query, key, value and out
-  int32_t max_blocks;
-  int32_t num_seqs;
   int32_t num_heads;
   int32_t block_size;
   int32_t dtype;
-  int32_t sliding_window;  // 0: none
-  float scale;
+  int32_t sliding_window;  // this and the next three as in the plan
+  int32_t queries;
+  int32_t teams;
   int32_t num_sms;
+  float scale;
   // The kernel before this one in the stream is the step's cache write, and nothing else that this one reads is of a
   // kernel that may still run: it may begin before the write has ended, and waits for that itself.
   int32_t after_write;
@@ -125,13 +143,17 @@ struct WkvCudaGather {
 // Each returns a cudaError_t.
 WKV_API int wkvquant_cuda_cache_write(const WkvCudaCacheWrite*, const WkvCudaParams*, void* stream);
 WKV_API int wkvquant_cuda_gather_kv(const WkvCudaGather*, const WkvCudaParams*, void* stream);
+WKV_API int wkvquant_cuda_plan(const WkvCudaPlan*, void* stream);
 WKV_API int wkvquant_cuda_paged_attention(const WkvCudaAttention*, const WkvCudaParams*, void* stream);
 WKV_API int64_t wkvquant_cuda_workspace();
+WKV_API int64_t wkvquant_cuda_plan_bytes();
+// Teams of warps of a CTA that shared memory has room for, `shared_bytes` of which a CTA can have; 0: not one.
+WKV_API int wkvquant_cuda_teams(const WkvCudaParams*, int num_heads, int queries, int64_t shared_bytes);
 // Dynamic shared memory of a CTA of `tiles` row tiles of 8, 1 or 2, and `strands` strands of past tokens, 1, or 2
 // where a tile has at most 4 rows; -1 where there is no such kernel.
-WKV_API int64_t wkvquant_cuda_shared_bytes(const WkvCudaParams*, int tiles, int strands, int num_seqs);
-WKV_API int64_t
-wkvquant_cuda_sizeof(int which);  // 0: WkvCudaParams, 1: WkvCudaCacheWrite, 2: WkvCudaAttention, 3: Gather
+WKV_API int64_t wkvquant_cuda_shared_bytes(const WkvCudaParams*, int tiles, int strands);
+// Of a struct: 0 WkvCudaParams, then CacheWrite, Plan, Attention, Gather.
+WKV_API int64_t wkvquant_cuda_sizeof(int which);
 WKV_API int32_t wkvquant_cuda_max_seqs();
 WKV_API const char* wkvquant_cuda_error(int status);
 

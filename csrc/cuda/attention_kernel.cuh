@@ -2,6 +2,7 @@
 // attention_load, _rows, _past and _finish.cuh.
 #pragma once
 
+#include <algorithm>
 #include <climits>
 
 #include "attention_plan.cuh"
@@ -58,10 +59,8 @@ struct Shared {
   float *first_extra, *first_score;  // [rows] what position 0 has more, and its score
   float *current_max, *current_sum;  // [rows]
   float4* part;                      // [warps][columns] maximum, sum, sum of minima
-  int* prefix;                       // [num_seqs + 1] units before a sequence
-  int4* sequence;                    // [num_seqs] past, first query, queries
-  Plan* plan;
-  Item* item;  // [2] this one and the one before
+  int* warps;                        // [warps] of a team, the same for all
+  Item* item;                        // [2] this one and the one before
   int team_bytes;
   int4* walk;  // [warps] of what the warp asks for next: next item's unit in the list of all units, sequence, last
                // tile, end of the team's units
@@ -70,7 +69,7 @@ struct Shared {
                // the last of them that a window hides from any row
 
   template <class S>
-  __host__ __device__ static int64_t carve(Shared* s, char* base, const WkvCudaParams& p, int num_seqs, int teams) {
+  __host__ __device__ static int64_t carve(Shared* s, char* base, const WkvCudaParams& p, int teams) {
     const int steps = p.tabled ? steps_of(p) : 0, slots = slots_of(p);
     int64_t used = 0;
     auto take = [&](auto*& p, int64_t n) {
@@ -79,7 +78,7 @@ struct Shared {
     };
     constexpr int R = S::kRows, C = S::kColumns, W = S::kWarps, D = S::kHeadSize, N = S::kStrands;
     // what has a fixed size comes first, so that its offsets are constants
-    take(s->red, W * C * S::kPitch), take(s->part, W * C), take(s->plan, 1), take(s->walk, W);
+    take(s->red, W * C * S::kPitch), take(s->part, W * C), take(s->warps, W), take(s->walk, W);
     take(s->meta, W * 32), take(s->tiles, N > 1 ? W * 4 : 0);
     const int64_t first = used;
     take(s->query, R * D / 8), take(s->v_shift, D), take(s->raw, R * D);
@@ -89,7 +88,6 @@ struct Shared {
     used += (teams - 1) * (used - first);
     take(s->basis, steps * (4 * 2 * 32)), take(s->chebyshev, p.tabled ? p.slow_steps * 32 : 0);
     take(s->turns, p.tabled ? slots : 0), take(s->angle, W * N * slots);
-    take(s->prefix, num_seqs + 1), take(s->sequence, num_seqs);
     return used;
   }
 
@@ -103,46 +101,65 @@ struct Shared {
 };
 
 template <int D, int NT, int Strands>
-int64_t shared_bytes(const WkvCudaParams& p, int num_seqs, int teams) {
+int64_t shared_bytes(const WkvCudaParams& p, int teams) {
   Shared unused;
-  return Shared::carve<Shape<D, NT, Strands>>(&unused, nullptr, p, num_seqs, teams);
+  return Shared::carve<Shape<D, NT, Strands>>(&unused, nullptr, p, teams);
 }
 
-// As many teams as shared memory has room for.
-template <int D, int NT, int Strands>
-int most_teams(const WkvCudaParams& p, int num_seqs, int64_t bytes) {
-  int teams = kTeams;
-  while (teams > 1 && shared_bytes<D, NT, Strands>(p, num_seqs, teams) > bytes) teams /= 2;
-  return teams;
-}
-
-// The shape whose rows are enough for the batch's mean query length, if shared memory has room for it.
+// The shape for so many query tokens a sequence, in the mean.
 template <int D, class F>
-auto with_shape(const WkvCudaAttention& a, const WkvCudaParams& p, int64_t bytes, const F& f) {
-  const int64_t rows = a.num_heads / p.num_kv_heads * ((a.num_tokens + a.num_seqs - 1) / a.num_seqs);
-  if (rows <= 4 && shared_bytes<D, 1, 2>(p, a.num_seqs, 1) <= bytes) return f(Shape<D, 1, 2>());
+auto with_shape(int queries, int group, const F& f) {
+  const int rows = queries * group;
+  if (rows <= 4) return f(Shape<D, 1, 2>());
   if constexpr (D <= 128)
-    if (rows > 8 && shared_bytes<D, 2, 1>(p, a.num_seqs, 1) <= bytes) return f(Shape<D, 2, 1>());
+    if (rows > 8) return f(Shape<D, 2, 1>());
   return f(Shape<D, 1, 1>());
+}
+
+// The same where the head size is not known to the compiler; it must be one that there are kernels of.
+template <class F>
+auto with_shape(int head_size, int queries, int group, const F& f) {
+  if (head_size == 64) return with_shape<64>(queries, group, f);
+  if (head_size == 96) return with_shape<96>(queries, group, f);
+  if (head_size == 128) return with_shape<128>(queries, group, f);
+  return with_shape<256>(queries, group, f);
+}
+
+// Teams of a CTA that a multiprocessor with `bytes` of shared memory has room for; 0 where it has none for any.
+inline int most_teams(const WkvCudaParams& p, int queries, int group, int64_t bytes) {
+  return with_shape(p.head_size, queries, group, [&](auto shape) {
+    using S = decltype(shape);
+    const auto needed = [&](int teams) { return shared_bytes<S::kHeadSize, S::kTiles, S::kStrands>(p, teams); };
+    int teams = kTeams;
+    while (teams > 1 && needed(teams) > bytes / S::kCtasPerSm - 1024) teams /= 2;
+    return needed(teams) <= bytes ? teams : 0;
+  });
+}
+
+inline Tiling tiling_of(const WkvCudaPlan& a) {
+  return with_shape(a.head_size, a.queries, a.num_heads / a.num_kv_heads, [&](auto shape) {
+    using S = decltype(shape);
+    const int row_bits = S::kRows == 4 ? 2 : S::kRows == 8 ? 3 : 4;
+    return Tiling{row_bits, S::kWarps, a.teams, std::min(a.num_sms * S::kCtasPerSm, kMaxCtas)};
+  });
 }
 
 // Of a CTA with one team; -1 where there is no such shape.
 template <int D>
-int64_t shared_bytes_of(const WkvCudaParams& p, int tiles, int strands, int num_seqs) {
-  if (tiles == 1 && strands == 1) return shared_bytes<D, 1, 1>(p, num_seqs, 1);
-  if (tiles == 1 && strands == 2) return shared_bytes<D, 1, 2>(p, num_seqs, 1);
+int64_t shared_bytes_of(const WkvCudaParams& p, int tiles, int strands) {
+  if (tiles == 1 && strands == 1) return shared_bytes<D, 1, 1>(p, 1);
+  if (tiles == 1 && strands == 2) return shared_bytes<D, 1, 2>(p, 1);
   if constexpr (D <= 128)
-    if (tiles == 2 && strands == 1) return shared_bytes<D, 2, 1>(p, num_seqs, 1);
+    if (tiles == 2 && strands == 1) return shared_bytes<D, 2, 1>(p, 1);
   return -1;
 }
 
 // What is the same for all CTAs and takes divisions.
 struct Launch {
-  int teams;  // of a CTA, at most
   FastDivide tiles_per_block, group;
 
-  Launch(const WkvCudaAttention& a, const WkvCudaParams& p, int most_teams)
-      : teams(most_teams), tiles_per_block(a.block_size / kTile), group(a.num_heads / p.num_kv_heads) {}
+  Launch(const WkvCudaAttention& a, const WkvCudaParams& p)
+      : tiles_per_block(a.block_size / kTile), group(a.num_heads / p.num_kv_heads) {}
 };
 
 // Partial results in the workspace: counters [kMaxCtas], then two slots a CTA of [rows][D] numerators, [rows] maxima
@@ -153,7 +170,7 @@ template <int D, int NT, int Strands>
 struct Kernel {
   using S = Shape<D, NT, Strands>;
   static_assert(kTeams * 2 * partial_floats(S::kRows, D) * sizeof(float) <= kCtaBytes);
-  static constexpr int kWarps = S::kWarps, kRows = S::kRows;
+  static constexpr int kWarps = S::kWarps, kRows = S::kRows, kRowBits = kRows == 4 ? 2 : kRows == 8 ? 3 : 4;
 
   const WkvCudaAttention& a;
   const WkvCudaParams& p;
@@ -212,70 +229,48 @@ struct Kernel {
         slots(slots_of(params)),
         page_bytes(args.block_size * (D + 8)),
         block_stride(static_cast<uint32_t>(args.block_stride)) {
-    Shared::carve<S>(&s, memory, params, args.num_seqs, of_launch.teams);
+    Shared::carve<S>(&s, memory, params, args.teams);
   }
 
   // Query token of a row.
   __device__ __forceinline__ int token_of(int row) const { return launch.group(row); }
-  __device__ __forceinline__ int tiles_of(int queries) const { return (queries * group + kRows - 1) / kRows; }
 
   // Of the shift, for a chunk. As many steps as a head size has (D / 16) fit: 32 * NT * D bytes.
   __device__ __forceinline__ uint4* coefficients() const {
     return reinterpret_cast<uint4*>(s.red + warp * (S::kColumns * S::kPitch));
   }
 
+  __device__ __forceinline__ const Planned& planned() const { return *static_cast<const Planned*>(a.plan); }
+
   // Not kept in registers: warps of the team, the team in the CTA, this warp in the team.
-  __device__ int size() const { return s.plan->warps; }
+  __device__ int size() const { return s.warps[warp]; }
   __device__ int team() const { return warp >= size(); }
   __device__ int member() const { return warp - team() * size(); }
   __device__ int number_of_team() const { return team() * gridDim.x + blockIdx.x; }
   __device__ void team_barrier() const { barrier(1 + team(), 32 * size()); }
 
-  // Starts to copy the tables of the shift, but for the warp that makes the plan.
+  // Starts to copy the tables of the shift.
   __device__ void start_tables() {
     const int words = steps * (4 * 2 * 32) + p.slow_steps * 32 + slots / 2;
-    for (int i = threadIdx.x - 32; i >= 0 && i < words; i += S::kThreads - 32)
+    for (int i = threadIdx.x; i < words; i += S::kThreads)
       copy_async(s.basis + i, reinterpret_cast<const uint4*>(p.basis) + i);
   }
 
-  // Lengths of the sequences and the units before each, and how they are shared out.
-  __device__ void make_plan() {
-    if (warp == 0) {
-      const int64_t most = static_cast<int64_t>(a.max_blocks) * a.block_size;
-      int before = 0, items = 0, least = INT_MAX, longest = 0;
-      for (int i = lane; i - lane < a.num_seqs; i += 32) {
-        const int count = min(a.num_seqs - (i - lane), 32);
-        int units = 0, own = 0;
-        if (i < a.num_seqs) {
-          const int query = a.query_start_loc[i], next = a.query_start_loc[i + 1], length = a.seq_lens[i];
-          const int queries = next > query && next <= a.num_tokens ? next - query : 0;
-          const int past = static_cast<int>(min(static_cast<int64_t>(max(length - queries, 0)), most));
-          own = tiles_of(queries) * p.num_kv_heads;
-          if (own) {
-            const int each = units_of(past, a.sliding_window);
-            units = each * own;
-            least = min(least, each), longest = max(longest, each);
-          }
-          s.sequence[i] = {past, query, queries, 0};
-        }
-        int scan = units, scan_items = own;
-#pragma unroll 1
-        for (int m = 1; m < count; m *= 2) {
-          const int other = __shfl_up_sync(kFull, scan, m), other_items = __shfl_up_sync(kFull, scan_items, m);
-          if (lane >= m) scan += other, scan_items += other_items;
-        }
-        if (i < a.num_seqs) s.prefix[i] = before + scan - units, s.sequence[i].w = items + scan_items - own;
-        before += __shfl_sync(kFull, scan, count - 1), items += __shfl_sync(kFull, scan_items, count - 1);
-      }
-      const bool equal = __reduce_min_sync(kFull, least) == __reduce_max_sync(kFull, longest);
-      if (lane == 0) *s.plan = share_out(before, items, equal, gridDim.x, kWarps, launch.teams);
-    }
-    wait_for_copies();
-    __syncthreads();
+  // The plan's word on what this warp's team does.
+  __device__ __forceinline__ Work work_of_team() const {
+    union {
+      int4 words[4];
+      Work work;
+    } x;
+    const int4* from = reinterpret_cast<const int4*>(planned().work + kTeams * blockIdx.x + (warp >= kWarps / kTeams));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x.words[i] = __ldg(from + i);
+    return x.work;
   }
 
-  __device__ __forceinline__ Item decode_at(int u, int end) const {
-    return decode<kRows>(s.prefix, s.sequence, a.num_seqs, a.sliding_window, group, s.plan->weight, u, end);
+  // The item of unit `u`, of sequence `seq` or one after it.
+  __device__ __forceinline__ Item decode_at(int seq, int u, int end) const {
+    return decode(planned(), a.sliding_window, group, kRowBits, seq, u, end);
   }
 
   // attention_load.cuh
@@ -292,7 +287,7 @@ struct Kernel {
 
   // attention_rows.cuh
   template <class F>
-  __device__ void prepare_rows(bool with_current, const F& when_loaded);
+  __device__ void prepare_rows(bool with_current, bool find_parts, const F& when_loaded);
   __device__ void start_rows();
 
   // attention_past.cuh
@@ -320,22 +315,21 @@ struct Kernel {
 
   __device__ void run() {
     if (p.tabled) start_tables();
-    make_plan();
+    const Work work = work_of_team();
     wait_for_previous();
-    const Plan plan = *s.plan;
-    const int number = number_of_team();
-    if (number >= min(plan.teams, plan.units)) return;
+    if (work.warps >> 8 != kRowBits) __trap();  // a captured call is replayed over the plan of another shape
+    item = work.item;
+    const int begin = item.u + item.begin, end = work.end;
+    if (lane == 0) s.warps[warp] = work.warps % 256;
+    __syncwarp();
+    if (begin >= end) {
+      wait_for_copies();
+      __syncthreads();
+      return;
+    }
     s.move(team());
-    // lane 0: where this team begins; the others: the next one
-    const int next = number + min(lane, 1), from = plan.start(next);
-    int at = from;
-    if (plan.weight)
-      at = unit_at(s.prefix, s.sequence, a.num_seqs, a.sliding_window, plan, next < plan.teams ? from : 0);
-    const int begin = __shfl_sync(kFull, at, 0);
-    const int end = number + 1 < plan.teams ? __shfl_sync(kFull, at, 1) : plan.units;
-    if (begin >= end) return;
+    if (member() + 1 == size() && lane == 0) s.misc[4] = work.first, s.misc[5] = work.parts;
     Cursor cursor;  // of what is to be asked for next
-    item = decode_at(begin, end);
     cursor.segment = -1;
     enter(cursor, item, end);
     settle(cursor);
@@ -346,10 +340,11 @@ struct Kernel {
     bool before = false;  // others have parts of the item before
     for (int u = begin; u < end || before; ++segment) {
       if (u < end) {
-        if (segment) item = decode_at(u, end);
+        if (segment) item = decode_at(item.seq, u, end);
         const bool with_current = item.end == item.units;
         // The first pages, after the rows' own loads, which wait for what is ahead of them.
         const auto start_pages = [&] {
+          if (segment == 0) wait_for_copies();  // of the tables, which were asked for long before
           if (segment || ahead.segment == INT_MAX) return;
           if constexpr (Strands == 1) {
             const uint8_t* tile = tile_of(cursor, 0);
@@ -360,7 +355,7 @@ struct Kernel {
             load_keys(cursor, ahead);
           }
         };
-        prepare_rows(with_current, start_pages);
+        prepare_rows(with_current, segment > 0, start_pages);
         if (segment == 0 && ahead.segment != INT_MAX) advance(cursor);
         const int last_row = item.tile * kRows + rows - 1;
         if (member() + 1 == size() && lane == 0) {
@@ -370,7 +365,10 @@ struct Kernel {
           s.item[segment % 2] = item;
         }
       }
-      team_barrier();
+      if (segment)
+        team_barrier();
+      else
+        __syncthreads();  // of the tables, too
       if (before && s.misc[1]) combine(s.item[(segment - 1) % 2]);
       if (u >= end) return;
       rows = s.misc[3];

@@ -30,7 +30,7 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::settle(Cursor& c) const 
       c.segment = INT_MAX;
       return;
     }
-    enter(c, decode_at(walk.x, walk.w), walk.w);
+    enter(c, decode_at(walk.y, walk.x, walk.w), walk.w);
     walk = s.walk[warp];
   }
 #pragma unroll

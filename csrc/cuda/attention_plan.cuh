@@ -1,4 +1,5 @@
-// The work of a launch: items, units and who takes them; paged_attention.cuh says what these are.
+// The work of a step: items, units and who takes them; paged_attention.cuh says what these are. plan.cu finds it out
+// once for all layers, and each CTA of attention reads what is its own.
 #pragma once
 
 #include "common.cuh"
@@ -10,6 +11,14 @@ namespace wkvquant {
 // after it. A team is a CTA, or half of one where there are more items: the end of one team's item and the start of its
 // next overlap with the products of the others.
 constexpr int kItemWeight = 20;
+
+// What is alike in all launches of a shape of the attention kernel.
+struct Tiling {
+  int row_bits;  // a tile has 2^row_bits rows
+  int warps;     // of a CTA
+  int teams;     // of a CTA, at most
+  int ctas;
+};
 
 struct Plan {
   int units;       // of all items
@@ -29,11 +38,11 @@ struct Plan {
   __device__ int skipped(int units_of_item) const { return min(weight / 2, units_of_item); }
 };
 
-// equal: all items have as many units. warps, most_teams: of a CTA.
-static __device__ Plan share_out(int units, int items, bool equal, int ctas, int warps, int most_teams) {
+// equal: all items have as many units.
+static __device__ Plan share_out(int units, int items, bool equal, const Tiling& tiling) {
   Plan plan;
-  int most = ctas, fewest = 2 * warps / 3;  // teams, units of a team
-  for (; most_teams > 1 && most < items; most_teams /= 2, most *= 2) warps /= 2, fewest /= 2;
+  int warps = tiling.warps, most = tiling.ctas, fewest = 2 * warps / 3;  // warps, units of a team; teams
+  for (int i = 1; i < tiling.teams && most < items; i *= 2, most *= 2) warps /= 2, fewest /= 2;
   plan.units = units, plan.warps = warps;
   plan.teams = max(min(min(most, units), max(items, divide(units + fewest - 1, fewest))), 1);
   plan.weight = min(kItemWeight, divide(units, plan.teams) / 2);
@@ -57,58 +66,58 @@ struct Item {
   int place;                 // and on the line of the plan
 };
 
+// What a team does: `end` is that of its units in the list of all, not behind the item's if it does nothing.
+struct Work {
+  Item item;         // its first one
+  int end;           // of all its units
+  int first, parts;  // the teams that have parts of the item: the first of them, how many
+  int warps;         // of a team; 2^8 times row_bits of the tiling
+};
+static_assert(sizeof(Work) == 4 * sizeof(int4));
+
+// The memory of a plan.
+struct Planned {
+  union {
+    Plan plan;
+    int4 aligned[4];
+  };
+  Work work[kMaxCtas * kTeams];  // of each CTA's first and second half, which are one team or two
+  int4 sequence[kMaxSeqs];       // past, first query, queries, items before
+  int prefix[kMaxSeqs + 1];      // units before a sequence; the last one's is that of all
+};
+
 __device__ __forceinline__ int first_visible(int past, int window) { return window ? max(past - window + 1, 0) : 0; }
 
 __device__ __forceinline__ int units_of(int past, int window) {
   return max((past + kUnit - 1) / kUnit - first_visible(past, window) / kUnit, 1);
 }
 
-// The item of unit `u`, of tiles of so many rows, and its units from there up to `end`. Not inlined: it runs seldom,
-// and code costs time, too.
-template <int Rows>
-static __device__ __noinline__ Item decode(const int* prefix, const int4* sequence, int num_seqs, int window, int group,
-                                           int weight, int u, int end) {
+// The item of unit `u`, which is of sequence `seq` or one after it, and its units from there up to `end`. Not inlined:
+// it runs seldom, and code costs time, too.
+static __device__ __noinline__ Item decode(const Planned& planned, int window, int group, int row_bits, int seq, int u,
+                                           int end) {
   Item x;
-  int low = 0, high = num_seqs - 1;  // the last sequence whose prefix is <= u: it has units
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (prefix[middle] <= u)
-      low = middle;
-    else
-      high = middle - 1;
-  }
-  x.seq = low;
-  const int4 lengths = sequence[low];
+  while (planned.prefix[seq + 1] <= u) ++seq;
+  x.seq = seq;
+  const int4 lengths = planned.sequence[seq];
   x.past = lengths.x, x.query = lengths.y, x.queries = lengths.z;
   x.units = units_of(x.past, window);
   x.first = first_visible(x.past, window) / kUnit;
-  const int inside = u - prefix[low], index = divide(inside, x.units);
-  const int tiles = (x.queries * group + Rows - 1) / Rows;
+  const int before = planned.prefix[seq], index = divide(u - before, x.units);
+  const int tiles = (x.queries * group + (1 << row_bits) - 1) >> row_bits;
   x.head = tiles == 1 ? index : divide(index, tiles);
   x.tile = index - x.head * tiles;
-  x.begin = inside - index * x.units;
+  x.begin = u - before - index * x.units;
   x.end = min(x.units, x.begin + end - u);
   x.u = u - x.begin;
-  x.place = x.u + (lengths.w + index + 1) * weight;
+  x.place = x.u + (lengths.w + index + 1) * planned.plan.weight;
   return x;
 }
 
-// The unit at which a team begins that starts at place `x` of the line.
-static __device__ __noinline__ int unit_at(const int* prefix, const int4* sequence, int num_seqs, int window,
-                                           const Plan& plan, int x) {
-  int low = 0, high = num_seqs - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (prefix[middle] + sequence[middle].w * plan.weight <= x)
-      low = middle;
-    else
-      high = middle - 1;
-  }
-  const int4 lengths = sequence[low];
-  const int units = units_of(lengths.x, window), length = units + plan.weight;
-  const int inside = x - prefix[low] - lengths.w * plan.weight, index = divide(inside, length);
-  const int unit = inside - index * length - plan.weight;
-  return prefix[low] + index * units + (unit <= 0 ? 0 : unit > units - plan.skipped(units) ? units : unit);
+// The teams that have parts of an item: the first of them, how many.
+__device__ __forceinline__ int2 teams_of(const Plan& plan, const Item& x) {
+  const int first = plan.team_of(x.place);
+  return {first, plan.team_of(x.place + x.units - max(plan.skipped(x.units), 1)) - first + 1};
 }
 
 }  // namespace wkvquant

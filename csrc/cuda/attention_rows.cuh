@@ -10,7 +10,7 @@ namespace wkvquant {
 // warp calls when_loaded() once its first rows are here.
 template <int D, int NT, int Strands>
 template <class F>
-__device__ void Kernel<D, NT, Strands>::prepare_rows(bool with_current, const F& when_loaded) {
+__device__ void Kernel<D, NT, Strands>::prepare_rows(bool with_current, bool find_parts, const F& when_loaded) {
   constexpr int kLanes = kRows <= kWarps ? 32 : 16, kRowsOfWarp = 32 / kLanes;
   constexpr int N = groups_of_lane(D, kLanes), kSlots = (D / 2 + 8 + kLanes - 1) / kLanes;
   const int l = lane % kLanes, size = this->size(), member = this->member();
@@ -143,11 +143,9 @@ __device__ void Kernel<D, NT, Strands>::prepare_rows(bool with_current, const F&
   if (member + 1 < size) return;
   for (int d = 4 * lane; d < D; d += 128)
     *reinterpret_cast<float4*>(s.v_shift + d) = __ldg(reinterpret_cast<const float4*>(p.v_shift + item.head * D + d));
-  if (lane == 0 && (item.begin > 0 || item.end < item.units)) {  // who else has parts of the item
-    const Plan plan = *s.plan;
-    const int first = plan.team_of(item.place);
-    const int last = plan.team_of(item.place + item.units - max(plan.skipped(item.units), 1));
-    s.misc[4] = first, s.misc[5] = last - first + 1;
+  if (find_parts && lane == 0 && (item.begin > 0 || item.end < item.units)) {  // of the first item the plan says it
+    const int2 teams = teams_of(planned().plan, item);
+    s.misc[4] = teams.x, s.misc[5] = teams.y;
   }
 }
 

@@ -11,8 +11,9 @@
 //
 // Several teams share an SM, so that the start and the end of one's items overlap with the others' products.
 //
-// The grid is fixed and the list is derived from seq_lens on the device: a captured graph may be replayed with other
-// lengths. Nothing at or after the past's length, and nothing before a window, can reach the output.
+// The grid is fixed and the list is derived from seq_lens on the device, by plan.cu, once for all layers of a step: a
+// captured graph may be replayed with other lengths. Nothing at or after the past's length, and nothing before a
+// window, can reach the output.
 //
 // Products are mma.sync m16n8k16 with tokens (scores) or dimensions (output) as M and rows as N. Codes enter as fp16
 // subnormals, the bits of a nibble as they stand (code * 2^-24) or four higher (code * 2^-20); the factor 16 between
@@ -59,12 +60,10 @@ __global__ void __launch_bounds__(Shape<D, NT, Strands>::kThreads, Shape<D, NT, 
 
 template <int D, int NT, int Strands>
 cudaError_t launch(const WkvCudaAttention& a, const WkvCudaParams& p, cudaStream_t stream) {
-  int device = 0, major = 0, most = 0;
+  int device = 0, major = 0;
   if (cudaError_t e = cudaGetDevice(&device)) return e;
   if (cudaError_t e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return e;
-  if (cudaError_t e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return e;
-  const int teams = most_teams<D, NT, Strands>(p, a.num_seqs, most / Shape<D, NT, Strands>::kCtasPerSm - 1024);
-  const int64_t bytes = shared_bytes<D, NT, Strands>(p, a.num_seqs, teams);
+  const int64_t bytes = shared_bytes<D, NT, Strands>(p, a.teams);
   if (cudaError_t e = allow_shared<paged_attention<D, NT, Strands>>(bytes)) return e;
   cudaLaunchAttribute overlap = {};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -76,15 +75,12 @@ cudaError_t launch(const WkvCudaAttention& a, const WkvCudaParams& p, cudaStream
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = a.after_write && major >= 9;
-  return cudaLaunchKernelEx(&config, paged_attention<D, NT, Strands>, a, p, Launch(a, p, teams));
+  return cudaLaunchKernelEx(&config, paged_attention<D, NT, Strands>, a, p, Launch(a, p));
 }
 
 template <int D>
 cudaError_t launch_any(const WkvCudaAttention& a, const WkvCudaParams& p, cudaStream_t stream) {
-  int device = 0, most = 0;
-  if (cudaError_t e = cudaGetDevice(&device)) return e;
-  if (cudaError_t e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return e;
-  return with_shape<D>(a, p, most, [&](auto shape) {
+  return with_shape<D>(a.queries, a.num_heads / p.num_kv_heads, [&](auto shape) {
     return launch<D, decltype(shape)::kTiles, decltype(shape)::kStrands>(a, p, stream);
   });
 }

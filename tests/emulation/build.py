@@ -14,9 +14,10 @@ def sources() -> str:
     names += ("attention_load", "attention_rows", "attention_past", "attention_finish")
     attention = "".join((CSRC / f"cuda/{name}.cuh").read_text() for name in names)
     others = ""
-    for name in ("cache_write", "gather_kv"):
+    for name in ("plan", "cache_write", "gather_kv"):
         source = (CSRC / f"cuda/{name}.cu").read_text()
-        source = re.sub(r"(\w+<D, \w+>)<<<(grid, .*?), 0, stream>>>(\(.*?\));", r"run_grid(\2, [&] { \1\3; });", source)
+        launch = r"(plan_step|\w+<D, \w+>)<<<(grid, .*?), 0, .*?>>>(\(.*?\));"
+        source = re.sub(launch, r"run_grid(\2, [&] { \1\3; });", source)
         # one translation unit has the names of all
         source = re.sub(r"\b(kWarps|kPart|launch)\b", rf"\1_{name}", source)
         others += source.replace("__global__", "").replace("cudaGetLastError()", "cudaSuccess")

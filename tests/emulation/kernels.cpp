@@ -18,15 +18,14 @@ constexpr int64_t kSharedBytes = 227 << 10;
 
 template <int D>
 int launch_any(const WkvCudaAttention& a, const WkvCudaParams& p) {
-  return with_shape<D>(a, p, kSharedBytes, [&](auto shape) {
+  return with_shape<D>(a.queries, a.num_heads / p.num_kv_heads, [&](auto shape) {
     using S = decltype(shape);
-    constexpr int NT = S::kTiles, Strands = S::kStrands;
-    const int teams = most_teams<D, NT, Strands>(p, a.num_seqs, kSharedBytes / S::kCtasPerSm - 1024);
-    if (shared_bytes<D, NT, Strands>(p, a.num_seqs, teams) > kSharedBytes) return 1;
+    if (shared_bytes<D, S::kTiles, S::kStrands>(p, a.teams) > kSharedBytes) return 1;
     std::vector<uint4> memory(kSharedBytes / sizeof(uint4) + 1);
     memset(memory.data(), 0xff, memory.size() * sizeof(uint4));
-    run_grid(dim3(std::min(a.num_sms * S::kCtasPerSm, kMaxCtas), 1, 1), S::kThreads,
-             [&] { Kernel<D, NT, Strands>(a, p, Launch(a, p, teams), reinterpret_cast<char*>(memory.data())).run(); });
+    run_grid(dim3(std::min(a.num_sms * S::kCtasPerSm, kMaxCtas), 1, 1), S::kThreads, [&] {
+      Kernel<D, S::kTiles, S::kStrands>(a, p, Launch(a, p), reinterpret_cast<char*>(memory.data())).run();
+    });
     return 0;
   });
 }
@@ -46,13 +45,19 @@ int wkvquant_cuda_paged_attention(const WkvCudaAttention* a, const WkvCudaParams
   return 1;
 }
 
-int64_t wkvquant_cuda_shared_bytes(const WkvCudaParams* p, int tiles, int strands, int num_seqs) {
+int64_t wkvquant_cuda_plan_bytes() { return sizeof(wkvquant::Planned); }
+
+int wkvquant_cuda_teams(const WkvCudaParams* p, int num_heads, int queries, int64_t) {
+  return wkvquant::most_teams(*p, queries, num_heads / p->num_kv_heads, wkvquant::kSharedBytes);
+}
+
+int64_t wkvquant_cuda_shared_bytes(const WkvCudaParams* p, int tiles, int strands) {
   using namespace wkvquant;
   switch (p->head_size) {
-    case 64: return shared_bytes_of<64>(*p, tiles, strands, num_seqs);
-    case 96: return shared_bytes_of<96>(*p, tiles, strands, num_seqs);
-    case 128: return shared_bytes_of<128>(*p, tiles, strands, num_seqs);
-    case 256: return shared_bytes_of<256>(*p, tiles, strands, num_seqs);
+    case 64: return shared_bytes_of<64>(*p, tiles, strands);
+    case 96: return shared_bytes_of<96>(*p, tiles, strands);
+    case 128: return shared_bytes_of<128>(*p, tiles, strands);
+    case 256: return shared_bytes_of<256>(*p, tiles, strands);
   }
   return -1;
 }
@@ -63,8 +68,8 @@ int64_t wkvquant_cuda_workspace() {
 }
 
 int64_t wkvquant_cuda_sizeof(int which) {
-  constexpr int64_t kSizes[] = {sizeof(WkvCudaParams), sizeof(WkvCudaCacheWrite), sizeof(WkvCudaAttention),
-                                sizeof(WkvCudaGather)};
+  constexpr int64_t kSizes[] = {sizeof(WkvCudaParams), sizeof(WkvCudaCacheWrite), sizeof(WkvCudaPlan),
+                                sizeof(WkvCudaAttention), sizeof(WkvCudaGather)};
   return kSizes[which];
 }
 

@@ -17,7 +17,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
-from vllm_wkvquant import ops
+from vllm_wkvquant import ops, reference
 from vllm_wkvquant.layout import HEAD_SIZES, TILE, PageLayout, token_bytes
 from vllm_wkvquant.plugin import prefill
 
@@ -97,41 +97,31 @@ class WKVQuantMetadata(AttentionMetadata):
     slot_mapping: torch.Tensor
     positions: torch.Tensor
     chunks: prefill.Chunks | None
-
-
-def token_positions(
-    query_start_loc: torch.Tensor, seq_lens: torch.Tensor, tokens: torch.Tensor, out: torch.Tensor
-) -> None:
-    """Index of each of the step's tokens in its sequence, int64, without a host copy of either input.
-
-    query_start_loc [num_seqs + 1] and seq_lens [num_seqs]: as in `ops.paged_attention`; tokens: arange(len(out)).
-    Padding after query_start_loc[-1] gets positions of no meaning, none negative.
-    """
-    ends = query_start_loc[1:]
-    seq = torch.searchsorted(ends[:-1], tokens, right=True)  # what follows the last end is of the last sequence, too
-    torch.add(tokens, (seq_lens - ends)[seq], out=out)
-    out.clamp_min_(0)
+    plan: Any  # of `ops.planner`, or None
 
 
 class WKVQuantMetadataBuilder(AttentionMetadataBuilder[WKVQuantMetadata]):
-    """Positions live in one buffer for good, so that a replayed graph finds fresh values where it looked before.
+    """Positions and the plan live in buffers for good: a replayed graph finds fresh values where it looked before.
 
     With a GPU's kernels, decode steps are captured whole: all that the ops read is either in buffers of vLLM's that
-    keep their address, or in this one, and what they allocate is reserved here, before the first capture.
+    keep their address, or in these, and what they allocate is reserved here, before the first capture.
     """
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         PageLayout(kv_cache_spec.head_size, kv_cache_spec.block_size)
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        self._flash, self._room = None, 0
+        self._flash, self._room, self._planner = None, 0, None
+        self._block_size = kv_cache_spec.block_size
         self._window = kv_cache_spec.sliding_window if isinstance(kv_cache_spec, SlidingWindowSpec) else 0
         if _captures(device.type, kv_cache_spec.head_size):
             compilation = vllm_config.compilation_config
             tokens = max(tokens, compilation.max_cudagraph_capture_size or 0)
-            for name in layer_names:
-                params = compilation.static_forward_context[name].wkv_params
-                ops.reserve(params, vllm_config.scheduler_config.max_num_seqs)
+            layers = [compilation.static_forward_context[name] for name in layer_names]
+            for layer in layers:
+                ops.reserve(layer.wkv_params, vllm_config.scheduler_config.max_num_seqs)
+            if len({layer.num_heads for layer in layers}) == 1:  # else every call plans for itself
+                self._planner = ops.planner([x.wkv_params for x in layers], layers[0].num_heads, self._window)
             self._flash = prefill.flash_attention(kv_cache_spec.head_size, vllm_config.model_config.dtype)
         if self._flash is not None:
             self._init_reorder_batch_threshold(prefill.SHORT, supports_spec_as_decode=True)
@@ -156,12 +146,22 @@ class WKVQuantMetadataBuilder(AttentionMetadataBuilder[WKVQuantMetadata]):
         if count > self._tokens.shape[0]:  # padded beyond the scheduler's limit, hence beyond all captured batches
             tokens = torch.arange(count, dtype=torch.int64, device=self.device)
             positions = torch.empty_like(tokens)
-        token_positions(common.query_start_loc, common.seq_lens, tokens, positions)
-        chunks = None
+        chunks, plan = None, None
         if self._flash is not None and self.reorder_batch_threshold is not None:
             threshold = self.reorder_batch_threshold
             chunks = prefill.split_chunks(common, threshold, self._flash, self._room, self._window)
         seqs = common.seq_lens.shape[0] if chunks is None else chunks.num_seqs
+        if self._planner is None:
+            reference.token_positions(common.query_start_loc, common.seq_lens, tokens, positions)
+        else:
+            plan = self._planner.plan(
+                common.query_start_loc,
+                common.seq_lens,
+                seqs,
+                count if chunks is None else chunks.first,
+                common.block_table_tensor.shape[1] * self._block_size,
+                positions,
+            )
         return WKVQuantMetadata(
             num_actual_tokens=count,
             query_start_loc=common.query_start_loc[: seqs + 1],
@@ -170,6 +170,7 @@ class WKVQuantMetadataBuilder(AttentionMetadataBuilder[WKVQuantMetadata]):
             slot_mapping=common.slot_mapping[:count],
             positions=positions,
             chunks=chunks,
+            plan=plan,
         )
 
 
@@ -259,5 +260,6 @@ class WKVQuantImpl(AttentionImpl[WKVQuantMetadata]):
                 output,
                 self.sliding_window,
                 after_write=m.chunks is None,
+                plan=m.plan,
             )
         return output
