@@ -479,8 +479,7 @@ def test_refusals():
 
 def test_structs_and_default():
     lib = native_cuda.library()
-    structs = (native_cuda.Params, native_cuda.CacheWrite, native_cuda.PagedAttention, native_cuda.Gather)
-    for i, struct in enumerate(structs):
+    for i, struct in enumerate(native_cuda.STRUCTS):
         assert lib.wkvquant_cuda_sizeof(i) == native_cuda.ctypes.sizeof(struct)
     assert ops.default_variant("cuda", 128) == "cuda"
     assert ops.default_variant("cuda", 80) == ("reference" if ops.native_triton is None else "triton")

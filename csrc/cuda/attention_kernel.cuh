@@ -254,6 +254,7 @@ struct Kernel {
     const int words = steps * (4 * 2 * 32) + p.slow_steps * 32 + slots / 2;
     for (int i = threadIdx.x; i < words; i += S::kThreads)
       copy_async(s.basis + i, reinterpret_cast<const uint4*>(p.basis) + i);
+    end_group();
   }
 
   // The plan's word on what this warp's team does.
@@ -314,16 +315,15 @@ struct Kernel {
   __device__ void combine(const Item& x);
 
   __device__ void run() {
-    if (p.tabled) start_tables();
     const Work work = work_of_team();
-    wait_for_previous();
+    if (p.tabled) start_tables();
     if (work.warps >> 8 != kRowBits) __trap();  // a captured call is replayed over the plan of another shape
     item = work.item;
     const int begin = item.u + item.begin, end = work.end;
     if (lane == 0) s.warps[warp] = work.warps % 256;
     __syncwarp();
     if (begin >= end) {
-      wait_for_copies();
+      wait_for_previous(), wait_for_groups();
       __syncthreads();
       return;
     }
@@ -344,7 +344,7 @@ struct Kernel {
         const bool with_current = item.end == item.units;
         // The first pages, after the rows' own loads, which wait for what is ahead of them.
         const auto start_pages = [&] {
-          if (segment == 0) wait_for_copies();  // of the tables, which were asked for long before
+          if (segment == 0) wait_for_previous();  // the cache write, where it may still run: pages alone are of it
           if (segment || ahead.segment == INT_MAX) return;
           if constexpr (Strands == 1) {
             const uint8_t* tile = tile_of(cursor, 0);
@@ -365,10 +365,12 @@ struct Kernel {
           s.item[segment % 2] = item;
         }
       }
-      if (segment)
+      if (segment) {
         team_barrier();
-      else
-        __syncthreads();  // of the tables, too
+      } else {  // of the tables, too
+        wait_for_groups();
+        __syncthreads();
+      }
       if (before && s.misc[1]) combine(s.item[(segment - 1) % 2]);
       if (u >= end) return;
       rows = s.misc[3];

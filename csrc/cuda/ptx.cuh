@@ -44,6 +44,11 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
                : "memory");
 }
 
+// Makes a group of this thread's copies so far. wait_for_groups() waits for all groups, and for no later copy.
+__device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+__device__ __forceinline__ void wait_for_groups() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Of `threads` threads of the CTA; 0 is the barrier of all.

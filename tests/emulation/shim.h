@@ -207,6 +207,8 @@ inline void __trap() { abort(); }
 inline void acquire() {}
 inline void copy_async(void* to, const void* from) { memcpy(to, from, 16); }
 inline void wait_for_copies() {}
+inline void end_group() {}
+inline void wait_for_groups() {}
 inline void barrier(int id, int threads) { e_barrier(id, threads); }
 inline void allow_next() {}
 inline void wait_for_previous() {}
