@@ -9,7 +9,7 @@ import torch
 from test_ops_cuda import to_gpu
 from test_plugin import common
 
-from vllm_wkvquant import ops, reference
+from vllm_wkvquant import native_cuda, ops, reference
 from vllm_wkvquant.plugin import attention, prefill
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
@@ -46,6 +46,8 @@ def test_chunks(attend, monkeypatch, dtype, heads, head_size, group, room, windo
     chunks = prefill.split_chunks(host, prefill.SHORT, flash, prefill.room(200, heads, head_size), 0)
     assert any(not p.own for p in chunks.passes) == (room == 512)
     count = sum(n for _, n in LENGTHS)
+    planner = native_cuda.Planner([case.params], heads * group, window)
+    room_of_table = case.block_table.shape[1] * case.kv_cache.shape[2]
     metadata = attention.WKVQuantMetadata(
         num_actual_tokens=count,
         query_start_loc=case.query_start_loc[: chunks.num_seqs + 1],
@@ -54,6 +56,7 @@ def test_chunks(attend, monkeypatch, dtype, heads, head_size, group, room, windo
         slot_mapping=torch.full((count,), -1, dtype=torch.int64, device="cuda"),
         positions=torch.zeros(count, dtype=torch.int64, device="cuda"),
         chunks=chunks,
+        plan=planner.plan(case.query_start_loc, case.seq_lens, chunks.num_seqs, chunks.first, room_of_table),
     )
     out = torch.full_like(case.query, torch.nan)
     impl = attention.WKVQuantImpl(heads * group, head_size, case.scale, heads, sliding_window=window)
