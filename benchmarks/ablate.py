@@ -34,7 +34,7 @@ from rich.table import Table
 
 import vllm_wkvquant
 from vllm_wkvquant.config import ConfigError
-from vllm_wkvquant.evaluate import device_name
+from vllm_wkvquant.device import device_name
 from vllm_wkvquant.quantize.calibration import held_out_of
 from vllm_wkvquant.quantize.pipeline import quantize
 from vllm_wkvquant.quantize.plan import Settings

@@ -38,7 +38,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 import vllm_wkvquant
 from vllm_wkvquant.config import ConfigError
-from vllm_wkvquant.evaluate import device_name
+from vllm_wkvquant.device import device_name
 from vllm_wkvquant.quantize.blocks import EXACT, first_hidden, of_all_workers, quantize_block
 from vllm_wkvquant.quantize.estimate import block_flop, device_bytes, host_bytes, place, tuning_flop
 from vllm_wkvquant.quantize.pipeline import peak_memory

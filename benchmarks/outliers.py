@@ -24,10 +24,10 @@ import torch
 
 from vllm_wkvquant.checkpoint import Checkpoint
 from vllm_wkvquant.config import ConfigError
+from vllm_wkvquant.device import device_name
 from vllm_wkvquant.evaluate import (
     SimulatedCache,
     check_run,
-    device_name,
     last_hidden,
     load_quantized,
     progress,

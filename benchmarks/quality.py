@@ -46,12 +46,12 @@ from weight_peers import PEER_FILE
 
 from vllm_wkvquant.checkpoint import Checkpoint, ShardedTensors, read_config
 from vllm_wkvquant.config import ConfigError
+from vllm_wkvquant.device import device_name
 from vllm_wkvquant.evaluate import (
     Scored,
     SimulatedCache,
     check_run,
     concatenate,
-    device_name,
     difference,
     last_hidden,
     load_baseline,

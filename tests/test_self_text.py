@@ -35,14 +35,31 @@ def test_texts_are_likely_to_the_model(smollm2, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_interruption_leaves_no_file(smollm2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object) -> object:
-        yield ["a"]
+def test_an_interrupted_run_goes_on(smollm2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """With the text of one that was not interrupted, and not with other settings."""
+    options = ["--tokens", 60, "--length", 12, "--batch", 2]
+    write, own, partial = self_text.write, tmp_path / "own.txt", tmp_path / "own.txt.partial"
+
+    def interrupted(*args) -> object:
+        yield next(write(*args))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(self_text, "write", interrupted)
-    assert run(smollm2.path, tmp_path / "own.txt") == 130
-    assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(self_text, "write", interrupted)
+        assert run(smollm2.path, own, *options) == 130
+    assert list(tmp_path.iterdir()) == [partial]
+    with partial.open("a") as file:
+        file.write('["half a li')  # as a run that was killed leaves it
+    assert run(smollm2.path, own, *options, "--seed", 1) == 2
+    assert "other settings" in capsys.readouterr().err
+    seen = []
+    monkeypatch.setattr(self_text, "write", lambda *args: seen.append(args[3]) or write(*args))
+    assert run(smollm2.path, own, *options) == 0
+    assert seen == [1]
+    assert list(tmp_path.iterdir()) == [own]
+    assert run(smollm2.path, tmp_path / "whole.txt", *options) == 0
+    assert own.read_text() == (tmp_path / "whole.txt").read_text()
+    assert len(own.read_text()) > 60
 
 
 @pytest.mark.parametrize(
@@ -53,7 +70,11 @@ def test_interruption_leaves_no_file(smollm2, tmp_path: Path, monkeypatch: pytes
         (["--device", "tpu"], "--device tpu is neither cpu nor cuda"),
     ],
 )
-def test_bad_input_is_refused(smollm2, tmp_path: Path, options: list[str], reason: str, capsys) -> None:
+def test_bad_input_is_refused(
+    smollm2, tmp_path: Path, options: list[str], reason: str, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the model is loaded."""
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     assert run(smollm2.path, tmp_path / "own.txt", *options) == 2
     assert reason in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -29,6 +29,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from vllm_wkvquant.checkpoint import Checkpoint, read_config
 from vllm_wkvquant.config import ConfigError
+from vllm_wkvquant.device import check_device, device_name
 from vllm_wkvquant.layout import token_bytes
 from vllm_wkvquant.reference import Simulation, fake_quantize, past_only_attention
 from vllm_wkvquant.text import read_tokens
@@ -118,13 +119,7 @@ def check_run(window: int, device: str, models: list[dict[str, Any]]) -> None:
     limit = min(c.get("max_position_embeddings", window) for c in models)
     if not 2 <= window <= limit:
         raise ConfigError(f"--window {window} is outside 2 .. {limit}, the positions that the model knows")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu")
-
-
-def device_name(device: str) -> str:
-    """What results name as the machine: "cpu", or the name of the GPU."""
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
+    check_device(device)
 
 
 def progress(items: list[list[int]], what: str) -> Iterator[list[int]]:

@@ -5,6 +5,7 @@ distills quantized models on nothing else.
 """
 
 import argparse
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,10 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from vllm_wkvquant.config import ConfigError
-from vllm_wkvquant.quantize.plan import check_device
+from vllm_wkvquant.device import check_device
 from vllm_wkvquant.text import load_tokenizer, prefix_of
 
 
@@ -29,33 +30,37 @@ def check(args: argparse.Namespace) -> None:
     for name in ("tokens", "length", "batch"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} {getattr(args, name)} must be at least 1")
+    positions = load(AutoConfig, args.model).max_position_embeddings - len(prefix_of(load_tokenizer(args.model)))
+    if args.length > positions:
+        raise ConfigError(f"--length {args.length} is more than the {positions} positions that the model knows")
 
 
-def load(folder: Path, device: str) -> Any:
-    """The model in its own dtype on a GPU, in float32 on a CPU. Raises ConfigError."""
-    dtype = "auto" if device.startswith("cuda") else torch.float32
+def load(kind: Any, folder: Path, **options: Any) -> Any:
+    """`kind.from_pretrained`. Raises ConfigError."""
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        return kind.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"the model in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return model.to(device).eval()
 
 
-def write(folder: Path, tokens: int, length: int, batch: int, seed: int, device: str) -> Iterator[list[str]]:
-    """Texts of `length` tokens, `batch` at a time, until there are `tokens`. Raises ConfigError."""
+def rows_of(tokens: int, length: int, batch: int) -> list[int]:
+    """Texts of each batch, until they have so many tokens."""
+    texts = -(-tokens // length)
+    return [min(batch, texts - begin) for begin in range(0, texts, batch)]
+
+
+def write(folder: Path, length: int, rows: list[int], done: int, seed: int, device: str) -> Iterator[list[str]]:
+    """Texts of `length` tokens, rows[i] in batch i, of which `done` are there. On a CPU in float32."""
     tokenizer = load_tokenizer(folder)
-    model = load(folder, device)
-    limit = int(model.config.max_position_embeddings)
+    dtype = "auto" if device.startswith("cuda") else torch.float32
+    model = load(AutoModelForCausalLM, folder, dtype=dtype).to(device).eval()
     prefix = torch.tensor(prefix_of(tokenizer), dtype=torch.long)
-    if length + len(prefix) > limit:
-        raise ConfigError(f"--length {length} is more than the {limit - len(prefix)} positions that the model knows")
     special = set(tokenizer.all_special_ids)
     first = torch.tensor([i for i in range(len(tokenizer)) if i not in special])
-    torch.manual_seed(seed)
-    for begin in range(0, tokens, batch * length):
-        rows = min(batch, -(-(tokens - begin) // length))
-        starts = first[torch.randint(len(first), (rows, 1))]
-        prompt = torch.cat([prefix.expand(rows, -1), starts], 1).to(device)
+    for number in range(done, len(rows)):
+        torch.manual_seed((seed << 20) + number)  # so that a batch is the same whoever wrote those before it
+        starts = first[torch.randint(len(first), (rows[number], 1))]
+        prompt = torch.cat([prefix.expand(rows[number], -1), starts], 1).to(device)
         with torch.inference_mode():
             out = model.generate(
                 prompt,
@@ -72,14 +77,36 @@ def write(folder: Path, tokens: int, length: int, batch: int, seed: int, device:
         yield tokenizer.batch_decode(out, skip_special_tokens=True)
 
 
+def read_partial(file: Path, settings: dict[str, Any]) -> list[list[str]]:
+    """Batches that an interrupted run with the same settings has written. Raises ConfigError where they are others."""
+    if not file.exists():
+        file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    whole = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    if not whole or json.loads(whole[0]) != settings:
+        raise ConfigError(f"{file} is of a run with other settings; repeat those, or delete it")
+    os.truncate(file, sum(len(line.encode()) for line in whole))  # the last line may have been cut
+    return [json.loads(line) for line in whole[1:]]
+
+
 def main(args: argparse.Namespace) -> int:
-    """`wkvquant write-text`: the file appears whole or not at all. Returns the exit status."""
+    """`wkvquant write-text`: the file appears whole or not at all. Returns the exit status.
+
+    FILE.partial keeps the batches that are there, a JSON line each: the same command goes on.
+    """
     check(args)
-    batches = write(args.model, args.tokens, args.length, args.batch, args.seed, args.device)
-    count = -(-args.tokens // (args.batch * args.length))
-    texts = [text for batch in track(batches, "writing", count) for text in batch]
+    settings = {name: str(getattr(args, name)) for name in ("model", "tokens", "length", "batch", "seed", "device")}
     partial = args.file.with_name(args.file.name + ".partial")
-    partial.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
-    os.replace(partial, args.file)
+    batches, rows = read_partial(partial, settings), rows_of(args.tokens, args.length, args.batch)
+    with partial.open("a", encoding="utf-8") as file:
+        new = write(args.model, args.length, rows, len(batches), args.seed, args.device)
+        for batch in track(new, "writing", total=len(rows), completed=len(batches)):
+            batches.append(batch)
+            file.write(json.dumps(batch) + "\n")
+            file.flush()
+    texts = [text for batch in batches for text in batch]
+    whole = partial.with_name(partial.name + ".txt")
+    whole.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    os.replace(whole, args.file)
+    partial.unlink()
     print(f"{args.file}: {len(texts)} texts of {args.length} tokens")
     return 0

@@ -11,6 +11,7 @@ import transformers
 
 import vllm_wkvquant
 from vllm_wkvquant.config import ConfigError, KVCacheConfig
+from vllm_wkvquant.device import check_device
 from vllm_wkvquant.quantize.adapters import ModelAdapter
 from vllm_wkvquant.quantize.attention import ATTENTION, CalibrationAttention
 from vllm_wkvquant.quantize.calibration import SKIPPED, Windows, read_windows, samples_for
@@ -77,14 +78,6 @@ class Plan:
     kv: KVCacheConfig
     workers: Workers = ALONE
     storage: Storage = Storage()
-
-
-def check_device(device: str) -> None:
-    """Raise ConfigError unless there is such a device here."""
-    if device.partition(":")[0] not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {device} is neither cpu nor cuda")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu")
 
 
 def preflight(settings: Settings, workers: Workers = ALONE) -> Plan:
