@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ.setdefault("VLLM_CPU_INT4_W4A8", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+torch.set_num_threads(min(torch.get_num_threads(), 8))  # small work on many cores is slower than on few
 
 DEMO = Path(os.environ.get("WKVQUANT_DEMO", Path(__file__).parent.parent / "demo"))
 
