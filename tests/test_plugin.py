@@ -58,6 +58,15 @@ def test_import_is_light() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_inspecting_waits_for_no_other_package() -> None:
+    """transformers and compressed-tensors take seconds to import."""
+    code = (
+        "import sys, vllm_wkvquant.cli, vllm_wkvquant.inspect\n"
+        "assert not {'vllm', 'transformers', 'compressed_tensors'} & set(sys.modules), 'heavy'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_entry_point_registers_once_and_again() -> None:
     (entry,) = (e for e in importlib.metadata.entry_points(group="vllm.general_plugins") if e.name == "wkvquant")
     for _ in range(2):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from safetensors import SafetensorError, safe_open
 
 from vllm_wkvquant.config import ConfigError, KVCacheConfig
@@ -87,6 +86,9 @@ def pack_weight(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tens
 
     codes: uint8 [out, in] in 0..15; scale: [out, in / group]; zero_point: uint8 [out, in / group] in 0..15.
     """
+    # here and below: it takes seconds, which who reads no weights need not wait
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
     return {
         "weight_packed": pack_to_int32((codes.to(torch.int8) - 8), 4),
         "weight_scale": scale.contiguous(),
@@ -97,6 +99,8 @@ def pack_weight(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tens
 
 def unpack_codes(tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes int8 [out, in / group, group] and zero points int8 [out, in / group], 0..15, of `pack_weight`'s tensors."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
     shape = torch.Size(tensors["weight_shape"].tolist())
     of_groups = torch.Size(tensors["weight_scale"].shape)
     codes = unpack_from_int32(tensors["weight_packed"], 4, shape) + 8
