@@ -1,4 +1,4 @@
-"""The `wkvquant` command: quantize | inspect | eval."""
+"""The `wkvquant` command: quantize | write-text | inspect | eval."""
 
 import argparse
 import re
@@ -19,6 +19,7 @@ from vllm_wkvquant.quantize.recipes import DEFAULT, RECIPES
 if TYPE_CHECKING:
     from vllm_wkvquant.quantize.estimate import Estimate
 
+MODEL = "directory of a Hugging Face checkpoint, or a model's name on the hub"
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -42,7 +43,7 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
         "One decoder block is in memory at a time. A run that was stopped goes on with --resume."
     )
     parser.epilog = f"recipes:\n{recipes}"
-    parser.add_argument("model", type=Path, metavar="MODEL", help="directory of a Hugging Face checkpoint")
+    parser.add_argument("model", type=Path, metavar="MODEL", help=MODEL)
     parser.add_argument("out", type=Path, metavar="OUT", help="directory to create; it must not exist or be empty")
     parser.add_argument("--calib-text", type=Path, required=True, metavar="FILE", help="UTF-8 text to calibrate on")
     parser.add_argument("--recipe", default=DEFAULT, metavar="NAME", help="see below (%(default)s)")
@@ -111,11 +112,18 @@ def estimate_table(estimate: "Estimate") -> Table:
 
 def run_quantize(args: argparse.Namespace) -> int:
     """Run `wkvquant quantize`; returns the exit status."""
+    from vllm_wkvquant.checkpoint import read_config
+    from vllm_wkvquant.device import check_device
+    from vllm_wkvquant.hub import find_model
+    from vllm_wkvquant.quantize.adapters import check_supported
     from vllm_wkvquant.quantize.launch import run
     from vllm_wkvquant.quantize.plan import Settings
+    from vllm_wkvquant.quantize.state import check_output
 
+    check_output(args.out, args.resume)  # these two again below, but a download may come before that
+    check_device(args.device)
     settings = Settings(
-        model=args.model,
+        model=find_model(args.model, lambda folder: check_supported(folder, read_config(folder))),
         out=args.out,
         calib_text=args.calib_text,
         recipe=args.recipe,
@@ -200,7 +208,7 @@ def run_inspect(args: argparse.Namespace) -> int:
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `wkvquant eval`."""
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="checkpoint that `wkvquant quantize` wrote")
-    parser.add_argument("--baseline", type=Path, required=True, metavar="MODEL", help="the model it was made from")
+    parser.add_argument("--baseline", type=Path, required=True, metavar="MODEL", help=f"what it was made from: {MODEL}")
     parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text to score")
     parser.add_argument("--window", type=int, default=2048, help="tokens in a window, each scored afresh (%(default)s)")
     parser.add_argument("--windows", type=int, default=10, help="number of windows; 0 is the whole text (%(default)s)")
@@ -230,7 +238,7 @@ def add_write_text_arguments(parser: argparse.ArgumentParser) -> None:
         "Write text that the model makes up itself, from random first tokens on. Calibrated on as much of it as of\n"
         "your own text (append one to the other), a model keeps more of what your text does not show."
     )
-    parser.add_argument("model", type=Path, metavar="MODEL", help="directory of a Hugging Face checkpoint")
+    parser.add_argument("model", type=Path, metavar="MODEL", help=MODEL)
     parser.add_argument("file", type=Path, metavar="FILE", help="text file to create")
     parser.add_argument("--tokens", type=int, default=1 << 17, help="how many, at least (%(default)s)")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a text (%(default)s)")

@@ -30,6 +30,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from vllm_wkvquant.checkpoint import Checkpoint, read_config
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.device import check_device, device_name
+from vllm_wkvquant.hub import find_model
 from vllm_wkvquant.layout import token_bytes
 from vllm_wkvquant.reference import Simulation, fake_quantize, past_only_attention
 from vllm_wkvquant.text import read_tokens
@@ -304,7 +305,7 @@ def main(args: argparse.Namespace) -> int:
     with stdout_to_stderr():
         result = evaluate(
             args.checkpoint,
-            args.baseline,
+            find_model(args.baseline),
             args.text,
             args.window,
             args.windows,

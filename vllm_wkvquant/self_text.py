@@ -17,11 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.device import check_device
+from vllm_wkvquant.hub import find_model
 from vllm_wkvquant.text import load_tokenizer, prefix_of
 
 
 def check(args: argparse.Namespace) -> None:
-    """Everything that can be refused before long work. Raises ConfigError."""
+    """Refuse what can be before long work, and find the model. Raises ConfigError."""
     check_device(args.device)
     if not args.file.parent.is_dir():
         raise ConfigError(f"the directory of {args.file} does not exist")
@@ -30,6 +31,7 @@ def check(args: argparse.Namespace) -> None:
     for name in ("tokens", "length", "batch"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} {getattr(args, name)} must be at least 1")
+    args.model = find_model(args.model)
     positions = load(AutoConfig, args.model).max_position_embeddings - len(prefix_of(load_tokenizer(args.model)))
     if args.length > positions:
         raise ConfigError(f"--length {args.length} is more than the {positions} positions that the model knows")
