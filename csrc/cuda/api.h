@@ -70,7 +70,7 @@ struct WkvCudaPlan {
   const int32_t* seq_lens;         // [num_seqs]
   const int32_t* query_start_loc;  // [num_seqs + 1]
   int64_t* positions;              // [num_positions] of the tokens in their sequences, written
-  void* plan;                      // wkvquant_cuda_plan_bytes() bytes, written; null: positions alone
+  void* plan;                      // wkvquant_cuda_plan_bytes() bytes, written
   int64_t num_positions;
   int64_t most_past;    // tokens that the block table has room for
   int32_t num_seqs;     // positions are of these

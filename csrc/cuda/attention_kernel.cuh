@@ -18,6 +18,7 @@ struct Shape {
   static_assert(Strands == 1 || (Strands == 2 && NT == 1));
   static constexpr int kHeadSize = D, kTiles = NT, kStrands = Strands;
   static constexpr int kColumns = 8 * NT, kRows = kColumns / Strands;  // of products, of a tile
+  static constexpr int kRowBits = kRows == 4 ? 2 : kRows == 8 ? 3 : 4;
   static constexpr int kWarps = D > 128 ? 8 : NT == 1 ? 6 : 4;
   static constexpr int kCtasPerSm = D > 128 ? 1 : 2;
   static constexpr int kThreads = 32 * kWarps;
@@ -139,8 +140,7 @@ inline int most_teams(const WkvCudaParams& p, int queries, int group, int64_t by
 inline Tiling tiling_of(const WkvCudaPlan& a) {
   return with_shape(a.head_size, a.queries, a.num_heads / a.num_kv_heads, [&](auto shape) {
     using S = decltype(shape);
-    const int row_bits = S::kRows == 4 ? 2 : S::kRows == 8 ? 3 : 4;
-    return Tiling{row_bits, S::kWarps, a.teams, std::min(a.num_sms * S::kCtasPerSm, kMaxCtas)};
+    return Tiling{S::kRowBits, S::kWarps, a.teams, std::min(a.num_sms * S::kCtasPerSm, kMaxCtas)};
   });
 }
 
@@ -170,7 +170,7 @@ template <int D, int NT, int Strands>
 struct Kernel {
   using S = Shape<D, NT, Strands>;
   static_assert(kTeams * 2 * partial_floats(S::kRows, D) * sizeof(float) <= kCtaBytes);
-  static constexpr int kWarps = S::kWarps, kRows = S::kRows, kRowBits = kRows == 4 ? 2 : kRows == 8 ? 3 : 4;
+  static constexpr int kWarps = S::kWarps, kRows = S::kRows;
 
   const WkvCudaAttention& a;
   const WkvCudaParams& p;
@@ -271,7 +271,7 @@ struct Kernel {
 
   // The item of unit `u`, of sequence `seq` or one after it.
   __device__ __forceinline__ Item decode_at(int seq, int u, int end) const {
-    return decode(planned(), a.sliding_window, group, kRowBits, seq, u, end);
+    return decode(planned(), a.sliding_window, group, S::kRowBits, seq, u, end);
   }
 
   // attention_load.cuh
@@ -317,7 +317,7 @@ struct Kernel {
   __device__ void run() {
     const Work work = work_of_team();
     if (p.tabled) start_tables();
-    if (work.warps >> 8 != kRowBits) __trap();  // a captured call is replayed over the plan of another shape
+    if (work.warps >> 8 != S::kRowBits) __trap();  // a captured call is replayed over the plan of another shape
     item = work.item;
     const int begin = item.u + item.begin, end = work.end;
     if (lane == 0) s.warps[warp] = work.warps % 256;

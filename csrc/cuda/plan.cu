@@ -111,8 +111,8 @@ __device__ void make_plan(const WkvCudaPlan& a, const Tiling& tiling, Planned& p
 }
 
 __global__ void __launch_bounds__(kThreads) plan_step(const __grid_constant__ WkvCudaPlan a, Tiling tiling) {
-  if (a.plan && blockIdx.x == 0) return make_plan(a, tiling, *static_cast<Planned*>(a.plan));
-  const int64_t token = (blockIdx.x - (a.plan != nullptr)) * static_cast<int64_t>(kThreads) + threadIdx.x;
+  if (blockIdx.x == 0) return make_plan(a, tiling, *static_cast<Planned*>(a.plan));
+  const int64_t token = (blockIdx.x - 1) * static_cast<int64_t>(kThreads) + threadIdx.x;
   if (token >= a.num_positions) return;
   const int seq = last_at_most(static_cast<int>(token), a.num_seqs, [&](int i) { return a.query_start_loc[i]; });
   a.positions[token] = max(token + a.seq_lens[seq] - a.query_start_loc[seq + 1], int64_t{0});
@@ -124,8 +124,7 @@ __global__ void __launch_bounds__(kThreads) plan_step(const __grid_constant__ Wk
 extern "C" int wkvquant_cuda_plan(const WkvCudaPlan* a, void* stream) {
   using namespace wkvquant;
   const Tiling tiling = tiling_of(*a);
-  const dim3 grid((a->plan != nullptr) + (a->num_positions + kThreads - 1) / kThreads);
-  if (grid.x == 0) return cudaSuccess;
+  const dim3 grid(1 + (a->num_positions + kThreads - 1) / kThreads);
   plan_step<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(*a, tiling);
   return cudaGetLastError();
 }
