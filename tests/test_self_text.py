@@ -1,9 +1,11 @@
 """`wkvquant write-text`: text of the model's own."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from models import contents, tiny_model
 from transformers import AutoModelForCausalLM
 
 from vllm_wkvquant import cli, self_text
@@ -60,6 +62,32 @@ def test_an_interrupted_run_goes_on(smollm2, tmp_path: Path, monkeypatch: pytest
     assert run(smollm2.path, tmp_path / "whole.txt", *options) == 0
     assert own.read_text() == (tmp_path / "whole.txt").read_text()
     assert len(own.read_text()) > 60
+
+
+def test_a_model_is_quantized_on_text_of_its_own(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text is enough, is kept, and is used again; the same text given by name makes the same checkpoint."""
+    model = tiny_model(tmp_path / "model")
+    options = ["--recipe", "rtn", "--samples", "4", "--seq-len", "48"]
+    assert cli.main(["quantize", str(model), str(tmp_path / "out"), *options]) == 0
+    (own,) = tmp_path.glob("out.own-*.txt")
+    ids, _ = read_tokens(model, own, "text")
+    assert len(ids) >= 4 * 48
+    given = ["--calib-text", str(own)]
+    assert cli.main(["quantize", str(model), str(tmp_path / "again"), *options, *given]) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
+    shutil.rmtree(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(self_text, "write_file", None)
+        assert cli.main(["quantize", str(model), str(tmp_path / "out"), *options]) == 0
+    assert cli.main(["quantize", str(model), str(tmp_path / "seeded"), *options, "--seed", "1"]) == 0
+    assert next(tmp_path.glob("seeded.own-*.txt")).read_text() != own.read_text()
+    for option in (["--dry-run"], ["--ray", "local"]):
+        assert cli.main(["quantize", str(model), str(tmp_path / "none"), *options, *option]) == 2
+        assert f"{option[0]} writes no text; give one with --calib-text" in capsys.readouterr().err
+    for option in (["--samples", "3"], ["--seq-len", "99999"], ["--recipe", "none"]):  # before any text is written
+        assert cli.main(["quantize", str(model), str(tmp_path / "none"), *options, *option]) == 2
+        assert option[1] in capsys.readouterr().err
+    assert not list(tmp_path.glob("none*"))
 
 
 @pytest.mark.parametrize(

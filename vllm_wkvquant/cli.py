@@ -45,7 +45,12 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"recipes:\n{recipes}"
     parser.add_argument("model", type=Path, metavar="MODEL", help=MODEL)
     parser.add_argument("out", type=Path, metavar="OUT", help="directory to create; it must not exist or be empty")
-    parser.add_argument("--calib-text", type=Path, required=True, metavar="FILE", help="UTF-8 text to calibrate on")
+    parser.add_argument(
+        "--calib-text",
+        type=Path,
+        metavar="FILE",
+        help="UTF-8 text to calibrate on (what the model writes itself, as write-text does, beside OUT)",
+    )
     parser.add_argument("--recipe", default=DEFAULT, metavar="NAME", help="see below (%(default)s)")
     parser.add_argument(
         "--samples", type=int, default=32, help="windows of text; of 32 to 128 of them 8 are held out (%(default)s)"
@@ -112,18 +117,26 @@ def estimate_table(estimate: "Estimate") -> Table:
 
 def run_quantize(args: argparse.Namespace) -> int:
     """Run `wkvquant quantize`; returns the exit status."""
+    from vllm_wkvquant import self_text
     from vllm_wkvquant.checkpoint import read_config
-    from vllm_wkvquant.device import check_device
     from vllm_wkvquant.hub import find_model
     from vllm_wkvquant.quantize.adapters import check_supported
     from vllm_wkvquant.quantize.launch import run
-    from vllm_wkvquant.quantize.plan import Settings
+    from vllm_wkvquant.quantize.plan import Settings, check_arguments, window_length
     from vllm_wkvquant.quantize.state import check_output
 
     check_output(args.out, args.resume)  # these two again below, but a download may come before that
-    check_device(args.device)
+    check_arguments(args.recipe, args.samples, args.device)
+    model = find_model(args.model, lambda folder: check_supported(folder, read_config(folder)))
+    if args.calib_text is None:
+        if args.ray or args.dry_run:
+            raise ConfigError(f"{'--ray' if args.ray else '--dry-run'} writes no text; give one with --calib-text")
+        config = read_config(model)
+        check_supported(model, config)
+        seq_len = window_length(args.seq_len, int(config["max_position_embeddings"]))
+        args.calib_text = self_text.text_for(args.out, model, args.samples, seq_len, args.seed, args.device)
     settings = Settings(
-        model=find_model(args.model, lambda folder: check_supported(folder, read_config(folder))),
+        model=model,
         out=args.out,
         calib_text=args.calib_text,
         recipe=args.recipe,

@@ -5,6 +5,8 @@ distills quantized models on nothing else.
 """
 
 import argparse
+import gc
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -18,7 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.device import check_device
 from vllm_wkvquant.hub import find_model
-from vllm_wkvquant.text import load_tokenizer, prefix_of
+from vllm_wkvquant.text import load_tokenizer, prefix_of, read_tokens
+
+BATCH = 16  # texts at a time
 
 
 def check(args: argparse.Namespace) -> None:
@@ -32,9 +36,14 @@ def check(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} {getattr(args, name)} must be at least 1")
     args.model = find_model(args.model)
-    positions = load(AutoConfig, args.model).max_position_embeddings - len(prefix_of(load_tokenizer(args.model)))
+    positions = positions_of(args.model)
     if args.length > positions:
         raise ConfigError(f"--length {args.length} is more than the {positions} positions that the model knows")
+
+
+def positions_of(model: Path) -> int:
+    """Tokens that the model can have after its prefix."""
+    return int(load(AutoConfig, model).max_position_embeddings) - len(prefix_of(load_tokenizer(model)))
 
 
 def load(kind: Any, folder: Path, **options: Any) -> Any:
@@ -90,25 +99,48 @@ def read_partial(file: Path, settings: dict[str, Any]) -> list[list[str]]:
     return [json.loads(line) for line in whole[1:]]
 
 
-def main(args: argparse.Namespace) -> int:
-    """`wkvquant write-text`: the file appears whole or not at all. Returns the exit status.
+def write_file(file: Path, model: Path, tokens: int, length: int, batch: int, seed: int, device: str) -> int:
+    """Texts that `model` wrote, their number. `file` appears whole or not at all.
 
-    FILE.partial keeps the batches that are there, a JSON line each: the same command goes on.
+    FILE.partial keeps the batches that are there, a JSON line each: the same call goes on.
     """
-    check(args)
-    settings = {name: str(getattr(args, name)) for name in ("model", "tokens", "length", "batch", "seed", "device")}
-    partial = args.file.with_name(args.file.name + ".partial")
-    batches, rows = read_partial(partial, settings), rows_of(args.tokens, args.length, args.batch)
-    with partial.open("a", encoding="utf-8") as file:
-        new = write(args.model, args.length, rows, len(batches), args.seed, args.device)
-        for batch in track(new, "writing", total=len(rows), completed=len(batches)):
-            batches.append(batch)
-            file.write(json.dumps(batch) + "\n")
-            file.flush()
-    texts = [text for batch in batches for text in batch]
+    settings = {"model": str(model), "tokens": tokens, "length": length, "batch": batch, "seed": seed, "device": device}
+    partial = file.with_name(file.name + ".partial")
+    batches, rows = read_partial(partial, settings), rows_of(tokens, length, batch)
+    with partial.open("a", encoding="utf-8") as lines:
+        new = write(model, length, rows, len(batches), seed, device)
+        for texts in track(new, "writing", total=len(rows), completed=len(batches)):
+            batches.append(texts)
+            lines.write(json.dumps(texts) + "\n")
+            lines.flush()
     whole = partial.with_name(partial.name + ".txt")
-    whole.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
-    os.replace(whole, args.file)
+    whole.write_text("\n\n".join(text for texts in batches for text in texts) + "\n", encoding="utf-8")
+    os.replace(whole, file)
     partial.unlink()
-    print(f"{args.file}: {len(texts)} texts of {args.length} tokens")
+    return sum(rows)
+
+
+def text_for(out: Path, model: Path, samples: int, seq_len: int, seed: int, device: str) -> Path:
+    """Text of the model's own for `samples` windows of `seq_len` tokens, kept beside `out`; what is there is used."""
+    length, texts = min(seq_len, positions_of(model)), samples + 1
+    while True:
+        named = json.dumps([str(model.absolute()), texts, length, seed, device])
+        file = out.with_name(f"{out.name}.own-{hashlib.sha256(named.encode()).hexdigest()[:8]}.txt")
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_file(file, model, texts * length, length, BATCH, seed, device)
+            gc.collect()
+            if device.startswith("cuda"):
+                torch.cuda.empty_cache()  # what is free is what the quantizer counts on
+        count = len(read_tokens(model, file, "text")[0])
+        if count >= samples * length:
+            return file
+        texts = texts * samples * length // count + 1  # words that were cut differently have fewer tokens now
+
+
+def main(args: argparse.Namespace) -> int:
+    """`wkvquant write-text`. Returns the exit status."""
+    check(args)
+    texts = write_file(args.file, args.model, args.tokens, args.length, args.batch, args.seed, args.device)
+    print(f"{args.file}: {texts} texts of {args.length} tokens")
     return 0

@@ -80,22 +80,31 @@ class Plan:
     storage: Storage = Storage()
 
 
+def check_arguments(recipe: str | Recipe, samples: int, device: str) -> Recipe:
+    """What can be refused without the model. Raises ConfigError."""
+    found = recipe if isinstance(recipe, Recipe) else find_recipe(recipe)
+    check_device(device)
+    if samples < 4:
+        raise ConfigError(f"--samples {samples} is too few: at least 4, of which 2 are held out")
+    return found
+
+
+def window_length(seq_len: int | None, limit: int) -> int:
+    """--seq-len or its default, for a model with `limit` positions. Raises ConfigError."""
+    length = min(DEFAULT_SEQ_LEN, limit) if seq_len is None else seq_len
+    if not 2 * SKIPPED <= length <= limit:
+        raise ConfigError(f"--seq-len {length} is outside {2 * SKIPPED} .. {limit}, the positions that the model knows")
+    return length
+
+
 def preflight(settings: Settings, workers: Workers = ALONE) -> Plan:
     """Everything that can be refused before long work. Raises ConfigError."""
-    recipe = settings.recipe if isinstance(settings.recipe, Recipe) else find_recipe(settings.recipe)
+    recipe = check_arguments(settings.recipe, settings.samples, settings.device)
     if workers.rank == 0:  # who writes
         check_output(settings.out, settings.resume)
-    check_device(settings.device)
     attention = CalibrationAttention()
     adapter = ModelAdapter(settings.model, ATTENTION)
-    limit = int(adapter.config.max_position_embeddings)
-    seq_len = min(DEFAULT_SEQ_LEN, limit) if settings.seq_len is None else settings.seq_len
-    if not 2 * SKIPPED <= seq_len <= limit:
-        raise ConfigError(
-            f"--seq-len {seq_len} is outside {2 * SKIPPED} .. {limit}, the positions that the model knows"
-        )
-    if settings.samples < 4:
-        raise ConfigError(f"--samples {settings.samples} is too few: at least 4, of which 2 are held out")
+    seq_len = window_length(settings.seq_len, int(adapter.config.max_position_embeddings))
     windows = read_windows(settings.model, settings.calib_text, settings.samples, seq_len, settings.seed)
     recipe = recipe.of(windows.statistics)
     if windows.held_out < workers.size:
