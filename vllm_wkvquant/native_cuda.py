@@ -657,13 +657,9 @@ class Planner:
         self, layers: Sequence[KVParams], num_heads: int, sliding_window: int = 0, tensor: torch.Tensor | None = None
     ) -> None:
         tables = [prepare(params) for params in layers]
-        self.like = Served(tables[0].device, tables[0].num_kv_heads, tables[0].head_size)
-        for other in tables:
-            _check(
-                (other.device, other.num_kv_heads, other.head_size)
-                == (self.like.device, self.like.num_kv_heads, self.like.head_size),
-                "layers of one plan must have the same heads and device",
-            )
+        served = {Served(x.device, x.num_kv_heads, x.head_size) for x in tables}
+        _check(len(served) == 1, "layers of one plan must have the same heads and device")
+        self.like = served.pop()
         _check_heads(num_heads, self.like.num_kv_heads)
         self.num_heads, self.sliding_window = num_heads, sliding_window
         self.tensor = _new_plan(self.like.device) if tensor is None else tensor
