@@ -303,19 +303,41 @@ def test_group_size() -> None:
     assert [group_size(n) for n in (4096, 576, 96, 80, 33)] == [128, 64, 32, None, None]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("sliding_window", [0, 100, 700])
-def test_fast_attention_is_the_reference(sliding_window: int) -> None:
-    """Longer than one tile of rows, with and without a window that starts inside a tile."""
+def test_fast_attention_is_the_reference(sliding_window: int, group: int, dtype: torch.dtype) -> None:
+    """Output and gradients of a batch, with and without a window, and with one longer than the sequence."""
     torch.manual_seed(0)
-    length, heads, size = attention.QUERY_ROWS + 60, 2, 64
-    q = torch.randn(length, 3 * heads, size)
-    k, v, past_k, past_v = torch.randn(4, length, heads, size)
-    ours = attention.past_only_attention(q, k, v, past_k, past_v, 0.3, sliding_window)
-    spec = reference.past_only_attention(q, k, v, past_k, past_v, 0.3, 1, sliding_window)
-    torch.testing.assert_close(ours, spec, rtol=1e-4, atol=1e-5)
-    raw = attention.raw_attention(q, k, v, 0.3, sliding_window)
-    spec = reference.past_only_attention(q, k, v, k, v, 0.3, 1, sliding_window)
-    torch.testing.assert_close(raw, spec, rtol=1e-4, atol=1e-5)
+    length, heads, size, scale = 301, 2, 64, 0.3
+    q = torch.randn(2, group * heads, length, size)
+    k, v, past_k, past_v = torch.randn(4, 2, heads, length, size)
+    inputs = [x.to(dtype).requires_grad_() for x in (q, k, v, past_k, past_v)]
+    ours = attention.past_only_attention(*inputs, scale, sliding_window)
+    exact = [x.detach().float().requires_grad_() for x in inputs]
+    windows = zip(*(x.transpose(1, 2) for x in exact), strict=True)
+    spec = torch.stack([reference.past_only_attention(*w, scale, 1, sliding_window) for w in windows]).transpose(1, 2)
+    grad = torch.randn_like(spec)
+    tolerance = {"rtol": 1e-4, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 8e-2}
+    torch.testing.assert_close(ours.float(), spec, **tolerance)
+    found = torch.autograd.grad(ours, inputs, grad.to(dtype))
+    for a, b in zip(found, torch.autograd.grad(spec, exact, grad), strict=True):
+        torch.testing.assert_close(a.float(), b, **tolerance)
+
+
+@pytest.mark.parametrize("sliding_window", [None, 100])
+def test_attention_of_a_16_bit_cache(sliding_window: int | None) -> None:
+    """What is captured is of each window, and the output is the reference's."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 6, 301, 64), torch.randn(2, 2, 301, 64), torch.randn(2, 2, 301, 64)
+    own = attention.CalibrationAttention()
+    own.captured = []
+    out, _ = own(torch.nn.Module(), q, k, v, None, scaling=0.3, sliding_window=sliding_window)
+    assert len(own.captured) == 2
+    for window, captured in zip(out, own.captured, strict=True):
+        query, key, value = captured
+        spec = reference.past_only_attention(query, key, value, key, value, 0.3, 1, sliding_window or 0)
+        torch.testing.assert_close(window, spec, rtol=1e-4, atol=1e-5)
 
 
 def kv_config(key_shift: str = "rotating", scaling: float = 1.0) -> KVCacheConfig:

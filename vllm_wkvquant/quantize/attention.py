@@ -1,18 +1,118 @@
 """Attention of the calibration runs: a transformers attention function that captures q, k, v or simulates the cache."""
 
-import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from vllm_wkvquant import reference
 from vllm_wkvquant.reference import Simulation
 
 ATTENTION = "wkvquant_calibration"
-QUERY_ROWS = 512  # rows of scores held at once: keeps them in cache and lets causality halve the work
+ROW_MULTIPLE = 32  # torch's memory-efficient kernel pads the rows of its log-sum-exps to it
 
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # roped query [T, Hq, D], roped key [T, H, D], value [T, H, D]
+
+aten = torch.ops.aten
+
+
+def causal_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, tuple[Any, ...]]:
+    """Causal attention of [B, H, T, D] by torch's fused kernels: its output, its log-sum-exps fp32 [B, H, T], and what
+    `causal_backward` needs besides."""
+    if not q.is_cuda:
+        return *aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale), ()
+    if q.dtype == torch.float32:
+        out, lse, *rest = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True, scale=scale)
+        return out, lse[..., : q.shape[2]], tuple(rest)
+    out, lse, *rest = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)
+    return out, lse, tuple(rest)
+
+
+def causal_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    saved: tuple[Any, ...],
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients to q, k and v of a softmax over these scores and possibly others: out is what came of all of them, and
+    lse their log-sum-exps. saved: of `causal_forward`."""
+    if not q.is_cuda:
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse, 0.0, True, scale=scale
+        )
+    if q.dtype == torch.float32:
+        lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % ROW_MULTIPLE))
+        bias = torch.empty(0, device=q.device)
+        *grads, _ = aten._scaled_dot_product_efficient_attention_backward(
+            grad, q, k, v, bias, out, lse, *saved, 0.0, [True, True, True, False], True, scale=scale
+        )
+        return tuple(grads)
+    starts_q, starts_k, longest_q, longest_k, seed, offset, _ = saved
+    return aten._scaled_dot_product_flash_attention_backward(
+        grad, q, k, v, out, lse, starts_q, starts_k, longest_q, longest_k, 0.0, True, seed, offset, scale=scale
+    )
+
+
+class PastOnlyAttention(torch.autograd.Function):
+    """Causal attention over keys and values from the cache, but a token's own as they came: [B, H, T, D] each.
+
+    Without the first query and the last key, causal attention over the cache is attention over what is strictly past,
+    to which a token's own score and value are added by log-sum-exp. Its gradients are those of one softmax over both
+    sets of keys, so the kernel's backward pass gives them where it is told the output and log-sum-exp over both.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        past_k: torch.Tensor,
+        past_v: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        past, past_lse, saved = causal_forward(q[:, :, 1:], past_k[:, :, :-1], past_v[:, :, :-1], scale)
+        own = (q.float() * k.float()).sum(-1) * scale
+        lse = torch.cat([own[..., :1], torch.logaddexp(own[..., 1:], past_lse)], -1)
+        p = (own - lse).exp_()
+        out = p[..., None] * v.float()
+        out[:, :, 1:].addcmul_((past_lse - lse[..., 1:]).exp_()[..., None], past.float())
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, past_k, past_v, out, lse, p, *(x for x in saved if isinstance(x, torch.Tensor)))
+        ctx.saved = [None if isinstance(x, torch.Tensor) else x for x in saved]
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        q, k, v, past_k, past_v, out, lse, p, *tensors = ctx.saved_tensors
+        left = iter(tensors)
+        saved = tuple(next(left) if x is None else x for x in ctx.saved)
+        grad = grads[0].contiguous()
+        of_past = causal_backward(
+            grad[:, :, 1:],
+            q[:, :, 1:],
+            past_k[:, :, :-1],
+            past_v[:, :, :-1],
+            out[:, :, 1:],
+            lse[..., 1:].contiguous(),
+            saved,
+            ctx.scale,
+        )
+        grad = grad.float()
+        own = p * (grad * (v.float() - out.float())).sum(-1) * ctx.scale
+        of_q, of_k, of_v = own[..., None] * k, own[..., None] * q, p[..., None] * grad
+        of_q[:, :, 1:] += of_past[0]
+        of_past_k, of_past_v = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in of_past[1:])
+        return of_q.to(q.dtype), of_k.to(k.dtype), of_v.to(v.dtype), of_past_k, of_past_v, None
 
 
 def past_only_attention(
@@ -24,42 +124,17 @@ def past_only_attention(
     scale: float,
     sliding_window: int = 0,
 ) -> torch.Tensor:
-    """`reference.past_only_attention` for chunk 1, in half the work: one set of scores, their diagonal replaced.
+    """`reference.past_only_attention` for chunk 1 of a batch of windows, in the query's type: no scores are kept.
 
-    query [T, Hq, D]; key, value raw and past_key, past_value from the cache, all [T, H, D] fp32. Returns [T, Hq, D].
+    query [B, Hq, T, D]; key, value raw and past_key, past_value from the cache, all [B, H, T, D] -> [B, Hq, T, D].
     """
-    length, heads, size = key.shape
-    group = query.shape[1] // heads
-    q = query.float().view(length, heads, group, size).permute(1, 2, 0, 3)  # [H, g, T, D]
-    k, v = past_key.permute(1, 2, 0)[:, None], past_value.transpose(0, 1)[:, None]  # [H, 1, D, T], [H, 1, T, D]
-    own = (q * key.float().transpose(0, 1)[:, None]).sum(-1)  # [H, g, T]
-    correction = (value.float() - past_value).transpose(0, 1)[:, None]
-    position = torch.arange(length, device=query.device)
-    out = []
-    for first in range(0, length, QUERY_ROWS):
-        rows = position[first : first + QUERY_ROWS]
-        start, stop = max(0, first - sliding_window + 1) if sliding_window else 0, first + rows.numel()
-        cols = position[start:stop]
-        scores = q[:, :, first:stop] @ k[..., start:stop]
-        index = torch.arange(rows.numel(), device=query.device)
-        scores[:, :, index, rows - start] = own[:, :, first:stop]
-        hidden = cols[None] > rows[:, None]
-        if sliding_window:
-            hidden |= cols[None] <= rows[:, None] - sliding_window
-        p = scores.mul_(scale).masked_fill_(hidden, -math.inf).softmax(-1)
-        own_p = p[:, :, index, rows - start, None]
-        out.append(p @ v[..., start:stop, :] + own_p * correction[..., first:stop, :])
-    return torch.cat(out, 2).permute(2, 0, 1, 3).reshape(length, heads * group, size)
-
-
-def raw_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, sliding_window: int = 0
-) -> torch.Tensor:
-    """Causal attention over a 16-bit cache; shapes as in `past_only_attention`."""
-    if sliding_window and sliding_window < query.shape[0]:
-        return past_only_attention(query, key, value, key.float(), value.float(), scale, sliding_window)
-    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-    return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)[0].transpose(0, 1)
+    kv = key, value, past_key, past_value
+    if 0 < sliding_window < query.shape[2]:
+        attend = partial(reference.past_only_attention, scale=scale, sliding_window=sliding_window)
+        windows = zip(*(x.transpose(1, 2) for x in (query, *kv)), strict=True)
+        return torch.stack([attend(*window) for window in windows]).transpose(1, 2).to(query.dtype)
+    group = query.shape[1] // key.shape[1]
+    return PastOnlyAttention.apply(query, *(x.to(query.dtype).repeat_interleave(group, 1) for x in kv), scale)
 
 
 class CalibrationAttention:
@@ -98,36 +173,18 @@ class CalibrationAttention:
             return value.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(1, 2), None
         self.scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         self.sliding_window = sliding_window or 0
-        plain = self.cache is None and not 0 < self.sliding_window < query.shape[2]
-        if query.shape[0] > 1 and self.captured is None and plain:
-            out = scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=self.scale, enable_gqa=True
-            ).transpose(1, 2)
-        elif self.captured is None and self.cache is not None:
-            out = self._simulated(query, key, value)
-        else:
-            windows = zip(*(x.transpose(1, 2) for x in (query, key, value)), strict=True)
-            out = torch.stack([self._window(q, k, v) for q, k, v in windows])
-        return out.to(query.dtype), None
-
-    def _simulated(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Windows under the cache, the heads of all together: shapes as of `__call__`."""
-        assert self.cache is not None
-        positions = torch.arange(query.shape[2], device=query.device)
-        past = self.cache(key.transpose(1, 2), value.transpose(1, 2), positions)  # [B, T, H, D] each
-        past_k, past_v = (x.transpose(0, 1).flatten(1, 2) for x in past)  # [T, B * H, D]
-        q, k, v = (x.permute(2, 0, 1, 3).flatten(1, 2) for x in (query, key, value))
-        own = (k, v) if self.past_only else (past_k, past_v)
-        out = past_only_attention(q, *own, past_k, past_v, self.scale, self.sliding_window)
-        return out.unflatten(1, (query.shape[0], -1)).transpose(0, 1)
-
-    def _window(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """One sequence: query [T, Hq, D], key and value [T, H, D] -> [T, Hq, D]."""
         if self.captured is not None:
-            self.captured.append((q, k, v))
-        if self.cache is None:
-            return raw_attention(q, k, v, self.scale, self.sliding_window)
-        positions = torch.arange(q.shape[0], device=q.device)
-        past = self.cache(k, v, positions)
-        own = (k, v) if self.past_only else past
-        return past_only_attention(q, *own, *past, self.scale, self.sliding_window)
+            self.captured += zip(*(x.transpose(1, 2) for x in (query, key, value)), strict=True)
+        past = key, value
+        if self.cache is not None:
+            positions = torch.arange(query.shape[2], device=query.device)
+            past_key, past_value = self.cache(key.transpose(1, 2), value.transpose(1, 2), positions)
+            past = past_key.transpose(1, 2), past_value.transpose(1, 2)
+        own = (key, value) if self.past_only else past
+        if self.cache is None and not 0 < self.sliding_window < query.shape[2]:
+            # torch's kernel for fp32 on a GPU wants a key for every query head
+            keys, values = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+            out = scaled_dot_product_attention(query, keys, values, is_causal=True, scale=self.scale)
+        else:
+            out = past_only_attention(query, *own, *past, self.scale, self.sliding_window)
+        return out.to(query.dtype).transpose(1, 2), None

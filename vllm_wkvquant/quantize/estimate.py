@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vllm_wkvquant.config import ConfigError
-from vllm_wkvquant.quantize import kv, tune
-from vllm_wkvquant.quantize.attention import QUERY_ROWS
+from vllm_wkvquant.quantize import kv
 from vllm_wkvquant.quantize.blocks import first_hidden, quantize_block
 from vllm_wkvquant.quantize.calibration import FIRST_TOKENS
 from vllm_wkvquant.quantize.head import LOGIT_ROWS
@@ -87,22 +86,19 @@ def rehearsal(plan: Plan) -> Plan:
 # -- FLOP
 
 
-def attention_flop(plan: Plan, layer: int, rows: int = 1) -> float:
-    """Of one window: two products for every query and key that it sees, or that one of its tile of `rows` sees."""
+def attention_flop(plan: Plan, layer: int) -> float:
+    """Of one window: two products for every query and key that it sees."""
     config, length = plan.adapter.config, plan.windows.tokens.shape[1]
     types = getattr(config, "layer_types", None)
     sliding = getattr(config, "sliding_window", None) if not types or types[layer] == "sliding_attention" else None
-    tiles = ((first, min(rows, length - first)) for first in range(0, length, rows))
-    pairs = sum(n * (first + n - max(0, first - (sliding or length) + 1)) for first, n in tiles)
+    pairs = sum(min(i + 1, sliding or length) for i in range(length))
     return 4 * pairs * plan.adapter.num_heads * plan.adapter.head_size
 
 
-def simulated_flop(plan: Plan, layer: int) -> float:
-    """Of one window's attention under a simulated cache, which is no fused kernel, and the rotation of keys there and
-    back."""
+def rotation_flop(plan: Plan) -> float:
+    """Of one window's keys under a simulated cache, there and back."""
     adapter, length = plan.adapter, plan.windows.tokens.shape[1]
-    rotation = 4 * length * adapter.num_kv_heads * adapter.head_size**2 if plan.recipe.key_hadamard else 0
-    return attention_flop(plan, layer, QUERY_ROWS) + rotation
+    return 4 * length * adapter.num_kv_heads * adapter.head_size**2 if plan.recipe.key_hadamard else 0
 
 
 def block_flop(plan: Plan, layer: int) -> dict[str, float]:
@@ -117,7 +113,7 @@ def block_flop(plan: Plan, layer: int) -> dict[str, float]:
     sizes = {name: 2 * length * out * cols for name, (out, cols) in adapter.linear_shapes().items()}
     linear, attention = sum(sizes.values()), attention_flop(plan, layer)
     forward = linear + attention
-    simulated = simulated_flop(plan, layer)
+    simulated = attention + rotation_flop(plan)
     flop: dict[str, float] = {
         "statistics": train * sizes[adapter.family.v_proj] if recipe.value_balance else 0,
         "reference": samples * forward + linear * plan.windows.first_tokens.numel() / length,
@@ -127,13 +123,12 @@ def block_flop(plan: Plan, layer: int) -> dict[str, float]:
     gram = 2 * length * adapter.num_heads**2 // adapter.num_kv_heads * adapter.head_size**2
     for count, windows in ((len(recipe.search), kv.SEARCH_WINDOWS), (sets if sets > 1 else 0, kv.SHIFT_WINDOWS)):
         if count and not recipe.learns_cache:
-            of_window = attention_flop(plan, layer, QUERY_ROWS) + count * (simulated + gram)
+            of_window = attention + count * (simulated + gram)
             flop["search"] = flop.get("search", 0) + min(len(plan.workers.share(range(windows))), train) * of_window
     if learning:
         names = list(sizes)
         of_window = sum(sizes[name] for name in names[: names.index(adapter.family.o_proj)])
-        own = simulated if learning.cache else attention
-        step = 3 * linear - of_window + 3.5 * own
+        step = 3 * linear - of_window + 3.5 * attention + (2 * rotation_flop(plan) if learning.cache else 0)
         followers = min(learning.followers, adapter.num_layers - 1 - layer)
         through_follower = 2 * linear + 3.5 * attention
         behind = layer == 0 or not learning.followers  # otherwise an earlier block has taken them there already
@@ -160,19 +155,20 @@ def logits_flop(plan: Plan) -> float:
 
 def tuning_flop(plan: Plan, blocks: int | None = None) -> float:
     """Of tuning all blocks together: each window forward, again where gradients come to a block, and back, which takes
-    as much for weights and again for inputs; held-out windows forward. blocks: of the model, if not its own number."""
+    as much for weights and again for inputs, and 2.5 times as much for attention; held-out windows forward. blocks: of
+    the model, if not its own number."""
     tuning, linears = plan.recipe.tuning, plan.adapter.linear_shapes().values()
     layers = range(plan.adapter.num_layers if blocks is None else blocks)
     if not tuning:
         return 0.0
     linear = 2 * plan.windows.tokens.shape[1] * sum(out * cols for out, cols in linears) * len(layers)
-    of_16_bits = sum(attention_flop(plan, layer) for layer in layers)
-    of_4_bits = sum(simulated_flop(plan, layer) for layer in layers)
-    attention = of_4_bits if tuning.cache else of_16_bits
+    attention = sum(attention_flop(plan, layer) for layer in layers)
+    rotation = len(layers) * rotation_flop(plan)
+    of_cache = rotation if tuning.cache else 0
     windows, held_out, head = plan.windows.statistics, plan.windows.held_out, logits_flop(plan)
-    learned = tuning.epochs * windows * (4 * (linear + attention) + 3 * head)
-    compared = (tuning.epochs + 1) * held_out * (linear + attention + 2 * head)
-    return learned + compared + held_out * (2 * linear + of_16_bits + of_4_bits)
+    learned = tuning.epochs * windows * (4 * linear + 4.5 * attention + 3 * of_cache + 3 * head)
+    compared = (tuning.epochs + 1) * held_out * (linear + attention + of_cache + 2 * head)
+    return learned + compared + held_out * (2 * (linear + attention) + rotation)
 
 
 # -- memory
@@ -224,14 +220,21 @@ def window_bytes(plan: Plan) -> int:
     return 6 * plan.windows.tokens.shape[1] * sum(o + c for o, c in plan.adapter.linear_shapes().values())
 
 
+def simulated_bytes(plan: Plan) -> int:
+    """What attention under a simulated cache saves of a window for its gradients: every step of the rounding of keys
+    and values in fp32, and for every query head what goes into attention and comes out of it."""
+    adapter = plan.adapter
+    of_token = 52 * adapter.num_kv_heads + 6 * itemsize(plan) * adapter.num_heads
+    return of_token * plan.windows.tokens.shape[1] * adapter.head_size
+
+
 def rounding_bytes(plan: Plan) -> int:
     """A block and its followers, a window in it, and a weight that is rounded: in fp32, its groups, codes, errors."""
-    adapter, length = plan.adapter, plan.windows.tokens.shape[1]
+    adapter = plan.adapter
     sizes = [o * c for o, c in adapter.linear_shapes().values()]
     packed = int(sum(sizes) * 0.6) if plan.settings.device == "cpu" else 0
-    scores = 12 * min(QUERY_ROWS, length) * length * adapter.num_heads
     rounded = max(sizes) * (20 if itemsize(plan) == 4 else 26)
-    return (1 + followers(plan)) * block_bytes(plan) + packed + rounded + window_bytes(plan) + scores
+    return (1 + followers(plan)) * block_bytes(plan) + packed + rounded + window_bytes(plan) + simulated_bytes(plan)
 
 
 def learning_bytes(plan: Plan) -> int:
@@ -243,16 +246,11 @@ def learning_bytes(plan: Plan) -> int:
     adapter, learning, size = plan.adapter, plan.recipe.learning, itemsize(plan)
     if not learning:
         return 0
-    length = plan.windows.tokens.shape[1]
-    rows = QUERY_ROWS
-    if learning.cache or (plan.settings.device != "cpu" and size == 4):  # no fused kernel: all scores are saved
-        rows = length
-    scores = (16 if rows == length else 12) * min(rows, length) * length * adapter.num_heads
     windows = together(learning, plan.settings.device)
     copies = 0 if size == 4 else 4 + size
     weights = sum(o * c for o, c in adapter.linear_shapes().values())
     learned = weights * (copies + 17 + size + (4 if learning.rounding else 0))
-    step = windows * ((1 + followers(plan)) * window_bytes(plan) + scores)
+    step = windows * ((1 + followers(plan)) * window_bytes(plan) + learning.cache * simulated_bytes(plan))
     return (1 + followers(plan)) * block_bytes(plan) + steps_held(plan, weights) * step + learned
 
 
@@ -268,21 +266,21 @@ def tuning_bytes(plan: Plan) -> int:
 
     Where codes move, they are there again as of the best epoch, and each has an offset with its gradient.
     """
-    adapter, config = plan.adapter, plan.adapter.config
-    if not plan.recipe.tuning:
+    adapter, config, tuning = plan.adapter, plan.adapter.config, plan.recipe.tuning
+    if not tuning:
         return 0
     length, size = plan.windows.tokens.shape[1], itemsize(plan)
     shapes = {name.rpartition(".")[2]: rows * cols for name, (rows, cols) in adapter.linear_shapes().items()}
     weights = sum(shapes.values())
     groups = sum(count // adapter.group_sizes[name] for name, count in shapes.items())
     others = adapter.numel(adapter.block_names(0)) - weights
-    windows = tune.together(plan)
+    windows = together(tuning, plan.settings.device)
     shifts = 8 * length * adapter.num_kv_heads * adapter.head_size
-    codes = weights * (2 + 2 * size if plan.recipe.tuning.code_sigmas else 1)
+    codes = weights * (2 + 2 * size if tuning.code_sigmas else 1)
     kept = adapter.num_layers * (codes + 29 * (groups + others) + shifts)
     kept += adapter.num_layers * windows * length * config.hidden_size * size
     head = config.vocab_size * (config.hidden_size * size + 24 * LOGIT_ROWS)
-    step = weights * (12 + 2 * size) + windows * (window_bytes(plan) + tune.score_bytes(plan))
+    step = weights * (12 + 2 * size) + windows * (window_bytes(plan) + tuning.cache * simulated_bytes(plan))
     return kept + head + steps_held(plan, weights) * step
 
 

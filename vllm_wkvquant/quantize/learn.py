@@ -289,8 +289,8 @@ def loss_of(learning: Learning) -> Loss:
     return lambda output, target: loss(output[..., first:, :], target[..., first:, :])
 
 
-def together(learning: Learning, device: str) -> int:
-    """Windows that go through the block at once: a GPU is faster with all of a batch, a CPU needs the memory less."""
+def together(learning: Learning | Tuning, device: str) -> int:
+    """Windows that go through a block at once: a GPU is faster with all of a batch, a CPU needs the memory less."""
     return 1 if device == "cpu" else learning.batch
 
 

@@ -23,7 +23,7 @@ from vllm_wkvquant.checkpoint import KV_PARAMS, pack_weight, unpack_codes
 from vllm_wkvquant.quantize.blocks import cache_tensors
 from vllm_wkvquant.quantize.calibration import SKIPPED
 from vllm_wkvquant.quantize.head import LOGIT_ROWS
-from vllm_wkvquant.quantize.learn import Entry, Replayed, SignDescent, batches, fake_quantize_cache, replays
+from vllm_wkvquant.quantize.learn import Entry, Replayed, SignDescent, batches, fake_quantize_cache, replays, together
 from vllm_wkvquant.quantize.plan import Plan
 from vllm_wkvquant.quantize.recipes import Tuning
 from vllm_wkvquant.quantize.runner import BlockRunner
@@ -33,8 +33,6 @@ from vllm_wkvquant.reference import KVParams, key_shift_at, value_shift_at
 
 SCALE = "weight_scale"
 PACKED = ("weight_packed", SCALE, "weight_zero_point", "weight_shape")
-
-SCORES = 4 << 30  # bytes of scores that a block may save for its gradients, where windows go through it together
 
 Note = Callable[[int, float], None]  # (epochs done, KL divergence on held-out windows after them)
 
@@ -222,17 +220,6 @@ class Tuned:
     runs: tuple[torch.Tensor, torch.Tensor]
 
 
-def score_bytes(plan: Plan) -> int:
-    """Scores of a window's attention under the simulated cache that are saved for gradients, with what is around."""
-    return 16 * plan.windows.tokens.shape[1] ** 2 * plan.adapter.num_heads
-
-
-def together(plan: Plan) -> int:
-    """Windows that go through the model at once: a GPU is faster with all of a batch."""
-    assert plan.recipe.tuning
-    return 1 if plan.settings.device == "cpu" else max(1, min(plan.recipe.tuning.batch, SCORES // score_bytes(plan)))
-
-
 def code_reach(tuning: Tuning, steps: int) -> float:
     """How far signs that all agree take a weight, in steps of its group, so that signs of which each is as likely have
     half a step as `code_sigmas` standard deviations: `SignDescent`'s sizes fall linearly, and their squares add up to
@@ -338,7 +325,8 @@ class TunedModel:
 
     def parts(self, windows: Sequence[int]) -> list[Sequence[int]]:
         """The windows as many at a time as go through the model together."""
-        size = together(self.plan)
+        assert self.plan.recipe.tuning
+        size = together(self.plan.recipe.tuning, self.device)
         return [windows[i : i + size] for i in range(0, len(windows), size)]
 
     def held_out_windows(self) -> list[Sequence[int]]:
