@@ -15,6 +15,11 @@ projected: minutes for all blocks of the shape at the mean time of those measure
 of the logits and the writing of the checkpoint are not in it. PFLOP: of the measured blocks, without their tuning,
 counted from shapes (estimate.py); TFLOP/s: these over their time. Memory is the peak of this process, beside what the
 preflight of `wkvquant quantize` expects, which leaves Python and libraries out.
+
+For a whole run of `wkvquant quantize`, and for one that is interrupted, the model can be made alone:
+
+    python benchmarks/calibration.py --shape llama-2-7b --device cuda --write-model DIR
+    wkvquant quantize DIR/model OUT --calib-text DIR/calib.txt --recipe paper --samples 128 --seq-len 2048 --device cuda
 """
 
 import argparse
@@ -93,6 +98,12 @@ def write_text(path: Path, shape: Shape, tokens: int) -> None:
     """As many random tokens."""
     ids = torch.randint(shape.vocab, (tokens,), generator=torch.Generator().manual_seed(0))
     path.write_text(" ".join(map(str, ids.tolist())))
+
+
+def write_inputs(folder: Path, args: argparse.Namespace, layers: int) -> None:
+    """folder/model and folder/calib.txt, with as much text as the windows take."""
+    write_model(folder / "model", SHAPES[args.shape], layers, args.seq_len, args.device)
+    write_text(folder / "calib.txt", SHAPES[args.shape], args.samples * args.seq_len)
 
 
 def measure(plan: Plan, count: int, limit_seconds: float) -> tuple[list[Block], float | None]:
@@ -183,8 +194,7 @@ def run_shape(args: argparse.Namespace) -> dict[str, Any]:
     layers = args.blocks + (learning.followers if learning else 0)
     with tempfile.TemporaryDirectory(prefix="wkvquant-calibration-", dir=args.folder) as name:
         folder = Path(name)
-        write_model(folder / "model", shape, layers, args.seq_len, args.device)
-        write_text(folder / "calib.txt", shape, args.samples * args.seq_len)
+        write_inputs(folder, args, layers)
         settings = Settings(
             model=folder / "model",
             out=folder / "out",
@@ -241,17 +251,26 @@ def build_parser() -> argparse.ArgumentParser:
         "--limit-seconds", type=float, default=3600, help="measure no further block that would end later (%(default)s)"
     )
     parser.add_argument("--folder", type=Path, help="where the model and the state of the run are put (the system's)")
+    parser.add_argument(
+        "--write-model", type=Path, metavar="DIR", help="only make the whole model and text for it, in a new directory"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE.jsonl", help="file that keeps the rows, for another run")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, unless --output has it, and print. Raises ConfigError on bad input."""
+    """Measure, unless --output has it, and print; or only make the model. Raises ConfigError on bad input."""
     if args.blocks < 1:
         raise ConfigError(f"--blocks {args.blocks} must be positive")
     find_recipe(args.recipe)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu")
+    if args.write_model:
+        if args.write_model.exists():
+            raise ConfigError(f"{args.write_model} is there already; --write-model makes a new directory")
+        args.write_model.mkdir(parents=True)
+        write_inputs(args.write_model, args, SHAPES[args.shape].layers)
+        return
     if args.output and not args.output.absolute().parent.is_dir():
         raise ConfigError(f"{args.output.absolute().parent} is not a directory; --output needs one that exists")
     key = key_of(args)

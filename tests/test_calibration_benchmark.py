@@ -8,6 +8,7 @@ from typing import Any
 import calibration
 import pytest
 
+from vllm_wkvquant import cli
 from vllm_wkvquant.quantize import blocks
 from vllm_wkvquant.quantize.estimate import block_flop
 from vllm_wkvquant.quantize.plan import Storage
@@ -96,6 +97,16 @@ def test_limit_and_rows_that_are_there(tmp_path: Path, monkeypatch, capsys) -> N
     capsys.readouterr()
     assert calibration.main(command) == 0
     assert "1 blocks, 4 x 32" in capsys.readouterr().out
+
+
+def test_the_model_alone(tmp_path: Path) -> None:
+    """A whole model, which `wkvquant quantize` takes."""
+    folder = tmp_path / "tiny"
+    assert calibration.main(arguments("--write-model", folder)) == 0
+    command = ["quantize", folder / "model", tmp_path / "out", "--calib-text", folder / "calib.txt", "--recipe", "rtn"]
+    assert cli.main([str(x) for x in [*command, "--samples", 4, "--seq-len", 32]]) == 0
+    assert json.loads((tmp_path / "out/config.json").read_text())["num_hidden_layers"] == 2
+    assert calibration.main(arguments("--write-model", folder)) == 2
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ class LearnedWeight:
     ) -> None:
         """importance: fp32 [in], mean square of the layer's input channels, where the clip is searched."""
         self.weight, self.group_size, self.scale_dtype = weight.float(), group_size, scale_dtype
+        self.range = group_range(self.weight, group_size)
         self.sigmoid, self.clipping = learning.clip == "sigmoid", learning.clipping
         shape = weight.shape[0], weight.shape[1] // group_size
         if learning.clip == "searched":
@@ -92,7 +93,7 @@ class LearnedWeight:
         return (self.low.sigmoid(), self.high.sigmoid()) if self.sigmoid else (self.low, self.high)
 
     def _range(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        low, high = group_range(weight, self.group_size)
+        low, high = self.range if weight is self.weight else group_range(weight, self.group_size)
         keep_low, keep_high = self.clips()
         return keep_low * low, keep_high * high
 

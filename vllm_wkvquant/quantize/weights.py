@@ -40,18 +40,24 @@ def group_range(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, to
     return groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
 
 
-def _codes(
-    groups: torch.Tensor, low: torch.Tensor, high: torch.Tensor, scale_dtype: torch.dtype, offset: torch.Tensor | None
+def _grid(
+    low: torch.Tensor, high: torch.Tensor, scale_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes before they are clamped, in fp32 [out, in / group, group]; scale and zero_point, [out, in / group]."""
+    """scale, step, which is scale in fp32, and zero_point fp32, of ranges fp32 [out, in / group] each."""
     scale = ((high - low) / WEIGHT_QMAX).to(scale_dtype)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a group of zeros, or too small for the type
     step = scale.float()
-    zero_point = (-low / step).round_().clamp_(0, WEIGHT_QMAX)
+    return scale, step, (-low / step).round_().clamp_(0, WEIGHT_QMAX)
+
+
+def _codes(
+    groups: torch.Tensor, step: torch.Tensor, zero_point: torch.Tensor, offset: torch.Tensor | None
+) -> torch.Tensor:
+    """Codes before they are clamped, in fp32 [out, in / group, group]."""
     codes = (groups / step[..., None]).add_(zero_point[..., None])
     if offset is not None:
         codes += offset
-    return codes.round_(), scale, zero_point
+    return codes.round_()
 
 
 def quantize_weight(
@@ -66,8 +72,8 @@ def quantize_weight(
     offset: fp32 [out, in / group, group], added to codes before they are rounded.
     """
     groups = weight.float().view(*low.shape, -1)
-    codes, scale, zero_point = _codes(groups, low, high, scale_dtype, offset)
-    codes = codes.clamp_(0, WEIGHT_QMAX).to(torch.uint8).flatten(1)
+    scale, step, zero_point = _grid(low, high, scale_dtype)
+    codes = _codes(groups, step, zero_point, offset).clamp_(0, WEIGHT_QMAX).to(torch.uint8).flatten(1)
     return QuantizedWeight(codes, scale, zero_point.to(torch.uint8))
 
 
@@ -109,10 +115,16 @@ class FakeQuantize(torch.autograd.Function):
         scale_dtype: torch.dtype,
     ) -> torch.Tensor:
         """weight fp32 [out, in]; low, high fp32 [out, in / group]; offset fp32 [out, in / group, group] or None."""
+        _, step, zero_point = _grid(low, high, scale_dtype)
+        if weight.is_cuda:
+            from vllm_wkvquant.quantize import fused  # triton, which a CPU need not have
+
+            weight = weight.contiguous()
+            ctx.save_for_backward(weight, low, step, zero_point, offset)
+            return fused.forward(weight, step, zero_point, offset)
         groups = weight.view(*low.shape, -1)
-        codes, scale, zero_point = _codes(groups, low, high, scale_dtype, offset)
+        codes, step = _codes(groups, step, zero_point, offset), step[..., None]
         clamped = (codes > WEIGHT_QMAX) | (codes < 0)
-        step = scale.float()[..., None]
         out = codes.clamp_(0, WEIGHT_QMAX).sub_(zero_point[..., None]).mul_(step)
         by_step = torch.where(clamped, out - low[..., None], out - groups).div_(step)
         ctx.save_for_backward(step, clamped, by_step)
@@ -122,6 +134,11 @@ class FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         """Gradients to weight, low, high and offset."""
+        if grads[0].is_cuda:
+            from vllm_wkvquant.quantize import fused
+
+            tensors = ctx.saved_tensors
+            return *fused.backward(grads[0].contiguous(), *tensors, ctx.needs_input_grad[0]), None
         step, clamped, by_step = ctx.saved_tensors
         grad = grads[0].view_as(by_step)
         inside = grad.masked_fill(clamped, 0)
