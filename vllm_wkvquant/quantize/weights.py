@@ -137,8 +137,9 @@ class FakeQuantize(torch.autograd.Function):
         if grads[0].is_cuda:
             from vllm_wkvquant.quantize import fused
 
-            tensors = ctx.saved_tensors
-            return *fused.backward(grads[0].contiguous(), *tensors, ctx.needs_input_grad[0]), None
+            weight, low, step, zero_point, offset = ctx.saved_tensors
+            grad, of_weight = grads[0].contiguous(), ctx.needs_input_grad[0]
+            return *fused.backward(grad, weight, low, step, zero_point, offset, of_weight), None
         step, clamped, by_step = ctx.saved_tensors
         grad = grads[0].view_as(by_step)
         inside = grad.masked_fill(clamped, 0)
