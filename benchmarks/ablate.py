@@ -97,7 +97,7 @@ def learning_variants(recipe: Recipe) -> dict[str, Recipe]:
         "10_epochs": learning(recipe, epochs=10),
         "20_epochs": learning(recipe, epochs=20),
         "40_epochs": learning(recipe, epochs=40),
-        "80_epochs": learning(recipe, epochs=80),
+        "80_epochs": learning(recipe, epochs=80, most=0),
         "batch_1": learning(recipe, batch=1),
         "batch_1_10_epochs": learning(recipe, batch=1, epochs=10),
         "batch_2_20_epochs": learning(recipe, batch=2, epochs=20),
@@ -117,7 +117,7 @@ TUNING_VARIANTS = {
     "tuning_16_bit_cache": tuning(BEST, cache=False),
     "tuning_rate_3e-4": tuning(BEST, rate=3e-4),
     "tuning_rate_3e-3": tuning(BEST, rate=3e-3),
-    "tuning_15_epochs": tuning(BEST, epochs=15),
+    "tuning_15_epochs": tuning(BEST, epochs=15, most=0),
 }
 BEST_VARIANTS = learning_variants(BEST) | TUNING_VARIANTS | cache_variants(BEST)
 FOLDED = ("no_balance", "no_value_hadamard")  # parts of the cache that weights have to be learned with

@@ -188,6 +188,19 @@ def test_few_windows_are_learned_from_one_at_a_time(model, tmp_path) -> None:
     assert preflight(settings(model, tmp_path, recipe=RTN)).recipe == RTN
 
 
+def test_more_windows_take_fewer_epochs() -> None:
+    """Of all windows about as many as 40 epochs over 30 of them, and each at least once."""
+    learning = dataclasses.replace(LEARNING, epochs=40, most=1200)
+    assert [learning.of(windows).epochs for windows in (20, 30, 31, 64, 5000)] == [40, 40, 39, 19, 1]
+    tuning = Tuning(epochs=5, batch=4, rate=1e-3, most=150)
+    assert [tuning.of(windows).epochs for windows in (20, 30, 60, 5000)] == [5, 5, 2, 1]
+    resolved = BEST.of(240)
+    assert resolved.learning
+    assert resolved.tuning
+    assert (resolved.learning.epochs, resolved.tuning.epochs) == (30, 5)
+    assert resolved.of(240) == resolved
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     root = tmp_path_factory.mktemp("learn")

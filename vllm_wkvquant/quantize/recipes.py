@@ -27,6 +27,11 @@ class Smoothing:
         return f"{'tied' if self.tied else 'free'}^{self.key:g}" + (f"/q^{self.query:g}" if self.query else "")
 
 
+def capped(epochs: int, most: int, windows: int) -> int:
+    """Epochs over so many windows that go over `most` in all, or hardly more, where it is not 0."""
+    return min(epochs, max(1, round(most / windows))) if most else epochs
+
+
 @dataclass(frozen=True)
 class Learning:
     """What is learned of a block, and how (learn.py).
@@ -38,7 +43,8 @@ class Learning:
     and the cache's parameters are taken from statistics afterwards. past_only: the simulated cache leaves a token's own
     key and value as they are. optimizer: of the weights, "sign" (rate: how far the rounding may move in all,
     clip_rate: how far an end of the range) or "adamw" (both: learning rate); the cache's is AdamW with learning rate
-    cache_rate. batch: windows a step. few: so many windows or fewer are learned from one at a time, in few_epochs.
+    cache_rate. batch: windows a step. most: how many windows all epochs go over at most, so that more text takes no
+    longer; 0: any number. few: so many windows or fewer are learned from one at a time, in few_epochs.
     loss: a key of `learn.LOSSES`. skip_first: leave the first positions of a window out of it, as out of every
     statistic. followers: how many of the following blocks, in 16 bits, the output is also compared after.
     """
@@ -54,6 +60,7 @@ class Learning:
     loss: str
     cache_rate: float = 0.0
     followers: int = 0
+    most: int = 0
     few: int = 0
     few_epochs: int = 0
     clipping: bool = True
@@ -63,7 +70,7 @@ class Learning:
     def of(self, windows: int) -> "Learning":
         """What this is with so many windows to learn from."""
         if windows > self.few:
-            return self
+            return replace(self, epochs=capped(self.epochs, self.most, windows))
         return replace(self, batch=1, epochs=self.few_epochs, few=0)
 
 
@@ -76,8 +83,8 @@ class Tuning:
     falls linearly to 0. cache_rate: the same of the smoothing of keys, in its logarithm, and of the shifts, in units of
     the largest cached key and of a head's root mean square shift of values; 0: they stay. code_sigmas: by how many
     standard deviations of what chance would do the signs of its gradients must agree for a code to become its
-    neighbour; 0: codes stay. batch: windows a step. few: so many windows or fewer are gone over few_epochs times, since
-    they are soon known by heart. cache: under the simulated 4-bit cache, a token's own key and value as they are;
+    neighbour; 0: codes stay. batch: windows a step. most: as in `Learning`. few: so many windows or fewer are gone over
+    few_epochs times, since they are soon known by heart. cache: under the simulated 4-bit cache, a token's own key and value as they are;
     otherwise under a 16-bit one.
     """
 
@@ -86,13 +93,16 @@ class Tuning:
     rate: float
     code_sigmas: float = 0.0
     cache_rate: float = 0.0
+    most: int = 0
     few: int = 0
     few_epochs: int = 0
     cache: bool = True
 
     def of(self, windows: int) -> "Tuning":
         """What this is with so many windows to learn from."""
-        return replace(self, epochs=self.few_epochs, few=0) if windows <= self.few else self
+        if windows > self.few:
+            return replace(self, epochs=capped(self.epochs, self.most, windows))
+        return replace(self, epochs=self.few_epochs, few=0)
 
 
 @dataclass(frozen=True)
@@ -179,6 +189,7 @@ BEST = replace(
         optimizer="sign",
         epochs=60,
         batch=4,
+        most=7200,
         few=16,
         few_epochs=10,
         rate=0.5,
@@ -186,7 +197,7 @@ BEST = replace(
         loss="relative_mse",
         skip_first=True,
     ),
-    tuning=Tuning(epochs=10, batch=4, rate=1e-3, code_sigmas=3.0, cache_rate=3e-3, few=16, few_epochs=2),
+    tuning=Tuning(epochs=10, batch=4, rate=1e-3, code_sigmas=3.0, cache_rate=3e-3, most=1200, few=16, few_epochs=2),
 )
 PAPER = replace(
     STATIC,
