@@ -303,22 +303,26 @@ def test_group_size() -> None:
     assert [group_size(n) for n in (4096, 576, 96, 80, 33)] == [128, 64, 32, None, None]
 
 
+GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"))
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("sliding_window", [0, 100, 700])
-def test_fast_attention_is_the_reference(sliding_window: int, group: int, dtype: torch.dtype) -> None:
+def test_fast_attention_is_the_reference(sliding_window: int, group: int, dtype: torch.dtype, device: str) -> None:
     """Output and gradients of a batch, with and without a window, and with one longer than the sequence."""
     torch.manual_seed(0)
     length, heads, size, scale = 301, 2, 64, 0.3
     q = torch.randn(2, group * heads, length, size)
     k, v, past_k, past_v = torch.randn(4, 2, heads, length, size)
-    inputs = [x.to(dtype).requires_grad_() for x in (q, k, v, past_k, past_v)]
+    inputs = [x.to(device, dtype).requires_grad_() for x in (q, k, v, past_k, past_v)]
     ours = attention.past_only_attention(*inputs, scale, sliding_window)
     exact = [x.detach().float().requires_grad_() for x in inputs]
     windows = zip(*(x.transpose(1, 2) for x in exact), strict=True)
     spec = torch.stack([reference.past_only_attention(*w, scale, 1, sliding_window) for w in windows]).transpose(1, 2)
     grad = torch.randn_like(spec)
-    tolerance = {"rtol": 1e-4, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 8e-2}
+    tolerance = {"rtol": 1e-3, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 8e-2}
     torch.testing.assert_close(ours.float(), spec, **tolerance)
     found = torch.autograd.grad(ours, inputs, grad.to(dtype))
     for a, b in zip(found, torch.autograd.grad(spec, exact, grad), strict=True):

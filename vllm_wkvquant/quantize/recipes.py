@@ -84,8 +84,8 @@ class Tuning:
     the largest cached key and of a head's root mean square shift of values; 0: they stay. code_sigmas: by how many
     standard deviations of what chance would do the signs of its gradients must agree for a code to become its
     neighbour; 0: codes stay. batch: windows a step. most: as in `Learning`. few: so many windows or fewer are gone over
-    few_epochs times, since they are soon known by heart. cache: under the simulated 4-bit cache, a token's own key and value as they are;
-    otherwise under a 16-bit one.
+    few_epochs times, since they are soon known by heart. cache: under the simulated 4-bit cache, a token's own key and
+    value as they are; otherwise under a 16-bit one.
     """
 
     epochs: int
