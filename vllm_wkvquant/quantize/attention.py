@@ -50,9 +50,8 @@ def causal_backward(
         )
     if q.dtype == torch.float32:
         lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % ROW_MULTIPLE))
-        bias = torch.empty(0, device=q.device)
         *grads, _ = aten._scaled_dot_product_efficient_attention_backward(
-            grad, q, k, v, bias, out, lse, *saved, 0.0, [True, True, True, False], True, scale=scale
+            grad, q, k, v, None, out, lse, *saved, 0.0, [True, True, True, False], True, scale=scale
         )
         return tuple(grads)
     starts_q, starts_k, longest_q, longest_k, seed, offset, _ = saved
@@ -86,16 +85,13 @@ class PastOnlyAttention(torch.autograd.Function):
         out = p[..., None] * v.float()
         out[:, :, 1:].addcmul_((past_lse - lse[..., 1:]).exp_()[..., None], past.float())
         out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, past_k, past_v, out, lse, p, *(x for x in saved if isinstance(x, torch.Tensor)))
-        ctx.saved = [None if isinstance(x, torch.Tensor) else x for x in saved]
-        ctx.scale = scale
+        ctx.save_for_backward(q, k, v, past_k, past_v, out, lse, p)
+        ctx.saved, ctx.scale = saved, scale  # seeds of a dropout that there is not, and lengths
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        q, k, v, past_k, past_v, out, lse, p, *tensors = ctx.saved_tensors
-        left = iter(tensors)
-        saved = tuple(next(left) if x is None else x for x in ctx.saved)
+        q, k, v, past_k, past_v, out, lse, p = ctx.saved_tensors
         grad = grads[0].contiguous()
         of_past = causal_backward(
             grad[:, :, 1:],
@@ -104,7 +100,7 @@ class PastOnlyAttention(torch.autograd.Function):
             past_v[:, :, :-1],
             out[:, :, 1:],
             lse[..., 1:].contiguous(),
-            saved,
+            ctx.saved,
             ctx.scale,
         )
         grad = grad.float()
