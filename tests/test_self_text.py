@@ -1,12 +1,13 @@
 """`wkvquant write-text`: text of the model's own."""
 
 import shutil
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from models import contents, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from vllm_wkvquant import cli, self_text
 from vllm_wkvquant.text import read_tokens
@@ -35,6 +36,20 @@ def test_texts_are_likely_to_the_model(smollm2, tmp_path: Path) -> None:
     own, again, other = ((tmp_path / f"{name}.txt").read_text() for name in ("own", "again", "other"))
     assert own == again != other
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_gpu_writes_as_many_texts_as_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values of one text of 1000 tokens are 2 layers x 2 x 2 heads x 64 x 2 bytes a token, 1.024 MB."""
+    model = tiny_model(tmp_path / "model", head_size=64, num_layers=2)
+    config = AutoConfig.from_pretrained(model)
+    assert (config.num_hidden_layers, config.num_key_value_heads, config.head_dim) == (2, 2, 64)
+    assert self_text.batch_for(model, 1000, "cpu") == self_text.BATCH
+    found = []
+    for megabytes in (1, 5.13, 100, 10**6):
+        memory = types.SimpleNamespace(total_memory=megabytes * 1e6)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, memory=memory: memory)
+        found.append(self_text.batch_for(model, 1000, "cuda"))
+    assert found == [1, 2, 32, 128]
 
 
 def test_an_interrupted_run_goes_on(smollm2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -255,7 +255,7 @@ def add_write_text_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="text file to create")
     parser.add_argument("--tokens", type=int, default=1 << 17, help="how many, at least (%(default)s)")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a text (%(default)s)")
-    parser.add_argument("--batch", type=int, default=16, help="texts at a time (%(default)s)")
+    parser.add_argument("--batch", type=int, help="texts at a time (16 on a CPU, what fits and at most 128 on a GPU)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
 

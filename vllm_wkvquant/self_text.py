@@ -8,6 +8,7 @@ import argparse
 import gc
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,9 @@ from vllm_wkvquant.device import check_device
 from vllm_wkvquant.hub import find_model
 from vllm_wkvquant.text import load_tokenizer, prefix_of, read_tokens
 
-BATCH = 16  # texts at a time
+BATCH = 16  # texts at a time on a CPU
+MAX_BATCH = 128  # on a GPU, which takes hardly longer for more, as far as this share of it holds their keys and values
+CACHE_SHARE = 0.4
 
 
 def check(args: argparse.Namespace) -> None:
@@ -33,7 +36,7 @@ def check(args: argparse.Namespace) -> None:
     if args.file.exists():
         raise ConfigError(f"{args.file} exists; give a new name")
     for name in ("tokens", "length", "batch"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"--{name} {getattr(args, name)} must be at least 1")
     args.model = find_model(args.model)
     positions = positions_of(args.model)
@@ -44,6 +47,18 @@ def check(args: argparse.Namespace) -> None:
 def positions_of(model: Path) -> int:
     """Tokens that the model can have after its prefix."""
     return int(load(AutoConfig, model).max_position_embeddings) - len(prefix_of(load_tokenizer(model)))
+
+
+def batch_for(model: Path, length: int, device: str) -> int:
+    """Texts at a time, where nothing else is said."""
+    if not device.startswith("cuda"):
+        return BATCH
+    config = load(AutoConfig, model)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    of_text = length * 4 * config.num_hidden_layers * heads * size
+    fit = CACHE_SHARE * torch.cuda.get_device_properties(device).total_memory / of_text
+    return int(min(MAX_BATCH, 2 ** math.floor(math.log2(max(1, fit)))))
 
 
 def load(kind: Any, folder: Path, **options: Any) -> Any:
@@ -128,7 +143,7 @@ def text_for(out: Path, model: Path, samples: int, seq_len: int, seed: int, devi
         file = out.with_name(f"{out.name}.own-{hashlib.sha256(named.encode()).hexdigest()[:8]}.txt")
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_file(file, model, texts * length, length, BATCH, seed, device)
+            write_file(file, model, texts * length, length, batch_for(model, length, device), seed, device)
             gc.collect()
             if device.startswith("cuda"):
                 torch.cuda.empty_cache()  # what is free is what the quantizer counts on
@@ -141,6 +156,7 @@ def text_for(out: Path, model: Path, samples: int, seq_len: int, seed: int, devi
 def main(args: argparse.Namespace) -> int:
     """`wkvquant write-text`. Returns the exit status."""
     check(args)
-    texts = write_file(args.file, args.model, args.tokens, args.length, args.batch, args.seed, args.device)
+    batch = args.batch or batch_for(args.model, args.length, args.device)
+    texts = write_file(args.file, args.model, args.tokens, args.length, batch, args.seed, args.device)
     print(f"{args.file}: {texts} texts of {args.length} tokens")
     return 0
