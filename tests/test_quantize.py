@@ -562,6 +562,24 @@ def test_calibration_windows(tmp_path: Path) -> None:
     assert matches.sum(0).max() == 1  # no window twice
 
 
+def test_windows_of_two_texts(tmp_path: Path) -> None:
+    """As many of each as was said, and of both among those that are held out; another seed, another order."""
+    model = tiny_model(tmp_path / "model", num_layers=1)
+    text, own = save_text(tmp_path / "t.txt", 4000), tmp_path / "own.txt"
+    own.write_text("z" * 4000)
+    both = [read_windows(model, text, 12, 100, seed, own, 12) for seed in (3, 3, 4)]
+    assert torch.equal(both[0].tokens, both[1].tokens)
+    for windows in both:
+        assert (windows.tokens.shape, windows.held_out) == ((24, 100), 6)
+        of_own = (windows.tokens == ord("z")).all(-1)
+        assert of_own.sum() == 12
+        assert 0 < of_own[-6:].sum() < 6
+        of_text = {tuple(row.tolist()) for row in windows.tokens[~of_own]}
+        alone = read_windows(model, text, 12, 100, 3 if windows is not both[2] else 4).tokens
+        assert of_text == {tuple(row.tolist()) for row in alone}
+    assert not torch.equal(both[0].tokens, both[2].tokens)
+
+
 # -- interruption
 
 KILL = """

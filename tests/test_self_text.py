@@ -1,12 +1,13 @@
 """`wkvquant write-text`: text of the model's own."""
 
+import json
 import shutil
 import types
 from pathlib import Path
 
 import pytest
 import torch
-from models import contents, tiny_model
+from models import contents, save_text, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from vllm_wkvquant import cli, self_text
@@ -103,6 +104,24 @@ def test_a_model_is_quantized_on_text_of_its_own(tmp_path: Path, capsys, monkeyp
         assert cli.main(["quantize", str(model), str(tmp_path / "none"), *options, *option]) == 2
         assert option[1] in capsys.readouterr().err
     assert not list(tmp_path.glob("none*"))
+
+
+def test_a_model_is_quantized_on_both(tmp_path: Path, capsys) -> None:
+    """On windows of a text and on those of the model's own, which stay beside the checkpoint."""
+    model, text = tiny_model(tmp_path / "model"), save_text(tmp_path / "calib.txt")
+    command = ["quantize", str(model), str(tmp_path / "out"), "--recipe", "rtn", "--samples", "4", "--seq-len", "48"]
+    assert cli.main([*command, "--own-samples", "3"]) == 2
+    assert "--own-samples come to those of --calib-text" in capsys.readouterr().err
+    command += ["--calib-text", str(text)]
+    for options, reason in ((["-1"], "must not be negative"), (["3", "--dry-run"], "leave out --own-samples")):
+        assert cli.main([*command, "--own-samples", *options]) == 2
+        assert reason in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
+    assert cli.main([*command, "--own-samples", "5"]) == 0
+    (own,) = tmp_path.glob("out.own-*.txt")
+    assert len(read_tokens(model, own, "text")[0]) >= 5 * 48
+    settings = json.loads((tmp_path / "out" / "wkvquant.json").read_text())["settings"]
+    assert (settings["samples"], settings["own_samples"]) == (9, 5)
 
 
 @pytest.mark.parametrize(

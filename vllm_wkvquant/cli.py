@@ -55,6 +55,14 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples", type=int, default=32, help="windows of text; of 32 to 128 of them 8 are held out (%(default)s)"
     )
+    parser.add_argument(
+        "--own-samples",
+        type=int,
+        default=0,
+        metavar="N",
+        help="windows that the model writes itself, beside those of FILE: as many as --samples keep more of what FILE "
+        "does not show (%(default)s)",
+    )
     parser.add_argument("--seq-len", type=int, help="tokens in a window (2048, or what the model has)")
     parser.add_argument("--seed", type=int, default=0, help="which windows of the text are drawn (%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
@@ -127,20 +135,30 @@ def run_quantize(args: argparse.Namespace) -> int:
 
     check_output(args.out, args.resume)  # these two again below, but a download may come before that
     check_arguments(args.recipe, args.samples, args.device)
+    if args.own_samples < 0:
+        raise ConfigError(f"--own-samples {args.own_samples} must not be negative")
+    if args.own_samples and args.calib_text is None:
+        raise ConfigError("--own-samples come to those of --calib-text, without which all samples are the model's own")
     model = find_model(args.model, lambda folder: check_supported(folder, read_config(folder)))
-    if args.calib_text is None:
+    text, own_text = args.calib_text, None
+    if args.calib_text is None or args.own_samples:
         if args.ray or args.dry_run:
-            raise ConfigError(f"{'--ray' if args.ray else '--dry-run'} writes no text; give one with --calib-text")
+            instead = "leave out --own-samples" if args.own_samples else "give one with --calib-text"
+            raise ConfigError(f"{'--ray' if args.ray else '--dry-run'} writes no text; {instead}")
         config = read_config(model)
         check_supported(model, config)
         seq_len = window_length(args.seq_len, int(config["max_position_embeddings"]))
-        args.calib_text = self_text.text_for(args.out, model, args.samples, seq_len, args.seed, args.device)
+        count = args.own_samples or args.samples
+        own_text = self_text.text_for(args.out, model, count, seq_len, args.seed, args.device)
+        text = text or own_text
     settings = Settings(
         model=model,
         out=args.out,
-        calib_text=args.calib_text,
+        calib_text=text,
         recipe=args.recipe,
         samples=args.samples,
+        own_text=own_text if args.own_samples else None,
+        own_samples=args.own_samples,
         seq_len=args.seq_len,
         seed=args.seed,
         device=args.device,
@@ -248,8 +266,8 @@ def run_eval(args: argparse.Namespace) -> int:
 def add_write_text_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `wkvquant write-text`."""
     parser.description = (
-        "Write text that the model makes up itself, from random first tokens on. Calibrated on as much of it as of\n"
-        "your own text (append one to the other), a model keeps more of what your text does not show."
+        "Write text that the model makes up itself, from random first tokens on. `wkvquant quantize` writes what it\n"
+        "needs itself; this is for other uses, and for what another GPU shall write."
     )
     parser.add_argument("model", type=Path, metavar="MODEL", help=MODEL)
     parser.add_argument("file", type=Path, metavar="FILE", help="text file to create")

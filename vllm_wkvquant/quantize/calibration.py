@@ -48,7 +48,7 @@ def samples_for(workers: int) -> int:
     return (4 if workers <= HELD_OUT else 16) * workers
 
 
-def read_windows(model: Path, text: Path, samples: int, seq_len: int, seed: int) -> Windows:
+def draw(model: Path, text: Path, samples: int, seq_len: int, seed: int) -> tuple[torch.Tensor, list[int]]:
     """`samples` distinct windows of `seq_len` tokens, drawn with `seed` from the text, each after the prefix."""
     ids, prefix = read_tokens(model, text, "calibration text")
     own = seq_len - len(prefix)
@@ -59,8 +59,18 @@ def read_windows(model: Path, text: Path, samples: int, seq_len: int, seed: int)
             f"give a longer text, or lower --samples or --seq-len"
         )
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:samples].tolist()
-    tokens = torch.tensor([prefix + ids[i * own : (i + 1) * own] for i in order])
-    held_out = held_out_of(samples)
-    text_tokens = tokens[: samples - held_out].flatten()
+    return torch.tensor([prefix + ids[i * own : (i + 1) * own] for i in order]), prefix
+
+
+def read_windows(
+    model: Path, text: Path, samples: int, seq_len: int, seed: int, own_text: Path | None = None, own_samples: int = 0
+) -> Windows:
+    """Windows of the text, and as many as there shall be of another, which are held out alike."""
+    tokens, prefix = draw(model, text, samples, seq_len, seed)
+    if own_text and own_samples:
+        tokens = torch.cat([tokens, draw(model, own_text, own_samples, seq_len, seed)[0]])
+        tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))]
+    held_out = held_out_of(len(tokens))
+    text_tokens = tokens[: len(tokens) - held_out].flatten()
     first = text_tokens[:: max(1, text_tokens.numel() // FIRST_TOKENS)][:FIRST_TOKENS]
     return Windows(tokens, held_out, prefix, torch.tensor(prefix[:1]) if prefix else first)

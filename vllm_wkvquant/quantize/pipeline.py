@@ -178,7 +178,8 @@ def finish(
         "version": vllm_wkvquant.__version__,
         "recipe": asdict(plan.recipe),
         "settings": {
-            "samples": settings.samples,
+            "samples": plan.all_windows.tokens.shape[0],
+            "own_samples": settings.own_samples,
             "held_out": plan.all_windows.held_out,
             "seq_len": plan.windows.tokens.shape[1],
             "seed": settings.seed,

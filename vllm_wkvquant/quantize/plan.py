@@ -26,7 +26,8 @@ DEFAULT_SEQ_LEN = 2048
 class Settings:
     """Arguments of `wkvquant quantize`.
 
-    recipe: its name, or a recipe that has none there. seq_len None: 2048, or fewer where the model has fewer positions.
+    recipe: its name, or a recipe that has none there. own_text: what the model wrote, of which own_samples windows come
+    to those of calib_text. seq_len None: 2048, or fewer where the model has fewer positions.
     memory_budget: bytes of the device's memory, None for what is free. dry_run: estimate, and do nothing. workers:
     processes that share the windows; ray: address of the Ray cluster that they are on, "local" for one on this host,
     None for processes of this host.
@@ -47,6 +48,8 @@ class Settings:
     dry_run: bool = False
     workers: int = 1
     ray: str | None = None
+    own_text: Path | None = None
+    own_samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,8 @@ def preflight(settings: Settings, workers: Workers = ALONE) -> Plan:
     attention = CalibrationAttention()
     adapter = ModelAdapter(settings.model, ATTENTION)
     seq_len = window_length(settings.seq_len, int(adapter.config.max_position_embeddings))
-    windows = read_windows(settings.model, settings.calib_text, settings.samples, seq_len, settings.seed)
+    own = settings.own_text, settings.own_samples
+    windows = read_windows(settings.model, settings.calib_text, settings.samples, seq_len, settings.seed, *own)
     recipe = recipe.of(windows.statistics)
     if windows.held_out < workers.size:
         raise ConfigError(
