@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vllm_wkvquant import cli, layout, native_cuda, reference
+from vllm_wkvquant import cli, layout, native_cuda, past_only, reference
 from vllm_wkvquant.checkpoint import KV_PARAMS, Checkpoint, kv_tensor_name
 from vllm_wkvquant.config import KVCacheConfig, RopeConfig
 from vllm_wkvquant.evaluate import ATTENTION, SimulatedCache, load_quantized
@@ -317,7 +317,7 @@ def test_fast_attention_is_the_reference(sliding_window: int, group: int, dtype:
     q = torch.randn(2, group * heads, length, size)
     k, v, past_k, past_v = torch.randn(4, 2, heads, length, size)
     inputs = [x.to(device, dtype).requires_grad_() for x in (q, k, v, past_k, past_v)]
-    ours = attention.past_only_attention(*inputs, scale, sliding_window)
+    ours = past_only.past_only_attention(*inputs, scale, sliding_window)
     exact = [x.detach().float().requires_grad_() for x in inputs]
     windows = zip(*(x.transpose(1, 2) for x in exact), strict=True)
     spec = torch.stack([reference.past_only_attention(*w, scale, 1, sliding_window) for w in windows]).transpose(1, 2)
@@ -327,6 +327,12 @@ def test_fast_attention_is_the_reference(sliding_window: int, group: int, dtype:
     found = torch.autograd.grad(ours, inputs, grad.to(dtype))
     for a, b in zip(found, torch.autograd.grad(spec, exact, grad), strict=True):
         torch.testing.assert_close(a.float(), b, **tolerance)
+
+
+def test_attention_of_one_token_is_its_value() -> None:
+    q, (k, v, past_k, past_v) = torch.randn(1, 4, 1, 64), torch.randn(4, 1, 2, 1, 64)
+    out = past_only.past_only_attention(q, k, v, past_k, past_v, 0.3)
+    torch.testing.assert_close(out, v.repeat_interleave(2, 1))
 
 
 @pytest.mark.parametrize("sliding_window", [None, 100])

@@ -27,12 +27,14 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from vllm_wkvquant import reference
 from vllm_wkvquant.checkpoint import Checkpoint, read_config
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.device import check_device, device_name
 from vllm_wkvquant.hub import find_model
 from vllm_wkvquant.layout import token_bytes
-from vllm_wkvquant.reference import Simulation, fake_quantize, past_only_attention
+from vllm_wkvquant.past_only import past_only_attention
+from vllm_wkvquant.reference import Simulation, fake_quantize
 from vllm_wkvquant.text import read_tokens
 
 ATTENTION = "wkvquant_past_only"
@@ -69,15 +71,18 @@ class SimulatedCache:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         positions = torch.arange(q.shape[0], device=q.device)
         past = self.layers[int(module.layer_idx)](k, v, positions)  # type: ignore[arg-type]
+        past_key, past_value = (x.transpose(0, 1)[None] for x in past)
+        scale, window = scaling if scaling is not None else q.shape[-1] ** -0.5, sliding_window or 0
         if self.chunk == 0:
-            key, value = (x.transpose(0, 1)[None] for x in past)
             out, _ = sdpa_attention_forward(
-                module, query.float(), key, value, attention_mask, scaling=scaling, **kwargs
+                module, query.float(), past_key, past_value, attention_mask, scaling=scaling, **kwargs
             )
-            return out.to(query.dtype), None
-        scale = scaling if scaling is not None else q.shape[-1] ** -0.5
-        out = past_only_attention(q, k, v, *past, scale, self.chunk, sliding_window or 0)
-        return out.to(query.dtype)[None], None
+        elif self.chunk == 1:
+            whole = past_only_attention(query.float(), key, value, past_key, past_value, scale, window)
+            out = whole.transpose(1, 2)
+        else:
+            out = reference.past_only_attention(q, k, v, *past, scale, self.chunk, window)[None]
+        return out.to(query.dtype), None
 
 
 def load_baseline(path: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:

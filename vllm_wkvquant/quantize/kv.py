@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from vllm_wkvquant.config import KVCacheConfig
-from vllm_wkvquant.quantize.attention import QKV, past_only_attention
+from vllm_wkvquant.past_only import past_only_attention
+from vllm_wkvquant.quantize.attention import QKV
 from vllm_wkvquant.quantize.calibration import SKIPPED
 from vllm_wkvquant.quantize.recipes import Smoothing
 from vllm_wkvquant.quantize.workers import ALONE, Workers
