@@ -24,7 +24,7 @@ from vllm_wkvquant.checkpoint import KV_PARAMS, Checkpoint, kv_tensor_name
 from vllm_wkvquant.config import KVCacheConfig, RopeConfig
 from vllm_wkvquant.evaluate import ATTENTION, SimulatedCache, load_quantized
 from vllm_wkvquant.inspect import inspect
-from vllm_wkvquant.quantize import attention, blocks, kv
+from vllm_wkvquant.quantize import attention, blocks, kv, launch, plan
 from vllm_wkvquant.quantize.adapters import group_size
 from vllm_wkvquant.quantize.calibration import SKIPPED, held_out_of, read_windows, samples_for
 from vllm_wkvquant.quantize.fold import fold_value
@@ -165,6 +165,23 @@ def test_checkpoint_on_disk(tmp_path: Path, text: Path) -> None:
     )
     assert not (tmp_path / "out.wkvquant-partial").exists()
     assert {p.stat().st_mode for p in out.iterdir()} == {text.stat().st_mode}  # readable to whom the umask lets
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [([], "float32"), (["--device", "cuda"], "bfloat16"), (["--device", "cuda", "--dtype", "float32"], "float32")],
+)
+def test_a_gpu_calibrates_in_16_bits(
+    options: list[str], dtype: str, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing else is said."""
+    seen = []
+    monkeypatch.setattr(plan, "check_device", lambda device: None)
+    monkeypatch.setattr(launch, "run", lambda settings, *_: seen.append(settings) or sys.exit(0))
+    model = tiny_model(tmp_path / "model", num_layers=1)
+    with pytest.raises(SystemExit):
+        cli.main(["quantize", str(model), str(tmp_path / "out"), "--calib-text", str(text), *options])
+    assert [settings.dtype for settings in seen] == [dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

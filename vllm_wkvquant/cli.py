@@ -69,8 +69,7 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
-        default="float32",
-        help="of the calibration runs; the checkpoint keeps the model's own type (%(default)s)",
+        help="of the calibration runs; the checkpoint keeps the model's own type (float32 on a CPU, bfloat16 on a GPU)",
     )
     parser.add_argument(
         "--shard-size", type=parse_size, default="5GB", metavar="SIZE", help="largest file of weights (%(default)s)"
@@ -162,7 +161,7 @@ def run_quantize(args: argparse.Namespace) -> int:
         seq_len=args.seq_len,
         seed=args.seed,
         device=args.device,
-        dtype=args.dtype,
+        dtype=args.dtype or ("float32" if args.device == "cpu" else "bfloat16"),
         shard_size=args.shard_size,
         resume=args.resume,
         memory_budget=args.memory_budget,
