@@ -27,6 +27,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import own_text
 import torch
 from rich import box
 from rich.console import Console
@@ -153,11 +154,13 @@ def finished(settings: Settings) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     report = json.loads(file.read_text())
-    made = report["settings"] | {"recipe": report["recipe"]}
+    made = {"own_samples": 0} | report["settings"] | {"recipe": report["recipe"]}
     made["device"], _, _ = made["device"].partition(":")
+    samples = settings.samples + settings.own_samples
     wanted = {
-        "recipe": as_written(asdict(settings.recipe.of(settings.samples - held_out_of(settings.samples)))),
-        "samples": settings.samples,
+        "recipe": as_written(asdict(settings.recipe.of(samples - held_out_of(samples)))),
+        "samples": samples,
+        "own_samples": settings.own_samples,
         "seed": settings.seed,
         "device": settings.device.partition(":")[0],
         "dtype": settings.dtype,
@@ -268,6 +271,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--samples", type=int, default=128, help="windows of text, up to 16 of which are held out (%(default)s)"
     )
+    own_text.add_options(parser)
     parser.add_argument("--seq-len", type=int, help="tokens in a window (2048, or what the model has)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
     parser.add_argument(
@@ -278,6 +282,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Make what is missing, print what is there; returns the exit status. Raises ConfigError on bad input."""
+    own_text.check_options(args)
     args.out.mkdir(parents=True, exist_ok=True)
     wanted = [
         Settings(
@@ -286,6 +291,8 @@ def run(args: argparse.Namespace) -> int:
             calib_text=args.calib_text,
             recipe=VARIANTS[variant],
             samples=args.samples,
+            own_text=args.own_text,
+            own_samples=args.own_samples,
             seq_len=args.seq_len,
             seed=seed,
             device=args.device,

@@ -35,6 +35,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import own_text
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -187,13 +188,15 @@ def run(args: argparse.Namespace) -> None:
     check_output(args.output, resume=False)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu")
+    own_text.check_options(args)
     method, library = METHODS[args.method]
     try:
         importlib.import_module(library)  # which is not timed
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error}; install benchmarks/peers-requirements.txt in an environment of its own") from error
     adapter = ModelAdapter(args.model, "sdpa")
-    tokens = read_windows(args.model, args.calib_text, args.samples, args.seq_len, args.seed).tokens
+    own = args.own_text, args.own_samples
+    tokens = read_windows(args.model, args.calib_text, args.samples, args.seq_len, args.seed, *own).tokens
     batches = [{"input_ids": t[None], "attention_mask": torch.ones_like(t[None])} for t in tokens]
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto" if args.dtype is None else args.dtype)
     dtype = model.dtype
@@ -220,7 +223,12 @@ def run(args: argparse.Namespace) -> None:
         "iterations": args.iterations if args.method == "autoround" else None,
         "group_sizes": adapter.group_sizes,
         "bits_per_weight": bits_per_weight(adapter, args.symmetric),
-        "calibration": {"text": args.calib_text.name, "samples": len(tokens), "seq_len": args.seq_len},
+        "calibration": {
+            "text": args.calib_text.name,
+            "samples": len(tokens),
+            "own_samples": args.own_samples,
+            "seq_len": args.seq_len,
+        },
         "seed": args.seed,
         "dtype": str(dtype).removeprefix("torch."),
         "float32_matmul": torch.get_float32_matmul_precision(),
@@ -244,6 +252,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--method", choices=METHODS, required=True)
     parser.add_argument("--calib-text", type=Path, required=True, metavar="FILE", help="UTF-8 text to calibrate on")
     parser.add_argument("--samples", type=int, default=128, help="windows of text (%(default)s)")
+    own_text.add_options(parser)
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens in a window (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which windows are drawn, and the method's (%(default)s)")
     parser.add_argument("--symmetric", action="store_true", help="codes without zero points")

@@ -209,6 +209,22 @@ def test_what_was_made_of_few_windows_is_known_again(folder: Path, tmp_path: Pat
     assert len(read(tmp_path)) == 1
 
 
+def test_windows_of_the_models_own_text(folder: Path, tmp_path: Path, capsys) -> None:
+    """Beside those of the text; what was made without them is not taken for it."""
+    own = tmp_path / "own.txt"
+    own.write_text((folder / "calib.txt").read_text()[::-1])
+    plain = arguments(folder, tmp_path / "out", "--variants", "rtn")
+    mixed = [*plain, "--own-text", str(own), "--own-samples", "4"]
+    for _ in range(2):
+        assert ablate.main(mixed) == 0
+    (row,) = read(tmp_path / "out")
+    assert (row["settings"]["samples"], row["settings"]["own_samples"]) == (8, 4)
+    assert ablate.main(plain) == 2
+    assert "made with another samples" in capsys.readouterr().err
+    assert ablate.main(mixed[:-2]) == 2
+    assert "belong together" in capsys.readouterr().err
+
+
 def test_a_seed_is_another_checkpoint(folder: Path, tmp_path: Path) -> None:
     assert ablate.main(arguments(folder, tmp_path, "--variants", "rtn", "--seeds", "3,4")) == 0
     seeds = [json.loads((tmp_path / f"rtn-{s}" / "wkvquant.json").read_text())["settings"]["seed"] for s in (3, 4)]

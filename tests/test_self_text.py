@@ -122,6 +122,8 @@ def test_a_model_is_quantized_on_both(tmp_path: Path, capsys) -> None:
     assert len(read_tokens(model, own, "text")[0]) >= 5 * 48
     settings = json.loads((tmp_path / "out" / "wkvquant.json").read_text())["settings"]
     assert (settings["samples"], settings["own_samples"]) == (9, 5)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "9 windows of 48 tokens, 5 of them written by the model, 2 held out" in page
 
 
 @pytest.mark.parametrize(

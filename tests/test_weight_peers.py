@@ -65,6 +65,22 @@ def test_a_method_gets_our_windows_and_groups(folder: Path, tmp_path: Path, monk
     assert not task.symmetric
 
 
+def test_a_method_gets_windows_of_the_models_own_text(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks, own = replace(monkeypatch), tmp_path / "own.txt"
+    own.write_text("z" * 4000)
+    more = ["--own-text", str(own)]
+    assert weight_peers.main([*command(folder, tmp_path / "out"), *more]) == 2
+    assert "belong together" in capsys.readouterr().err
+    assert weight_peers.main([*command(folder, tmp_path / "out"), *more, "--own-samples", "3"]) == 0
+    windows = torch.cat([batch["input_ids"] for batch in tasks[0].batches])
+    expected = read_windows(folder / "model", folder / "calib.txt", SAMPLES, SEQ_LEN, SEED, own, 3).tokens
+    assert torch.equal(windows, expected)
+    assert (windows == ord("z")).all(1).sum() == 3
+    assert json.loads((tmp_path / "out" / weight_peers.PEER_FILE).read_text())["calibration"]["own_samples"] == 3
+
+
 def test_the_result_is_a_plain_model(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the codes stand for, in fp32 where the method left it in fp16; all else as it was or as it left it."""
     replace(monkeypatch)
@@ -92,7 +108,7 @@ def test_what_it_took_is_recorded(
     narrow, wide = 192 * (256 + 2 * 128 + 2 * 256), 256 * 192 + 256 * 192  # weights in groups of 64 and of 128
     expected = 4 + bits * (narrow / 64 + wide / 128) / (narrow + wide)
     assert peer["bits_per_weight"] == pytest.approx(expected)
-    assert peer["calibration"] == {"text": "calib.txt", "samples": SAMPLES, "seq_len": SEQ_LEN}
+    assert peer["calibration"] == {"text": "calib.txt", "samples": SAMPLES, "own_samples": 0, "seq_len": SEQ_LEN}
     assert peer["seconds"] > 0
     assert peer["peak_bytes"]["host"] > 0
     assert peer["versions"]["llmcompressor"] == "version of llmcompressor"

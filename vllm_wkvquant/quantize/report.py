@@ -355,9 +355,10 @@ def render(
         "<h2>Settings</h2>" + table(flatten(settings)),
         "<h2>Versions</h2>" + table(flatten(versions)),
     ]
+    own = f", {settings['own_samples']} of them written by the model" if settings["own_samples"] else ""
     subtitle = (
         f"{model['num_hidden_layers']} blocks, {model['num_key_value_heads']} KV heads of {model['head_size']}; "
-        f"{settings['samples']} windows of {settings['seq_len']} tokens, {settings['held_out']} of them held out; "
+        f"{settings['samples']} windows of {settings['seq_len']} tokens{own}, {settings['held_out']} held out; "
         f"{settings['dtype']} on {settings['device']}; {time.strftime('%Y-%m-%d %H:%M')}"
     )
     title = f"{name}: {model['architecture']}, recipe {report['recipe']['name']}"
