@@ -184,6 +184,16 @@ def test_a_gpu_calibrates_in_16_bits(
     assert [settings.dtype for settings in seen] == [dtype]
 
 
+def test_a_gpu_by_number_is_the_current_one(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(plan, "check_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", seen.append)
+    model = tiny_model(tmp_path / "model", num_layers=1)
+    for device in ("cpu", "cuda", "cuda:1"):
+        preflight(settings(model, tmp_path / "out", text, device=device))
+    assert seen == ["cuda:1"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_models_own_16_bits_are_kept(dtype: torch.dtype, tmp_path: Path, text: Path) -> None:
     model = tiny_model(tmp_path / "model", num_layers=1, dtype=dtype)

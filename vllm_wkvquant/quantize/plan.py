@@ -103,6 +103,8 @@ def window_length(seq_len: int | None, limit: int) -> int:
 def preflight(settings: Settings, workers: Workers = ALONE) -> Plan:
     """Everything that can be refused before long work. Raises ConfigError."""
     recipe = check_arguments(settings.recipe, settings.samples, settings.device)
+    if ":" in settings.device:  # graphs and Triton's kernels run on the current GPU
+        torch.cuda.set_device(settings.device)
     if workers.rank == 0:  # who writes
         check_output(settings.out, settings.resume)
     attention = CalibrationAttention()
