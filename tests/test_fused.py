@@ -1,14 +1,8 @@
-"""The kernels of learned weights against `weights.FakeQuantize` in torch: compiled on a GPU, interpreted on a CPU.
-
-Triton decides at its import whether it interprets, so without a GPU the tests run in a process of their own.
-"""
-
-import os
-import subprocess
-import sys
+"""The kernels of learned weights against `weights.FakeQuantize` in torch: compiled on a GPU, interpreted on a CPU."""
 
 import pytest
 import torch
+from interpreted import run_interpreted
 
 pytest.importorskip("triton")
 
@@ -25,12 +19,7 @@ kernels = pytest.mark.skipif(not ON_GPU and not native_triton.INTERPRETED, reaso
 
 @pytest.mark.skipif(ON_GPU or native_triton.INTERPRETED, reason="the kernels' tests run in this process")
 def test_interpreted() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    print(result.stdout)
-    assert result.returncode == 0, result.stdout
-    assert " passed" in result.stdout
+    run_interpreted(__file__, timeout=300)
 
 
 @kernels

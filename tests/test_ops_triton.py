@@ -1,17 +1,12 @@
-"""The Triton kernels against the specification: tests of test_ops_cuda.py, compiled on a GPU, interpreted on a CPU.
+"""The Triton kernels against the specification: tests of test_ops_cuda.py, compiled on a GPU, interpreted on a CPU."""
 
-Triton decides at its import whether it interprets, so without a GPU the tests of kernels run in a process of their own.
-"""
-
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import cases
 import pytest
 import test_ops_cuda
 import torch
+from interpreted import run_interpreted
 
 pytest.importorskip("triton")
 
@@ -46,12 +41,7 @@ def triton():
 
 @pytest.mark.skipif(ON_GPU or native_triton.INTERPRETED, reason="the kernels' tests run in this process")
 def test_interpreted():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-    print(result.stdout)
-    assert result.returncode == 0, result.stdout
-    assert " passed" in result.stdout
+    run_interpreted(__file__, timeout=600)
 
 
 @kernels

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers.integrations.sdpa_attention import repeat_kv
 
 from vllm_wkvquant import reference
 
@@ -124,9 +125,9 @@ def past_only_attention(
     kv = key, value, past_key, past_value
     group = query.shape[1] // key.shape[1]
     if query.shape[2] == 1:  # nothing is past
-        return value.to(query.dtype).repeat_interleave(group, 1)
+        return repeat_kv(value.to(query.dtype), group)
     if 0 < sliding_window < query.shape[2]:
         attend = partial(reference.past_only_attention, scale=scale, sliding_window=sliding_window)
         windows = zip(*(x.transpose(1, 2) for x in (query, *kv)), strict=True)
         return torch.stack([attend(*window) for window in windows]).transpose(1, 2).to(query.dtype)
-    return PastOnlyAttention.apply(query, *(x.to(query.dtype).repeat_interleave(group, 1) for x in kv), scale)
+    return PastOnlyAttention.apply(query, *(repeat_kv(x.to(query.dtype), group) for x in kv), scale)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import repeat_kv
 
 from vllm_wkvquant.past_only import past_only_attention
 from vllm_wkvquant.reference import Simulation
@@ -44,10 +45,11 @@ class CalibrationAttention:
 
         A batch of sequences of one token, [B, Hq, 1, D], is captured as B tokens; each attends itself alone.
         """
+        group = query.shape[1] // key.shape[1]
         if query.shape[2] == 1:
             if self.captured is not None:
                 self.captured.append((query[:, :, 0], key[:, :, 0], value[:, :, 0]))
-            return value.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(1, 2), None
+            return repeat_kv(value, group).transpose(1, 2), None
         self.scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         self.sliding_window = sliding_window or 0
         if self.captured is not None:
@@ -60,7 +62,7 @@ class CalibrationAttention:
         own = (key, value) if self.past_only else past
         if self.cache is None and not 0 < self.sliding_window < query.shape[2]:
             # torch's kernel for fp32 on a GPU wants a key for every query head
-            keys, values = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+            keys, values = (repeat_kv(x, group) for x in (key, value))
             out = scaled_dot_product_attention(query, keys, values, is_causal=True, scale=self.scale)
         else:
             out = past_only_attention(query, *own, *past, self.scale, self.sliding_window)

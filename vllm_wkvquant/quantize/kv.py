@@ -182,17 +182,9 @@ def smoothing_factors(smoothing: Smoothing, statistics: KVStatistics, rotary_dim
     return normalize(deviation**smoothing.key / statistics.q_rms.clamp_min(1e-6) ** smoothing.query)
 
 
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    past_key: torch.Tensor,
-    past_value: torch.Tensor,
-    scale: float,
-    sliding_window: int,
-) -> torch.Tensor:
-    """`past_only_attention` of one window in fp32: query [T, Hq, D], the others [T, H, D] -> [T, Hq, D]."""
-    q, k, v, past_k, past_v = (x.float().transpose(0, 1)[None] for x in (query, key, value, past_key, past_value))
+def attend(window: QKV, past: tuple[torch.Tensor, torch.Tensor], scale: float, sliding_window: int) -> torch.Tensor:
+    """`past_only_attention` of one window in fp32, past: its keys and values from the cache -> [T, Hq, D]."""
+    q, k, v, past_k, past_v = (x.float().transpose(0, 1)[None] for x in (*window, *past))
     return past_only_attention(q, k, v, past_k, past_v, scale, sliding_window)[0].transpose(0, 1)
 
 
@@ -204,10 +196,9 @@ def attention_error(
     exact: attention with a 16-bit cache [T, Hq, D]; gram: o_proj's columns of each KV head times themselves,
     [H, g * D, g * D].
     """
-    q, k, v = window
-    positions = torch.arange(q.shape[0], device=q.device)
-    past = fake_quantize(k, v, positions, params)
-    error = attend(q, k, v, *past, scale, sliding_window) - exact
+    _, k, v = window
+    past = fake_quantize(k, v, torch.arange(k.shape[0], device=k.device), params)
+    error = attend(window, past, scale, sliding_window) - exact
     e = error.unflatten(1, (gram.shape[0], -1)).transpose(0, 1).flatten(2)  # [H, T, g * D]
     return ((e @ gram) * e).sum((1, 2)).double()
 
@@ -267,7 +258,7 @@ def attention_errors(
     errors = torch.zeros(len(candidates), heads, dtype=torch.float64, device=o_proj.device)
     for window in windows:
         q, k, v = (x.to(o_proj.device) for x in window)
-        exact = attend(q, k, v, k, v, scale, sliding_window)
+        exact = attend((q, k, v), (k, v), scale, sliding_window)
         for i, params in enumerate(candidates):
             errors[i] += attention_error((q, k, v), params, exact, gram, scale, sliding_window)
     return workers.sum(errors)
