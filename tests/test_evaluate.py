@@ -4,13 +4,14 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 
 from vllm_wkvquant import reference
 from vllm_wkvquant.config import ConfigError
-from vllm_wkvquant.evaluate import difference, evaluate, read_windows
+from vllm_wkvquant.evaluate import SimulatedCache, difference, evaluate, read_windows
 from vllm_wkvquant.layout import token_bytes
 
 
@@ -53,6 +54,27 @@ def test_whole_sequence_equals_stepping_through_pages(chunk: int, window: int) -
         )
         reference.cache_write(k[new], v[new], cache, slots[new], positions[new], params)
     torch.testing.assert_close(whole, stepped, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize(("chunk", "window"), [(0, 0), (1, 0), (1, 9), (7, 0), (7, 9)])
+def test_a_simulated_cache_keeps_the_chunk_as_it_came(chunk: int, window: int) -> None:
+    """And nothing of it where the chunk is 0; far enough from each other to tell."""
+    length, heads, kv_heads, head_size = 45, 6, 2, 64
+    torch.manual_seed(1)
+    params = layer(kv_heads, head_size, shift=5.0)
+    q, k, v = torch.randn(length, heads, head_size), *torch.randn(2, length, kv_heads, head_size)
+    past = reference.fake_quantize(k, v, torch.arange(length), params)
+    module = torch.nn.Module()
+    module.layer_idx, module.num_key_value_groups, module.is_causal = 0, heads // kv_heads, True  # type: ignore[assignment]
+    cache = SimulatedCache([partial(reference.fake_quantize, params=params)], chunk)
+    inputs = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out, _ = cache.attention(module, *inputs, None, scaling=0.1, sliding_window=window or None)
+    spec = {
+        own: reference.past_only_attention(q, *kv, *past, 0.1, max(chunk, 1), window)
+        for own, kv in ((True, (k, v)), (False, past))
+    }
+    torch.testing.assert_close(out[0], spec[chunk > 0], atol=1e-4, rtol=1e-4)
+    assert (spec[True] - spec[False]).abs().max() > 0.05
 
 
 def test_past_only_mask_is_the_chunk() -> None:
