@@ -120,7 +120,8 @@ TUNING_VARIANTS = {
     "tuning_rate_3e-3": tuning(BEST, rate=3e-3),
     "tuning_15_epochs": tuning(BEST, epochs=15, most=0),
 }
-BEST_VARIANTS = learning_variants(BEST) | TUNING_VARIANTS | cache_variants(BEST)
+TWICE = {"twice": learning(tuning(BEST, most=2400), most=14400)}
+BEST_VARIANTS = learning_variants(BEST) | TUNING_VARIANTS | cache_variants(BEST) | TWICE
 FOLDED = ("no_balance", "no_value_hadamard")  # parts of the cache that weights have to be learned with
 UNTUNED_VARIANTS = learning_variants(UNTUNED) | {name: cache_variants(UNTUNED)[name] for name in FOLDED}
 PAPER_VARIANTS = {
