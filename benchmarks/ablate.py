@@ -2,7 +2,7 @@
 """Checkpoints of recipes with one part changed, to show what each part is worth.
 
     python benchmarks/ablate.py MODEL OUT --calib-text wiki_calib.txt --device cuda
-    python benchmarks/ablate.py MODEL OUT --calib-text wiki_calib.txt --variants best,best_no_rounding --seeds 0,1,2
+    python benchmarks/ablate.py MODEL OUT --calib-text wiki_calib.txt --variants best,best_clipping --seeds 0,1,2
 
 OUT/VARIANT-SEED is a checkpoint like those of `wkvquant quantize` with the same options. What is there is not made
 again, what was interrupted goes on, and a variant that fails does not keep the others from being made. The table, whose
@@ -84,12 +84,11 @@ def learned_cache(recipe: Recipe, rate: float) -> Recipe:
 def learning_variants(recipe: Recipe) -> dict[str, Recipe]:
     """With something else about how weights are learned, block by block."""
     return {
-        "searched_clip": learning(recipe, rounding=False, clipping=False, epochs=1),  # nothing is learned
-        "no_rounding": learning(recipe, rounding=False),
-        "no_clipping": learning(recipe, clipping=False),
-        "no_clipping_no_balance": replace(learning(recipe, clipping=False), value_balance=0.0),
+        "searched_clip": learning(recipe, rounding=False, epochs=1),  # nothing is learned
+        "clipping": learning(recipe, clip_rate=0.5),
+        "clipping_0.1": learning(recipe, clip_rate=0.1),
+        "clipping_alone": learning(recipe, rounding=False, clip_rate=0.5),
         "no_folding": replace(recipe, value_balance=0.0, value_hadamard=False),
-        "clip_rate_0.1": learning(recipe, clip_rate=0.1),
         "whole_range": learning(recipe, clip="whole"),
         "mse": learning(recipe, loss="mse"),
         "mae": learning(recipe, loss="mae"),
@@ -120,15 +119,14 @@ TUNING_VARIANTS = {
     "tuning_rate_3e-3": tuning(BEST, rate=3e-3),
     "tuning_15_epochs": tuning(BEST, epochs=15, most=0),
 }
-TWICE = {"twice": learning(tuning(BEST, most=2400), most=14400)}
-BEST_VARIANTS = learning_variants(BEST) | TUNING_VARIANTS | cache_variants(BEST) | TWICE
+BEST_VARIANTS = learning_variants(BEST) | TUNING_VARIANTS | cache_variants(BEST)
 FOLDED = ("no_balance", "no_value_hadamard")  # parts of the cache that weights have to be learned with
 UNTUNED_VARIANTS = learning_variants(UNTUNED) | {name: cache_variants(UNTUNED)[name] for name in FOLDED}
 PAPER_VARIANTS = {
     "no_followers": learning(PAPER, followers=0),
     "one_follower": learning(PAPER, followers=1),
     "mse": learning(PAPER, loss="mse"),
-    "no_clipping": learning(PAPER, clip="whole", clipping=False),  # its sigmoid would start at 98 %
+    "no_clipping": learning(PAPER, clip="whole", clip_rate=0.0),  # its sigmoid would start at 98 %
     "no_learned_cache": learning(PAPER, cache=False),
     "no_past_only": learning(PAPER, past_only=False),
 }

@@ -241,7 +241,8 @@ def learning_bytes(plan: Plan) -> int:
     """A block and its followers with a step's activations, and weights that are learned.
 
     Of a weight: itself and its fake-quantized value in fp32 and in the calibration's type, its offset, what is saved
-    for its gradient on a CPU (5 bytes; a GPU's kernel computes it again), the sum of gradients, and that of a window.
+    for its gradient on a CPU (1 byte, 5 where ranges are learned; a GPU's kernel computes it again), the sum of
+    gradients, and that of a window.
     """
     adapter, learning, size = plan.adapter, plan.recipe.learning, itemsize(plan)
     if not learning:
@@ -249,7 +250,7 @@ def learning_bytes(plan: Plan) -> int:
     windows = together(learning, plan.settings.device)
     copies = 0 if size == 4 else 4 + size
     weights = sum(o * c for o, c in adapter.linear_shapes().values())
-    saved = 5 if plan.settings.device == "cpu" else 0
+    saved = (5 if learning.clip_rate else 1) if plan.settings.device == "cpu" else 0
     learned = weights * (copies + 12 + saved + size + (4 if learning.rounding else 0))
     step = windows * ((1 + followers(plan)) * window_bytes(plan) + learning.cache * simulated_bytes(plan))
     return (1 + followers(plan)) * block_bytes(plan) + steps_held(plan, weights) * step + learned

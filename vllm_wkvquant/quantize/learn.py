@@ -55,7 +55,7 @@ class LearnedWeight:
         """importance: fp32 [in], mean square of the layer's input channels, where the clip is searched."""
         self.weight, self.group_size, self.scale_dtype = weight.float(), group_size, scale_dtype
         self.range = group_range(self.weight, group_size)
-        self.sigmoid, self.clipping = learning.clip == "sigmoid", learning.clipping
+        self.sigmoid, self.clipping = learning.clip == "sigmoid", learning.clip_rate > 0
         shape = weight.shape[0], weight.shape[1] // group_size
         if learning.clip == "searched":
             assert importance is not None

@@ -37,16 +37,16 @@ class Learning:
     """What is learned of a block, and how (learn.py).
 
     clip: how a group's range starts and is held: "searched" for the share of it that loses least, kept in 0.3 .. 1,
-    "whole" for all of it, kept there too, or "sigmoid", the paper's. clipping: learn it; otherwise it stays where it
-    starts. rounding: learn which of its two neighbours a weight becomes. cache: learn k_smooth, k_shift, v_shift and
-    the smoothing of V with the weights, under a simulated cache; otherwise the weights are learned under a 16-bit cache
-    and the cache's parameters are taken from statistics afterwards. past_only: the simulated cache leaves a token's own
-    key and value as they are. optimizer: of the weights, "sign" (rate: how far the rounding may move in all,
-    clip_rate: how far an end of the range) or "adamw" (both: learning rate); the cache's is AdamW with learning rate
+    "whole" for all of it, kept there too, or "sigmoid", the paper's. rounding: learn which of its two neighbours a
+    weight becomes. cache: learn k_smooth, k_shift, v_shift and the smoothing of V with the weights, under a simulated
+    cache; otherwise the weights are learned under a 16-bit cache and the cache's parameters are taken from statistics
+    afterwards. past_only: the simulated cache leaves a token's own key and value as they are. optimizer: of the
+    weights, "sign" (rate: how far the rounding may move in all, clip_rate: how far an end of the range) or "adamw"
+    (both: learning rate), and clip_rate 0 leaves the range where it starts; the cache's is AdamW with learning rate
     cache_rate. batch: windows a step. most: how many windows all epochs go over at most, so that more text takes no
-    longer; 0: any number. few: so many windows or fewer are learned from one at a time, in few_epochs.
-    loss: a key of `learn.LOSSES`. skip_first: leave the first positions of a window out of it, as out of every
-    statistic. followers: how many of the following blocks, in 16 bits, the output is also compared after.
+    longer; 0: any number. few: so many windows or fewer are learned from one at a time, in few_epochs. loss: a key of
+    `learn.LOSSES`. skip_first: leave the first positions of a window out of it, as out of every statistic. followers:
+    how many of the following blocks, in 16 bits, the output is also compared after.
     """
 
     clip: str
@@ -63,7 +63,6 @@ class Learning:
     most: int = 0
     few: int = 0
     few_epochs: int = 0
-    clipping: bool = True
     past_only: bool = True
     skip_first: bool = False
 
@@ -181,7 +180,7 @@ STATIC = Recipe(
 BEST = replace(
     RTN,
     name="best",
-    summary="the cache of rtn; rounding and clipping of weights learned block by block, all of it then end to end",
+    summary="the cache of rtn; ranges of weights searched, rounding learned block by block, all of it then end to end",
     learning=Learning(
         clip="searched",
         rounding=True,
@@ -193,7 +192,7 @@ BEST = replace(
         few=16,
         few_epochs=10,
         rate=0.5,
-        clip_rate=0.5,
+        clip_rate=0.0,
         loss="relative_mse",
         skip_first=True,
     ),

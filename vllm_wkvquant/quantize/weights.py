@@ -126,7 +126,9 @@ class FakeQuantize(torch.autograd.Function):
         codes, step = _codes(groups, step, zero_point, offset), step[..., None]
         clamped = (codes > WEIGHT_QMAX) | (codes < 0)
         out = codes.clamp_(0, WEIGHT_QMAX).sub_(zero_point[..., None]).mul_(step)
-        by_step = torch.where(clamped, out - low[..., None], out - groups).div_(step)
+        by_step = None  # of the range, where that is learned
+        if ctx.needs_input_grad[1]:
+            by_step = torch.where(clamped, out - low[..., None], out - groups).div_(step)
         ctx.save_for_backward(step, clamped, by_step)
         ctx.has_offset = offset is not None
         return out.view_as(weight)
@@ -141,8 +143,10 @@ class FakeQuantize(torch.autograd.Function):
             grad, of_weight = grads[0].contiguous(), ctx.needs_input_grad[0]
             return *fused.backward(grad, weight, low, step, zero_point, offset, of_weight), None
         step, clamped, by_step = ctx.saved_tensors
-        grad = grads[0].view_as(by_step)
+        grad = grads[0].view_as(clamped)
         inside = grad.masked_fill(clamped, 0)
-        high = (grad * by_step).sum(-1) / WEIGHT_QMAX
-        low = (grad - inside).sum(-1) - high
+        low = high = None
+        if by_step is not None:
+            high = (grad * by_step).sum(-1) / WEIGHT_QMAX
+            low = (grad - inside).sum(-1) - high
         return inside.view_as(grads[0]), low, high, inside * step if ctx.has_offset else None, None
