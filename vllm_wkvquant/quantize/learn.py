@@ -83,7 +83,7 @@ class LearnedWeight:
 
     def project(self) -> None:
         """Bring every parameter back to where it may be."""
-        for clip in () if self.sigmoid else (self.low, self.high):
+        for clip in () if self.sigmoid else self._of_clipping():
             clip.clamp_(CLIP_MIN, 1)
         if self.offset is not None:
             self.offset.clamp_(-0.5, 0.5)
