@@ -88,6 +88,8 @@ def learning_variants(recipe: Recipe) -> dict[str, Recipe]:
         "clipping": learning(recipe, clip_rate=0.5),
         "clipping_0.1": learning(recipe, clip_rate=0.1),
         "clipping_alone": learning(recipe, rounding=False, clip_rate=0.5),
+        "rate_0.25": learning(recipe, rate=0.25),
+        "rate_1": learning(recipe, rate=1.0),
         "no_folding": replace(recipe, value_balance=0.0, value_hadamard=False),
         "whole_range": learning(recipe, clip="whole"),
         "mse": learning(recipe, loss="mse"),
