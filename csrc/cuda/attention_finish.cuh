@@ -100,7 +100,7 @@ __device__ bool Kernel<D, NT, Strands>::finish(bool with_current) {
   int* counter = static_cast<int*>(a.workspace) + s.misc[4];
   const bool is_last = count_arrival(counter) == s.misc[5] - 1;
   s.misc[0] = s.misc[4], s.misc[1] = is_last ? s.misc[5] : 0;
-  if (is_last) *counter = 0, acquire();
+  if (is_last) acquire(), *counter = 0;  // in this order: it would wait for the store
   return true;
 }
 
@@ -111,22 +111,26 @@ __device__ void Kernel<D, NT, Strands>::combine(const Item& x) {
   item = x;
   rows = min(item.queries * group - item.tile * kRows, kRows);
   constexpr int kBatch = 10;  // loads in flight: there is nothing to it but their latency
+  constexpr int kStride = 2 * partial_floats(kRows, D);
 #pragma unroll 1
   for (int i = 32 * member() + lane; i < rows * (D / 4); i += 32 * size()) {
     const int r = i / (D / 4), d = i % (D / 4) * 4;
+    const float *numerators = partial(first, 0) + r * D + d, *states = partial(first, 0) + kRows * D + 2 * r;
     float high = kLowest, total = 0;
     float4 x = {0, 0, 0, 0};
 #pragma unroll 1
-    for (int c = 0; c < parts; c += kBatch) {
+    for (int c = 0; c < parts; c += kBatch, numerators += kBatch * kStride, states += kBatch * kStride) {
       float2 state[kBatch];  // maximum, sum
       float4 y[kBatch];
+      const int of_first = c == 0 ? kStride / 2 : 0;  // the first team's is in its other slot
 #pragma unroll
-      for (int k = 0; k < kBatch; ++k) {
-        const int from = min(c + k, parts - 1);
-        const float* part = partial(first + from, from == 0);
-        state[k] = __ldcg(reinterpret_cast<const float2*>(part + kRows * D + 2 * r));
-        y[k] = __ldcg(reinterpret_cast<const float4*>(part + r * D + d));
-        if (c + k >= parts) state[k].x = kLowest, state[k].y = 0;
+      for (int k = 0; k < kBatch; ++k) {  // constant distances: addresses would be as long as all the rest
+        state[k] = {kLowest, 0}, y[k] = {0, 0, 0, 0};
+        if (c + k < parts) {
+          const int at = k ? k * kStride : of_first;
+          state[k] = __ldcg(reinterpret_cast<const float2*>(states + at));
+          y[k] = __ldcg(reinterpret_cast<const float4*>(numerators + at));
+        }
       }
       float next = high;
 #pragma unroll
@@ -135,7 +139,7 @@ __device__ void Kernel<D, NT, Strands>::combine(const Item& x) {
       high = next, total *= keep, x.x *= keep, x.y *= keep, x.z *= keep, x.w *= keep;
 #pragma unroll
       for (int k = 0; k < kBatch; ++k) {
-        const float f = c + k < parts ? exp2_fast(state[k].x - high) : 0;
+        const float f = exp2_fast(state[k].x - high);
         total += f * state[k].y;
         x.x += f * y[k].x, x.y += f * y[k].y, x.z += f * y[k].z, x.w += f * y[k].w;
       }
