@@ -17,7 +17,7 @@ int wkvquant_cuda_paged_attention(const WkvCudaAttention* a, const WkvCudaParams
 
 int64_t wkvquant_cuda_workspace() {
   using namespace wkvquant;
-  return kCounterBytes + kMaxCtas * kCtaBytes;
+  return kWorkspaceBytes;
 }
 
 int64_t wkvquant_cuda_plan_bytes() { return sizeof(wkvquant::Planned); }

@@ -28,6 +28,64 @@ __device__ float* Kernel<D, NT, Strands>::partial(int number, int slot) const {
          (2 * number + slot) * partial_floats(kRows, D);
 }
 
+// Parts of an item whose teams have nothing else to do. The last of them adds up. The others leave it words that are 0
+// in between: it reads them until they are not. So nothing is waited for but these words, on their way to L2 and back.
+// A CTA waits for CTAs before it alone, and these run already.
+template <int D, int NT, int Strands>
+__device__ float* Kernel<D, NT, Strands>::words_of(int number) const {
+  return reinterpret_cast<float*>(static_cast<char*>(a.workspace) + kCounterBytes + kMaxCtas * kCtaBytes) +
+         number * partial_floats(kRows, D);
+}
+
+template <int D, int NT, int Strands>
+__device__ __forceinline__ void Kernel<D, NT, Strands>::leave(int r, int d, const float4& x, float high,
+                                                              float total) const {
+  const auto marked = [](float x) { return x == 0 ? -0.0f : x; };
+  float* words = words_of(blockIdx.x);
+  write_words(reinterpret_cast<float4*>(words + r * D + d), {marked(x.x), x.y, x.z, x.w});
+  if (d == 0) write_words(reinterpret_cast<float2*>(words + kRows * D + 2 * r), {marked(high), total});
+}
+
+template <int D, int NT, int Strands>
+__device__ __forceinline__ void Kernel<D, NT, Strands>::gather(int r, int d, int others, float4& x, float& high,
+                                                               float& total) const {
+  constexpr int kBatch = 8, kStride = partial_floats(kRows, D);
+  const float* words = words_of(blockIdx.x - others);
+  const float4* numerators = reinterpret_cast<const float4*>(words + r * D + d);
+  const float2* states = reinterpret_cast<const float2*>(words + kRows * D + 2 * r);
+#pragma unroll 1
+  for (int c = 0; c < others; c += kBatch, numerators += kBatch * kStride / 4, states += kBatch * kStride / 2) {
+    float2 state[kBatch];  // maximum, sum
+    float4 y[kBatch];
+    uint32_t least, tries = 0;
+    do {
+      if (++tries >> 22) __trap();  // seconds
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        state[k] = {kLowest, -0.0f}, y[k] = {-0.0f, -0.0f, -0.0f, -0.0f};
+        if (c + k < others) {
+          state[k] = read_words(states + k * (kStride / 2));
+          y[k] = read_words(numerators + k * (kStride / 4));
+        }
+      }
+      least = ~0u;
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) least = min(least, min(__float_as_uint(state[k].x), __float_as_uint(y[k].x)));
+    } while (least == 0);
+    float next = high;
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) next = fmaxf(next, state[k].x);
+    const float keep = exp2_fast(high - next);
+    high = next, total *= keep, x.x *= keep, x.y *= keep, x.z *= keep, x.w *= keep;
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      const float f = exp2_fast(state[k].x - high);
+      total += f * state[k].y;
+      x.x += f * y[k].x, x.y += f * y[k].y, x.z += f * y[k].z, x.w += f * y[k].w;
+    }
+  }
+}
+
 // Adds up the warps' results of the item. If it is this team's alone, that is the output. If not, it is stored for the
 // last team of the item to arrive, and one thread finds out whether this is the one, while the others go on: misc says
 // so after the next barrier.
@@ -55,6 +113,8 @@ __device__ bool Kernel<D, NT, Strands>::finish(bool with_current) {
   team_barrier();
   const int size = this->size(), member = this->member();
   const bool whole = item.begin == 0 && item.end == item.units;
+  const int others = -s.misc[5] - 1;  // not negative: teams whose parts the item's last team waits for
+  const bool is_last = whole || (others >= 0 && number_of_team() == s.misc[4] + others);
   float* out = partial(number_of_team(), item.begin == 0);
   const float4* parts = s.part + (warp - member) * S::kColumns;
   const float* red = s.red + (warp - member) * (S::kColumns * S::kPitch);
@@ -87,20 +147,30 @@ __device__ bool Kernel<D, NT, Strands>::finish(bool with_current) {
       total += f * s.current_sum[r];
       add(f, s.raw + r * D + d);
     }
-    if (whole) {
+    if (is_last) {
+      if (!whole) gather(r, d, others, x, high, total);
       write_row4(r, d, x, total);
       if (d == 0) write_lse(r, high, total);
+    } else if (others >= 0) {
+      leave(r, d, x, high, total);
     } else {
       *reinterpret_cast<float4*>(out + r * D + d) = x;
       if (d == 0) *reinterpret_cast<float2*>(out + kRows * D + 2 * r) = {high, total};
     }
   }
+  if (!whole && others >= 0 && !is_last) return false;
   team_barrier();
-  if (whole || member + 1 != size || lane != 0) return !whole;
+  if (is_last) {
+    if (!whole)
+      for (int i = threadIdx.x; i < others * static_cast<int>(partial_floats(kRows, D) / 4); i += S::kThreads)
+        reinterpret_cast<float4*>(words_of(s.misc[4]))[i] = {0, 0, 0, 0};
+    return false;
+  }
+  if (member + 1 != size || lane != 0) return true;
   int* counter = static_cast<int*>(a.workspace) + s.misc[4];
-  const bool is_last = count_arrival(counter) == s.misc[5] - 1;
-  s.misc[0] = s.misc[4], s.misc[1] = is_last ? s.misc[5] : 0;
-  if (is_last) acquire(), *counter = 0;  // in this order: it would wait for the store
+  const bool all_here = count_arrival(counter) == s.misc[5] - 1;
+  s.misc[0] = s.misc[4], s.misc[1] = all_here ? s.misc[5] : 0;
+  if (all_here) acquire(), *counter = 0;  // in this order: it would wait for the store
   return true;
 }
 

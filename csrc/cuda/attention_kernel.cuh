@@ -66,7 +66,8 @@ struct Shared {
   int4* walk;  // [warps] of what the warp asks for next: next item's unit in the list of all units, sequence, last
                // tile, end of the team's units
   int* misc;   // [8] first CTA that has a part of the item before, the item's parts if this CTA adds them up, last row
-               // of the tile, its rows, the same two of this item (before it is known who adds them up), past tokens,
+               // of the tile, its rows, the same two of this item (before it is known who adds them up; minus the
+               // item's parts if its CTAs have no other), past tokens,
                // the last of them that a window hides from any row
 
   template <class S>
@@ -170,6 +171,7 @@ template <int D, int NT, int Strands>
 struct Kernel {
   using S = Shape<D, NT, Strands>;
   static_assert(kTeams * 2 * partial_floats(S::kRows, D) * sizeof(float) <= kCtaBytes);
+  static_assert(partial_floats(S::kRows, D) * sizeof(float) <= kWordsBytes);
   static constexpr int kWarps = S::kWarps, kRows = S::kRows;
 
   const WkvCudaAttention& a;
@@ -312,6 +314,9 @@ struct Kernel {
   __device__ void write_lse(int r, float top_of_row, float sum_of_row) const;
   __device__ float* partial(int cta, int slot) const;
   __device__ bool finish(bool with_current);
+  __device__ float* words_of(int number) const;
+  __device__ __forceinline__ void leave(int r, int d, const float4& x, float high, float total) const;
+  __device__ __forceinline__ void gather(int r, int d, int others, float4& x, float& high, float& total) const;
   __device__ void combine(const Item& x);
 
   __device__ void run() {

@@ -26,6 +26,7 @@ struct Plan {
   int teams;       // that have units
   int weight;      // of an item, in units
   int each, more;  // the line's length is teams * each + more
+  int alone;       // 1: items have several teams, and each of these has no units of any other
 
   __device__ int start(int team) const { return team * each + divide(team * more, teams); }
   // The last team that starts at or before place `x`.
@@ -45,11 +46,12 @@ static __device__ Plan share_out(int units, int items, bool equal, const Tiling&
   for (int i = 1; i < tiling.teams && most < items; i *= 2, most *= 2) warps /= 2, fewest /= 2;
   plan.units = units, plan.warps = warps;
   plan.teams = max(min(min(most, units), max(items, divide(units + fewest - 1, fewest))), 1);
-  plan.weight = min(kItemWeight, divide(units, plan.teams) / 2);
+  plan.weight = min(kItemWeight, divide(units, plan.teams) / 2), plan.alone = 0;
   if (equal) {  // whole teams an item, or whole items a team, where few teams are left out by that
     const int rounds = divide(items + plan.teams - 1, plan.teams);
     const int even = rounds > 1 ? divide(items, rounds) : divide(plan.teams, items) * items;
-    if (even * 16 >= plan.teams * 15 && (rounds == 1 || even * rounds == items)) plan.teams = even, plan.weight = 0;
+    if (even * 16 >= plan.teams * 15 && (rounds == 1 || even * rounds == items))
+      plan.teams = even, plan.weight = 0, plan.alone = even > items;
   }
   const int line = units + items * plan.weight;
   plan.each = line / plan.teams;
@@ -70,7 +72,7 @@ struct Item {
 struct Work {
   Item item;         // its first one
   int end;           // of all its units
-  int first, parts;  // the teams that have parts of the item: the first of them, how many
+  int first, parts;  // the teams that have parts of the item: the first of them, how many; minus that if `alone`
   int warps;         // of a team; 2^8 times row_bits of the tiling
 };
 static_assert(sizeof(Work) == 4 * sizeof(int4));

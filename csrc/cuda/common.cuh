@@ -15,6 +15,9 @@ constexpr int kUnit = 32;                                             // tokens 
 constexpr int kTeams = 2;                                             // of a CTA, at most
 constexpr int64_t kCounterBytes = kMaxCtas * kTeams * sizeof(int);    // at the start of the workspace
 constexpr int64_t kCtaBytes = kTeams * 2 * kMaxRows * (128 + 2) * 4;  // then two partial results of each team
+// and one of each CTA whose item others have parts of, and which has no other item: 0 but in such a launch
+constexpr int64_t kWordsBytes = kMaxRows * (128 + 2) * 4;
+constexpr int64_t kWorkspaceBytes = kCounterBytes + kMaxCtas * (kCtaBytes + kWordsBytes);
 constexpr float kBoost = 4;
 constexpr float kLowest = -1e30f;
 constexpr float kLog2e = 1.44269504088896341f;

@@ -101,7 +101,7 @@ __device__ void make_plan(const WkvCudaPlan& a, const Tiling& tiling, Planned& p
         const int group = a.num_heads / a.num_kv_heads;
         work.item = decode(planned, a.sliding_window, group, tiling.row_bits, seq, begin, work.end);
         const int2 teams = teams_of(plan, work.item);
-        work.first = teams.x, work.parts = teams.y;
+        work.first = teams.x, work.parts = plan.alone ? -teams.y : teams.y;
       } else {
         work.end = 0;
       }

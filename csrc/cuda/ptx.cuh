@@ -77,6 +77,39 @@ __device__ __forceinline__ int count_arrival(int* counter) {
   return before;
 }
 
+// Words of global memory that another CTA may write or read meanwhile: all of them at once, and not ordered to others.
+__device__ __forceinline__ float4 read_words(const float4* p) {
+  float4 x;
+  asm volatile(
+      "{\n.reg .b128 w;\n.reg .b64 l, h;\nld.relaxed.gpu.global.b128 w, [%4];\nmov.b128 {l, h}, w;\n"
+      "mov.b64 {%0, %1}, l;\nmov.b64 {%2, %3}, h;\n}"
+      : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+      : "l"(p));
+  return x;
+}
+
+__device__ __forceinline__ float2 read_words(const float2* p) {
+  float2 x;
+  asm volatile("{\n.reg .b64 w;\nld.relaxed.gpu.global.b64 w, [%2];\nmov.b64 {%0, %1}, w;\n}"
+               : "=f"(x.x), "=f"(x.y)
+               : "l"(p));
+  return x;
+}
+
+__device__ __forceinline__ void write_words(float4* p, float4 x) {
+  asm volatile(
+      "{\n.reg .b128 w;\n.reg .b64 l, h;\nmov.b64 l, {%0, %1};\nmov.b64 h, {%2, %3};\nmov.b128 w, {l, h};\n"
+      "st.relaxed.gpu.global.b128 [%4], w;\n}" ::"f"(x.x),
+      "f"(x.y), "f"(x.z), "f"(x.w), "l"(p)
+      : "memory");
+}
+
+__device__ __forceinline__ void write_words(float2* p, float2 x) {
+  asm volatile("{\n.reg .b64 w;\nmov.b64 w, {%0, %1};\nst.relaxed.gpu.global.b64 [%2], w;\n}" ::"f"(x.x), "f"(x.y),
+               "l"(p)
+               : "memory");
+}
+
 __device__ __forceinline__ void acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 }  // namespace wkvquant

@@ -64,7 +64,7 @@ int64_t wkvquant_cuda_shared_bytes(const WkvCudaParams* p, int tiles, int strand
 
 int64_t wkvquant_cuda_workspace() {
   using namespace wkvquant;
-  return kCounterBytes + kMaxCtas * kCtaBytes;
+  return kWorkspaceBytes;
 }
 
 int64_t wkvquant_cuda_sizeof(int which) {

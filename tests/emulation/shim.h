@@ -147,6 +147,7 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t s) {
 }
 inline int __float_as_int(float x) { return (int)bits(x); }
 inline float __int_as_float(int x) { return from<float>((uint32_t)x); }
+inline unsigned __float_as_uint(float x) { return bits(x); }
 inline float __uint_as_float(uint32_t x) { return from<float>(x); }
 inline void sincospif(float x, float* s, float* c) {
   *s = sin(M_PI * (double)x);
@@ -204,6 +205,10 @@ inline void load_words(const uint8_t* p, uint32_t* w) {
 }
 inline int count_arrival(int* counter) { return (*counter)++; }
 inline void __trap() { abort(); }
+inline float4 read_words(const float4* p) { return *p; }
+inline float2 read_words(const float2* p) { return *p; }
+inline void write_words(float4* p, float4 x) { *p = x; }
+inline void write_words(float2* p, float2 x) { *p = x; }
 inline void acquire() {}
 inline void copy_async(void* to, const void* from) { memcpy(to, from, 16); }
 inline void wait_for_copies() {}
