@@ -91,61 +91,83 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::gather(int r, int d, int
 // so after the next barrier.
 template <int D, int NT, int Strands>
 __device__ bool Kernel<D, NT, Strands>::finish(bool with_current) {
+  // What does not depend on the other warps comes before the barrier, and what is read after it is asked for at once, at
+  // constant distances: this code runs once, and waits and addresses are most of it.
+  const int size = this->size(), team = this->team(), member = this->member();
+  const bool whole = item.begin == 0 && item.end == item.units;
+  const int others = -s.misc[5] - 1;  // not negative: teams whose parts the item's last team waits for
+  const bool is_last = whole || (others >= 0 && number_of_team() == s.misc[4] + others);
+  float4 extra = {0, 0, 0, 0};
+  const auto ask_extra = [&](int i) {
+    if (p.v_extra && i < rows * (D / 4))
+      extra = __ldg(reinterpret_cast<const float4*>(p.v_extra + item.head * D + i % (D / 4) * 4));
+  };
+  ask_extra(32 * member + lane);
   float* mine = s.red + warp * (S::kColumns * S::kPitch);
   __syncwarp();
+#pragma unroll
+  for (int m = 4; m < 32; m *= 2)
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        sum[n][j] += __shfl_xor_sync(kFull, sum[n][j], m);
+        min_sum[n][j] += __shfl_xor_sync(kFull, min_sum[n][j], m);
+      }
 #pragma unroll
   for (int n = 0; n < NT; ++n)
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-#pragma unroll
-      for (int m = 4; m < 32; m *= 2) {
-        sum[n][j] += __shfl_xor_sync(kFull, sum[n][j], m);
-        min_sum[n][j] += __shfl_xor_sync(kFull, min_sum[n][j], m);
-      }
       const int c = 8 * n + 2 * t + j;
-      if (g == 0) s.part[warp * S::kColumns + c] = {top[n][j], sum[n][j], min_sum[n][j], 0};
 #pragma unroll
       for (int m = 0; m < S::kMTiles; m += 2)
         *reinterpret_cast<float4*>(mine + c * S::kPitch + S::place(S::dimension(m, g))) = {
             acc[m][n][j] * 0x1p24f, acc[m][n][2 + j] * 0x1p20f, acc[m + 1][n][j] * 0x1p24f,
             acc[m + 1][n][2 + j] * 0x1p20f};
+      if (g == 0) s.part[warp * S::kColumns + c] = {top[n][j], sum[n][j], min_sum[n][j], 0};
     }
-  team_barrier();
-  const int size = this->size(), member = this->member();
-  const bool whole = item.begin == 0 && item.end == item.units;
-  const int others = -s.misc[5] - 1;  // not negative: teams whose parts the item's last team waits for
-  const bool is_last = whole || (others >= 0 && number_of_team() == s.misc[4] + others);
+  barrier(1 + team, 32 * size);
   float* out = partial(number_of_team(), item.begin == 0);
-  const float4* parts = s.part + (warp - member) * S::kColumns;
-  const float* red = s.red + (warp - member) * (S::kColumns * S::kPitch);
-  const int columns = size * Strands;  // of a row, kRows apart
+  constexpr int kOfRow = kWarps * Strands, kHalf = kOfRow / kTeams;  // columns of a row, kRows apart, of a CTA, a team
+  const bool all = size == kWarps;
 #pragma unroll 1
   for (int i = 32 * member + lane; i < rows * (D / 4); i += 32 * size) {
     const int r = i / (D / 4), d = i % (D / 4) * 4;
-    const float own = with_current ? s.current_max[r] : kLowest;
+    // Where a team has half of the warps, its columns are read twice and count once.
+    const float4* parts = s.part + (warp - member) * S::kColumns + r;
+    const float* red = s.red + (warp - member) * (S::kColumns * S::kPitch) + r * S::kPitch + S::place(d);
+    const float4* more_parts = parts + (all ? kHalf * kRows : 0);
+    const float* more_red = red + (all ? kHalf * kRows * S::kPitch : 0);
+    float4 state[kOfRow], y[kOfRow];
+#pragma unroll
+    for (int w = 0; w < kOfRow; ++w) state[w] = w < kHalf ? parts[w * kRows] : more_parts[(w - kHalf) * kRows];
+    const float own = with_current ? s.current_max[r] : kLowest, first_score = s.first_score[r];
+    const float own_sum = s.current_sum[r];
+    const float4 shift = *reinterpret_cast<const float4*>(s.v_shift + d);
+    const float4 current = *reinterpret_cast<const float4*>(s.raw + r * D + d);
+#pragma unroll
+    for (int w = 0; w < kOfRow; ++w)
+      y[w] = *reinterpret_cast<const float4*>(w < kHalf ? red + w * (kRows * S::kPitch)
+                                                        : more_red + (w - kHalf) * (kRows * S::kPitch));
     float high = own, past = 0, low = 0;
-#pragma unroll 3
-    for (int w = 0; w < columns; ++w) high = fmaxf(high, parts[w * kRows + r].x);
+#pragma unroll
+    for (int w = 0; w < kOfRow; ++w) high = fmaxf(high, state[w].x);
     float4 x = {0, 0, 0, 0};
-    const auto add = [&](float f, const float* from) {
-      const float4 y = *reinterpret_cast<const float4*>(from);
-      x.x += f * y.x, x.y += f * y.y, x.z += f * y.z, x.w += f * y.w;
-    };
-#pragma unroll 3
-    for (int w = 0; w < columns; ++w) {
-      const float4 part = parts[w * kRows + r];
-      const float f = exp2_fast(part.x - high);
-      past += f * part.y, low += f * part.z;
-      add(f, red + (w * kRows + r) * S::kPitch + S::place(d));
+    const auto add = [&](float f, const float4& y) { x.x += f * y.x, x.y += f * y.y, x.z += f * y.z, x.w += f * y.w; };
+#pragma unroll
+    for (int w = 0; w < kOfRow; ++w) {
+      const float f = w < kHalf || all ? exp2_fast(state[w].x - high) : 0;
+      past += f * state[w].y, low += f * state[w].z;
+      add(f, y[w]);
     }
-    add(past, s.v_shift + d);
+    add(past, shift);
     x.x += low, x.y += low, x.z += low, x.w += low;
-    if (p.v_extra) add(exp2_fast(s.first_score[r] - high), p.v_extra + item.head * D + d);
+    if (p.v_extra) add(exp2_fast(first_score - high), extra), ask_extra(i + 32 * size);
     float total = past;
     if (with_current) {
       const float f = exp2_fast(own - high);
-      total += f * s.current_sum[r];
-      add(f, s.raw + r * D + d);
+      total += f * own_sum;
+      add(f, current);
     }
     if (is_last) {
       if (!whole) gather(r, d, others, x, high, total);
@@ -159,7 +181,7 @@ __device__ bool Kernel<D, NT, Strands>::finish(bool with_current) {
     }
   }
   if (!whole && others >= 0 && !is_last) return false;
-  team_barrier();
+  barrier(1 + team, 32 * size);
   if (is_last) {
     if (!whole)
       for (int i = threadIdx.x; i < others * static_cast<int>(partial_floats(kRows, D) / 4); i += S::kThreads)
