@@ -50,8 +50,8 @@ template <int D, int NT, int Strands>
 __device__ __forceinline__ void Kernel<D, NT, Strands>::gather(int r, int d, int others, float4& x, float& high,
                                                                float& total) const {
   constexpr int kBatch = 8, kStride = partial_floats(kRows, D);
-  const float* words = words_of(blockIdx.x - others);
-  const float4* numerators = reinterpret_cast<const float4*>(words + r * D + d);
+  float* words = words_of(blockIdx.x - others);
+  float4* numerators = reinterpret_cast<float4*>(words + r * D + d);
   const float2* states = reinterpret_cast<const float2*>(words + kRows * D + 2 * r);
 #pragma unroll 1
   for (int c = 0; c < others; c += kBatch, numerators += kBatch * kStride / 4, states += kBatch * kStride / 2) {
@@ -72,6 +72,9 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::gather(int r, int d, int
 #pragma unroll
       for (int k = 0; k < kBatch; ++k) least = min(least, min(__float_as_uint(state[k].x), __float_as_uint(y[k].x)));
     } while (least == 0);
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k)  // this thread alone reads them
+      if (c + k < others) numerators[k * (kStride / 4)] = {0, 0, 0, 0};
     float next = high;
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) next = fmaxf(next, state[k].x);
@@ -96,7 +99,8 @@ __device__ bool Kernel<D, NT, Strands>::finish(bool with_current) {
   const int size = this->size(), team = this->team(), member = this->member();
   const bool whole = item.begin == 0 && item.end == item.units;
   const int others = -s.misc[5] - 1;  // not negative: teams whose parts the item's last team waits for
-  const bool is_last = whole || (others >= 0 && number_of_team() == s.misc[4] + others);
+  const int number = team * gridDim.x + blockIdx.x, first_warp = warp - member;
+  const bool is_last = whole || (others >= 0 && number == s.misc[4] + others);
   float4 extra = {0, 0, 0, 0};
   const auto ask_extra = [&](int i) {
     if (p.v_extra && i < rows * (D / 4))
@@ -127,15 +131,15 @@ __device__ bool Kernel<D, NT, Strands>::finish(bool with_current) {
       if (g == 0) s.part[warp * S::kColumns + c] = {top[n][j], sum[n][j], min_sum[n][j], 0};
     }
   barrier(1 + team, 32 * size);
-  float* out = partial(number_of_team(), item.begin == 0);
+  float* out = partial(number, item.begin == 0);
   constexpr int kOfRow = kWarps * Strands, kHalf = kOfRow / kTeams;  // columns of a row, kRows apart, of a CTA, a team
   const bool all = size == kWarps;
 #pragma unroll 1
   for (int i = 32 * member + lane; i < rows * (D / 4); i += 32 * size) {
     const int r = i / (D / 4), d = i % (D / 4) * 4;
     // Where a team has half of the warps, its columns are read twice and count once.
-    const float4* parts = s.part + (warp - member) * S::kColumns + r;
-    const float* red = s.red + (warp - member) * (S::kColumns * S::kPitch) + r * S::kPitch + S::place(d);
+    const float4* parts = s.part + first_warp * S::kColumns + r;
+    const float* red = s.red + first_warp * (S::kColumns * S::kPitch) + r * S::kPitch + S::place(d);
     const float4* more_parts = parts + (all ? kHalf * kRows : 0);
     const float* more_red = red + (all ? kHalf * kRows * S::kPitch : 0);
     float4 state[kOfRow], y[kOfRow];
@@ -149,9 +153,11 @@ __device__ bool Kernel<D, NT, Strands>::finish(bool with_current) {
     for (int w = 0; w < kOfRow; ++w)
       y[w] = *reinterpret_cast<const float4*>(w < kHalf ? red + w * (kRows * S::kPitch)
                                                         : more_red + (w - kHalf) * (kRows * S::kPitch));
-    float high = own, past = 0, low = 0;
+    float tops[4] = {own, kLowest, kLowest, kLowest};  // short chains
 #pragma unroll
-    for (int w = 0; w < kOfRow; ++w) high = fmaxf(high, state[w].x);
+    for (int w = 0; w < kOfRow; ++w) tops[w % 4] = fmaxf(tops[w % 4], state[w].x);
+    const float high = fmaxf(fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3]));
+    float past = 0, low = 0;
     float4 x = {0, 0, 0, 0};
     const auto add = [&](float f, const float4& y) { x.x += f * y.x, x.y += f * y.y, x.z += f * y.z, x.w += f * y.w; };
 #pragma unroll
@@ -170,9 +176,10 @@ __device__ bool Kernel<D, NT, Strands>::finish(bool with_current) {
       add(f, current);
     }
     if (is_last) {
-      if (!whole) gather(r, d, others, x, high, total);
+      float top_of_row = high;
+      if (!whole) gather(r, d, others, x, top_of_row, total);
       write_row4(r, d, x, total);
-      if (d == 0) write_lse(r, high, total);
+      if (d == 0) write_lse(r, top_of_row, total);
     } else if (others >= 0) {
       leave(r, d, x, high, total);
     } else {
@@ -184,8 +191,8 @@ __device__ bool Kernel<D, NT, Strands>::finish(bool with_current) {
   barrier(1 + team, 32 * size);
   if (is_last) {
     if (!whole)
-      for (int i = threadIdx.x; i < others * static_cast<int>(partial_floats(kRows, D) / 4); i += S::kThreads)
-        reinterpret_cast<float4*>(words_of(s.misc[4]))[i] = {0, 0, 0, 0};
+      for (int i = threadIdx.x; i < others * kRows; i += S::kThreads)
+        reinterpret_cast<float2*>(words_of(blockIdx.x - others + i / kRows) + kRows * D)[i % kRows] = {0, 0};
     return false;
   }
   if (member + 1 != size || lane != 0) return true;
