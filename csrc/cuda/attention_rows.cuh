@@ -90,7 +90,7 @@ __device__ void Kernel<D, NT, Strands>::prepare_rows(bool with_current, bool fin
     for (int i = 0; i < 4 * N; ++i) largest = fmaxf(largest, fabsf(x[i]));
     size = warp_sum<kLanes>(size), high = warp_sum<kLanes>(high);
     fixed = warp_sum<kLanes>(fixed), extra = warp_sum<kLanes>(extra);
-    const int e = scale_exponent(warp_max<kLanes>(largest)), f = scale_exponent(size);
+    const int e = scale_exponent(warp_max_of_magnitudes<kLanes>(largest)), f = scale_exponent(size);
     // dimensions 4 .. 7 of a word: over 16
     const float unit = power_of_two(-e) * (l % 2 ? 0.0625f : 1.0f), shrink = power_of_two(-f);
 #pragma unroll
@@ -141,8 +141,12 @@ __device__ void Kernel<D, NT, Strands>::prepare_rows(bool with_current, bool fin
       }
   }
   if (member + 1 < size) return;
-  for (int d = 4 * lane; d < D; d += 128)
-    *reinterpret_cast<float4*>(s.v_shift + d) = __ldg(reinterpret_cast<const float4*>(p.v_shift + item.head * D + d));
+#pragma unroll
+  for (int i = 0; i < D; i += 128) {
+    const int d = 4 * lane + i;
+    if (D % 128 == 0 || d < D)
+      *reinterpret_cast<float4*>(s.v_shift + d) = __ldg(reinterpret_cast<const float4*>(p.v_shift + item.head * D + d));
+  }
   if (find_parts && lane == 0 && (item.begin > 0 || item.end < item.units)) {  // of the first item the plan says it
     const int2 teams = teams_of(planned().plan, item);
     s.misc[4] = teams.x, s.misc[5] = teams.y;

@@ -93,6 +93,13 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
+// Of numbers that are not negative: they are in the order of their bits.
+template <int Lanes = 32>
+__device__ __forceinline__ float warp_max_of_magnitudes(float x) {
+  if constexpr (Lanes == 32) return __int_as_float(__reduce_max_sync(kFull, __float_as_int(x)));
+  return warp_max<Lanes>(x);
+}
+
 // Unnormalized Sylvester-Hadamard over the low log2(Lanes) bits of the lane, of each x[i].
 template <int Lanes, int N>
 __device__ __forceinline__ void hadamard_lanes(float (&x)[N], int lane) {
