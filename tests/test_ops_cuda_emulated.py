@@ -104,6 +104,18 @@ def test_equal_sequences(emulated, count):
     test_ops_cuda.test_equal_sequences(count)
 
 
+@pytest.mark.parametrize(("heads", "parts"), [(1, 6), (2, 3), (3, 2)])
+@pytest.mark.parametrize("group", [4, 8])
+def test_parts_of_an_item(emulated, heads, parts, group):
+    test_ops_cuda.test_parts_of_an_item(heads, parts, group)
+
+
+def test_many_parts_of_an_item(emulated, monkeypatch):
+    monkeypatch.setattr(native_cuda, "_num_sms", lambda device: 12)
+    test_ops_cuda.test_parts_of_an_item(1, 10, 4)
+    test_ops_cuda.test_parts_of_an_item(1, 24, 4)
+
+
 @pytest.mark.parametrize("query_len", [1, 3, 9])
 def test_one_plan_serves_all_layers(emulated, query_len):
     test_ops_cuda.test_one_plan_serves_all_layers(query_len)

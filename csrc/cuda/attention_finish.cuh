@@ -94,8 +94,8 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::gather(int r, int d, int
 // so after the next barrier.
 template <int D, int NT, int Strands>
 __device__ bool Kernel<D, NT, Strands>::finish(bool with_current) {
-  // What does not depend on the other warps comes before the barrier, and what is read after it is asked for at once, at
-  // constant distances: this code runs once, and waits and addresses are most of it.
+  // What does not depend on the other warps comes before the barrier, and what is read after it is asked for at once,
+  // at constant distances: this code runs once, and waits and addresses are most of it.
   const int size = this->size(), team = this->team(), member = this->member();
   const bool whole = item.begin == 0 && item.end == item.units;
   const int others = -s.misc[5] - 1;  // not negative: teams whose parts the item's last team waits for
