@@ -29,8 +29,8 @@ __device__ float* Kernel<D, NT, Strands>::partial(int number, int slot) const {
 }
 
 // Parts of an item whose teams have nothing else to do. The last of them adds up. The others leave it words that are 0
-// in between: it reads them until they are not. So nothing is waited for but these words, on their way to L2 and back.
-// A CTA waits for CTAs before it alone, and these run already.
+// between calls: it reads them until they are not, and empties them. So nothing is waited for but these words, on their
+// way to L2 and back. A CTA waits for CTAs of lower numbers alone, which run already, as CTAs start in this order.
 template <int D, int NT, int Strands>
 __device__ float* Kernel<D, NT, Strands>::words_of(int number) const {
   return reinterpret_cast<float*>(static_cast<char*>(a.workspace) + kCounterBytes + kMaxCtas * kCtaBytes) +
@@ -89,9 +89,10 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::gather(int r, int d, int
   }
 }
 
-// Adds up the warps' results of the item. If it is this team's alone, that is the output. If not, it is stored for the
-// last team of the item to arrive, and one thread finds out whether this is the one, while the others go on: misc says
-// so after the next barrier.
+// Adds up the warps' results of the item. If it is this team's alone, that is the output; of teams that have no other
+// item the last adds the others' to it (`gather`). If not, it is stored for the last team of the item to arrive, and
+// one thread finds out whether this is the one, while the others go on: misc says so after the next barrier. Returns
+// whether it will.
 template <int D, int NT, int Strands>
 __device__ bool Kernel<D, NT, Strands>::finish(bool with_current) {
   // What does not depend on the other warps comes before the barrier, and what is read after it is asked for at once,

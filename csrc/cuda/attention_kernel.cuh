@@ -248,7 +248,6 @@ struct Kernel {
   __device__ int size() const { return s.warps[warp]; }
   __device__ int team() const { return warp >= size(); }
   __device__ int member() const { return warp - team() * size(); }
-  __device__ int number_of_team() const { return team() * gridDim.x + blockIdx.x; }
   __device__ void team_barrier() const { barrier(1 + team(), 32 * size()); }
 
   // Starts to copy the tables of the shift.
