@@ -28,6 +28,23 @@ __device__ float* Kernel<D, NT, Strands>::partial(int number, int slot) const {
          (2 * number + slot) * partial_floats(kRows, D);
 }
 
+// Adds parts of a row, each with its maximum and sum, to four numerators, a maximum and a sum.
+template <int N>
+__device__ __forceinline__ void add_parts(const float2 (&state)[N], const float4 (&y)[N], float4& x, float& high,
+                                          float& total) {
+  float next = high;
+#pragma unroll
+  for (int k = 0; k < N; ++k) next = fmaxf(next, state[k].x);
+  const float keep = exp2_fast(high - next);
+  high = next, total *= keep, x.x *= keep, x.y *= keep, x.z *= keep, x.w *= keep;
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    const float f = exp2_fast(state[k].x - high);
+    total += f * state[k].y;
+    x.x += f * y[k].x, x.y += f * y[k].y, x.z += f * y[k].z, x.w += f * y[k].w;
+  }
+}
+
 // Parts of an item whose teams have nothing else to do. The last of them adds up. The others leave it words that are 0
 // between calls: it reads them until they are not, and empties them. So nothing is waited for but these words, on their
 // way to L2 and back. A CTA waits for CTAs of lower numbers alone, which run already, as CTAs start in this order.
@@ -75,17 +92,7 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::gather(int r, int d, int
 #pragma unroll
     for (int k = 0; k < kBatch; ++k)  // this thread alone reads them
       if (c + k < others) numerators[k * (kStride / 4)] = {0, 0, 0, 0};
-    float next = high;
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k) next = fmaxf(next, state[k].x);
-    const float keep = exp2_fast(high - next);
-    high = next, total *= keep, x.x *= keep, x.y *= keep, x.z *= keep, x.w *= keep;
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      const float f = exp2_fast(state[k].x - high);
-      total += f * state[k].y;
-      x.x += f * y[k].x, x.y += f * y[k].y, x.z += f * y[k].z, x.w += f * y[k].w;
-    }
+    add_parts(state, y, x, high, total);
   }
 }
 
@@ -232,17 +239,7 @@ __device__ void Kernel<D, NT, Strands>::combine(const Item& x) {
           y[k] = __ldcg(reinterpret_cast<const float4*>(numerators + at));
         }
       }
-      float next = high;
-#pragma unroll
-      for (int k = 0; k < kBatch; ++k) next = fmaxf(next, state[k].x);
-      const float keep = exp2_fast(high - next);
-      high = next, total *= keep, x.x *= keep, x.y *= keep, x.z *= keep, x.w *= keep;
-#pragma unroll
-      for (int k = 0; k < kBatch; ++k) {
-        const float f = exp2_fast(state[k].x - high);
-        total += f * state[k].y;
-        x.x += f * y[k].x, x.y += f * y[k].y, x.z += f * y[k].z, x.w += f * y[k].w;
-      }
+      add_parts(state, y, x, high, total);
     }
     write_row4(r, d, x, total);
     if (d == 0) write_lse(r, high, total);
