@@ -32,7 +32,9 @@ from vllm_wkvquant.quantize.workers import Workers
 # codes: a weight whose gradient nearly vanishes may be rounded the other way, which the next block sees, and `paper`
 # runs a 4-bit cache in every step. One worker of `best` whose inputs are 1e-7 larger differs from itself by 0.25, 0.12.
 TOLERANCE = {"rtn": (1e-4, 1e-5), "best": (0.4, 0.2), "paper": (0.15, 0.2)}
-ALIKE = 3  # epochs of the first block of `best` in which that has no effect yet
+# Relative, of the loss of the first epochs in the first block of `best`. One tipped code of v_proj, whose balance is
+# from statistics, has changed them by 0.0004 and 0.008; gradients that are not added up change them by 0.05 and 0.06.
+FIRST_LOSSES = (0.01, 0.03)
 SAMPLES, SEQ_LEN, LAYERS = 12, 48, 2  # nine windows to learn from, three held out: no two workers have equal shares
 
 
@@ -139,8 +141,9 @@ def test_two_workers_find_what_one_finds(
         assert report["candidates"][name]["kl_se"] == near(candidate["kl_se"])
     assert report["perplexity"] == near(expected["perplexity"])
     if recipe == "best":
-        first, of_first = (found["layers"][0]["loss"][:ALIKE] for found in (report, expected))
-        assert first == pytest.approx(of_first, rel=1e-5)
+        for epoch, of_loss in enumerate(FIRST_LOSSES):
+            ours, theirs = (found["layers"][0]["loss"][epoch] for found in (report, expected))
+            assert ours == pytest.approx(theirs, rel=of_loss), epoch
     for ours, theirs in zip(report["layers"], expected["layers"], strict=True):
         assert ours["weight_error"] == near(theirs["weight_error"])
         if chosen == expected["smoothing"]:
