@@ -32,8 +32,8 @@ def as_of_many(recipe: Recipe) -> Recipe:
     learning, tuning = recipe.learning, recipe.tuning
     return dataclasses.replace(
         recipe,
-        learning=learning and dataclasses.replace(learning, few=0, epochs=max(1, learning.epochs // 6)),
-        tuning=tuning and dataclasses.replace(tuning, few=0, epochs=max(1, tuning.epochs // 2)),
+        learning=learning and dataclasses.replace(learning, few=0, epochs=max(1, learning.epochs // 10)),
+        tuning=tuning and dataclasses.replace(tuning, few=0, epochs=max(1, tuning.epochs // 3)),
     )
 
 
