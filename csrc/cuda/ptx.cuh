@@ -84,7 +84,8 @@ __device__ __forceinline__ float4 read_words(const float4* p) {
       "{\n.reg .b128 w;\n.reg .b64 l, h;\nld.relaxed.gpu.global.b128 w, [%4];\nmov.b128 {l, h}, w;\n"
       "mov.b64 {%0, %1}, l;\nmov.b64 {%2, %3}, h;\n}"
       : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-      : "l"(p));
+      : "l"(p)
+      : "memory");
   return x;
 }
 
@@ -92,7 +93,8 @@ __device__ __forceinline__ float2 read_words(const float2* p) {
   float2 x;
   asm volatile("{\n.reg .b64 w;\nld.relaxed.gpu.global.b64 w, [%2];\nmov.b64 {%0, %1}, w;\n}"
                : "=f"(x.x), "=f"(x.y)
-               : "l"(p));
+               : "l"(p)
+               : "memory");
   return x;
 }
 
