@@ -2,6 +2,8 @@
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
+# tests at once, each with its share of the cores; one may hold two engines, some 5 GB
+WORKERS := $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 NATIVE := $(wildcard setup.py csrc/*.h csrc/cpu/*)
 QUANTIZER := $(wildcard vllm_wkvquant/*.py vllm_wkvquant/quantize/*.py)
 MODEL := demo/smollm2-135m
@@ -20,7 +22,7 @@ demo: $(CKPT)/config.json .venv/native
 	$(BIN)/python benchmarks/demo.py $(MODEL) $(CKPT) demo/test.txt
 
 test: $(CKPT)/config.json .venv/native
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # the CUDA kernels, where nvcc is
 cuda: .venv/packages
