@@ -31,6 +31,7 @@ CHEBYSHEV = 16
 # the scores' standard error is 2e-3 then; rounding the keys to bf16, as a bf16 cache does, makes one of 1.6e-2.
 PLAIN = 96.0
 MOST_ROWS = 16  # kMaxRows, of a tile
+MOST_STRIDE = 1 << 30  # elements; the kernels count the bytes of up to four in 32 bits
 TABLED = 4  # steps whose tables the kernels keep in shared memory; csrc/cuda/api.h
 
 
@@ -391,12 +392,13 @@ def _check_rows(name: str, tensor: torch.Tensor, rows: int, like: Served, heads:
         and tensor.dtype == dtype
         and tensor.stride(2) == 1
         and tensor.stride(0) % 4 == tensor.stride(1) % 4 == 0
+        and max(tensor.stride()) < MOST_STRIDE
         and tensor.data_ptr() % (4 * tensor.element_size()) == 0
         and tensor.device == like.device
     ):
         raise ValueError(
             f"{name} must be {dtype} [>= {rows}, {heads}, {like.head_size}] on {like.device} with a contiguous last "
-            f"dimension and rows aligned to 4 elements, got {_describe(tensor)}"
+            f"dimension and rows aligned to 4 elements, less than 2^30 apart, got {_describe(tensor)}"
         )
 
 
@@ -476,10 +478,12 @@ def _check_sequences(
         and block_table.shape[0] >= seqs
         and block_table.dtype == torch.int32
         and block_table.stride(1) == 1
+        and block_table.stride(0) < MOST_STRIDE
         and block_table.device == like.device
     ):
         raise ValueError(
-            f"block_table must be int32 [>= {seqs}, max_blocks] on {like.device}, got {_describe(block_table)}"
+            f"block_table must be int32 [>= {seqs}, max_blocks] on {like.device} with a contiguous last dimension and "
+            f"rows less than 2^30 apart, got {_describe(block_table)}"
         )
 
 

@@ -8,10 +8,9 @@ namespace wkvquant {
 template <int D, int NT, int Strands>
 __device__ void Kernel<D, NT, Strands>::write_row4(int r, int d, float4 x, float sum_of_row) const {
   const int row = item.tile * kRows + r, token = token_of(row);
-  const int64_t at =
-      (item.query + token) * a.out_stride[0] + (item.head * group + row - token * group) * a.out_stride[1] + d;
+  char* to = launch.out.at(static_cast<char*>(a.out), item.query + token, item.head * group + row - token * group);
   const float factor = sum_of_row > 0 ? __fdividef(1, sum_of_row) : 0;
-  store4(a.out, a.dtype, at, {x.x * factor, x.y * factor, x.z * factor, x.w * factor});
+  store4(to + d / 4 * launch.four, a.dtype, {x.x * factor, x.y * factor, x.z * factor, x.w * factor});
 }
 
 template <int D, int NT, int Strands>
@@ -106,9 +105,9 @@ __device__ bool Kernel<D, NT, Strands>::finish(bool with_current) {
   // at constant distances: this code runs once, and waits and addresses are most of it.
   const int size = this->size(), team = this->team(), member = this->member();
   const bool whole = item.begin == 0 && item.end == item.units;
-  const int others = -s.misc[5] - 1;  // not negative: teams whose parts the item's last team waits for
+  const int others = -s.misc[3] - 1;  // not negative: teams whose parts the item's last team waits for
   const int number = team * gridDim.x + blockIdx.x, first_warp = warp - member;
-  const bool is_last = whole || (others >= 0 && number == s.misc[4] + others);
+  const bool is_last = whole || (others >= 0 && number == s.misc[2] + others);
   float4 extra = {0, 0, 0, 0};
   const auto ask_extra = [&](int i) {
     if (p.v_extra && i < rows * (D / 4))
@@ -204,9 +203,9 @@ __device__ bool Kernel<D, NT, Strands>::finish(bool with_current) {
     return false;
   }
   if (member + 1 != size || lane != 0) return true;
-  int* counter = static_cast<int*>(a.workspace) + s.misc[4];
-  const bool all_here = count_arrival(counter) == s.misc[5] - 1;
-  s.misc[0] = s.misc[4], s.misc[1] = all_here ? s.misc[5] : 0;
+  int* counter = static_cast<int*>(a.workspace) + s.misc[2];
+  const bool all_here = count_arrival(counter) == s.misc[3] - 1;
+  s.misc[0] = s.misc[2], s.misc[1] = all_here ? s.misc[3] : 0;
   if (all_here) acquire(), *counter = 0;  // in this order: it would wait for the store
   return true;
 }

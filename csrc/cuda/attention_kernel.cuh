@@ -62,40 +62,60 @@ struct Shared {
   float4* part;                      // [warps][columns] maximum, sum, sum of minima
   int* warps;                        // [warps] of a team, the same for all
   Item* item;                        // [2] this one and the one before
-  int team_bytes;
   int4* walk;  // [warps] of what the warp asks for next: next item's unit in the list of all units, sequence, last
                // tile, end of the team's units
-  int* misc;   // [8] first CTA that has a part of the item before, the item's parts if this CTA adds them up, last row
-               // of the tile, its rows, the same two of this item (before it is known who adds them up; minus the
-               // item's parts if its CTAs have no other), past tokens,
-               // the last of them that a window hides from any row
+  int* misc;   // [8] first CTA that has a part of the item before, the item's parts if this CTA adds them up, the same
+               // two of this item (before it is known who adds them up; minus the item's parts if its CTAs have no
+               // other), past tokens, the last of them that a window hides from any row, last row of the tile, its rows
 
+  // Where things are whose sizes the compiler does not know, in bytes.
+  struct Layout {
+    int team_bytes, basis, chebyshev, turns, angle, bytes;
+  };
+
+  // Fixed offsets: what is of a team begins at the first one returned and ends in `ab`, at the second.
   template <class S>
-  __host__ __device__ static int64_t carve(Shared* s, char* base, const WkvCudaParams& p, int teams) {
-    const int steps = p.tabled ? steps_of(p) : 0, slots = slots_of(p);
-    int64_t used = 0;
-    auto take = [&](auto*& p, int64_t n) {
-      if (base) p = reinterpret_cast<std::remove_reference_t<decltype(p)>>(base + used);
-      used += (n * static_cast<int64_t>(sizeof(*p)) + 15) / 16 * 16;
+  __host__ __device__ static int2 carve(Shared* s, char* base) {
+    int used = 0;
+    auto take = [&](auto*& p, int n) {
+      p = reinterpret_cast<std::remove_reference_t<decltype(p)>>(base + used);
+      used += (n * static_cast<int>(sizeof(*p)) + 15) / 16 * 16;
     };
     constexpr int R = S::kRows, C = S::kColumns, W = S::kWarps, D = S::kHeadSize, N = S::kStrands;
-    // what has a fixed size comes first, so that its offsets are constants
     take(s->red, W * C * S::kPitch), take(s->part, W * C), take(s->warps, W), take(s->walk, W);
     take(s->meta, W * 32), take(s->tiles, N > 1 ? W * 4 : 0);
-    const int64_t first = used;
+    const int first = used;
     take(s->query, R * D / 8), take(s->v_shift, D), take(s->raw, R * D);
     take(s->row, R), take(s->first_extra, R), take(s->first_score, R), take(s->current_max, R), take(s->current_sum, R);
-    take(s->item, 2), take(s->misc, 8), take(s->ab, R * (slots + 4));
-    s->team_bytes = static_cast<int>(used - first);
-    used += (teams - 1) * (used - first);
-    take(s->basis, steps * (4 * 2 * 32)), take(s->chebyshev, p.tabled ? p.slow_steps * 32 : 0);
-    take(s->turns, p.tabled ? slots : 0), take(s->angle, W * N * slots);
-    return used;
+    take(s->item, 2), take(s->misc, 8), take(s->ab, 0);
+    return {first, used};
   }
 
-  __device__ void move(int team) {
+  template <class S>
+  static Layout layout(const WkvCudaParams& p, int teams) {
+    Shared unused;
+    const int2 fixed = carve<S>(&unused, nullptr);
+    const int steps = p.tabled ? steps_of(p) : 0, slots = slots_of(p);
+    Layout x;
+    x.team_bytes = fixed.y - fixed.x + S::kRows * (slots + 4) * sizeof(float2);
+    x.basis = fixed.x + teams * x.team_bytes;
+    x.chebyshev = x.basis + steps * (4 * 2 * 32) * sizeof(uint4);
+    x.turns = x.chebyshev + (p.tabled ? p.slow_steps * 32 * sizeof(uint4) : 0);
+    x.angle = x.turns + (p.tabled ? slots * sizeof(int64_t) : 0);
+    x.bytes = x.angle + S::kWarps * S::kStrands * slots * sizeof(float2);
+    return x;
+  }
+
+  template <class S>
+  __device__ void carve(char* base, const Layout& x) {
+    carve<S>(this, base);
+    basis = reinterpret_cast<uint4*>(base + x.basis), chebyshev = reinterpret_cast<uint4*>(base + x.chebyshev);
+    turns = reinterpret_cast<int64_t*>(base + x.turns), angle = reinterpret_cast<float2*>(base + x.angle);
+  }
+
+  __device__ void move(int bytes) {
     const auto move = [&](auto*& p) {
-      p = reinterpret_cast<std::remove_reference_t<decltype(p)>>(reinterpret_cast<char*>(p) + team * team_bytes);
+      p = reinterpret_cast<std::remove_reference_t<decltype(p)>>(reinterpret_cast<char*>(p) + bytes);
     };
     move(query), move(v_shift), move(raw), move(row), move(first_extra), move(first_score), move(current_max);
     move(current_sum), move(item), move(misc), move(ab);
@@ -104,8 +124,7 @@ struct Shared {
 
 template <int D, int NT, int Strands>
 int64_t shared_bytes(const WkvCudaParams& p, int teams) {
-  Shared unused;
-  return Shared::carve<Shape<D, NT, Strands>>(&unused, nullptr, p, teams);
+  return Shared::layout<Shape<D, NT, Strands>>(p, teams).bytes;
 }
 
 // The shape for so many query tokens a sequence, in the mean.
@@ -155,12 +174,43 @@ int64_t shared_bytes_of(const WkvCudaParams& p, int tiles, int strands) {
   return -1;
 }
 
-// What is the same for all CTAs and takes divisions.
+// Rows of a tensor: how many bytes tokens and heads are apart.
+struct Rows {
+  uint32_t token, head;
+
+  Rows(const int64_t (&stride)[2], int element) : token(stride[0] * element), head(stride[1] * element) {}
+  // Of four elements.
+  template <class T>
+  __device__ __forceinline__ T* at(T* base, uint32_t row_token, uint32_t row_head) const {
+    return base + static_cast<uint64_t>(row_token) * token + static_cast<uint64_t>(row_head) * head;
+  }
+};
+
+// What is the same for all CTAs and the host finds out once.
 struct Launch {
   FastDivide tiles_per_block, group;
+  Shared::Layout layout;
+  int steps, slots;
+  int table_words;                                        // of 16 bytes, of the tables of the shift
+  uint32_t page_bytes, block_stride, block_table_stride;  // of a (block, head), of a block, of a sequence
+  uint32_t four;                                          // bytes of four elements
+  Rows query, key, value, out;
 
-  Launch(const WkvCudaAttention& a, const WkvCudaParams& p)
-      : tiles_per_block(a.block_size / kTile), group(a.num_heads / p.num_kv_heads) {}
+  Launch(const WkvCudaAttention& a, const WkvCudaParams& p, const Shared::Layout& of_shared)
+      : tiles_per_block(a.block_size / kTile),
+        group(a.num_heads / p.num_kv_heads),
+        layout(of_shared),
+        steps(steps_of(p)),
+        slots(slots_of(p)),
+        table_words(steps * (4 * 2 * 32) + p.slow_steps * 32 + slots / 2),
+        page_bytes(a.block_size * token_bytes(p.head_size)),
+        block_stride(a.block_stride),
+        block_table_stride(a.block_table_stride),
+        four(a.dtype == kFloat32 ? 16 : 8),
+        query(a.query_stride, four / 4),
+        key(a.key_stride, four / 4),
+        value(a.value_stride, four / 4),
+        out(a.out_stride, four / 4) {}
 };
 
 // Partial results in the workspace: counters [kMaxCtas], then two slots a CTA of [rows][D] numerators, [rows] maxima
@@ -180,7 +230,6 @@ struct Kernel {
   const int warp, lane, g, t;
   const Launch& launch;
   const int group, steps, slots;
-  const uint32_t page_bytes, block_stride;  // of a (block, head), of a block
 
   // Of the row tile.
   Item item;
@@ -227,11 +276,9 @@ struct Kernel {
         t(lane % 4),
         launch(of_launch),
         group(of_launch.group.divisor),
-        steps(steps_of(params)),
-        slots(slots_of(params)),
-        page_bytes(args.block_size * (D + 8)),
-        block_stride(static_cast<uint32_t>(args.block_stride)) {
-    Shared::carve<S>(&s, memory, params, args.teams);
+        steps(of_launch.steps),
+        slots(of_launch.slots) {
+    s.carve<S>(memory, of_launch.layout);
   }
 
   // Query token of a row.
@@ -252,8 +299,8 @@ struct Kernel {
 
   // Starts to copy the tables of the shift.
   __device__ void start_tables() {
-    const int words = steps * (4 * 2 * 32) + p.slow_steps * 32 + slots / 2;
-    for (int i = threadIdx.x; i < words; i += S::kThreads)
+#pragma unroll 1
+    for (int i = threadIdx.x; i < launch.table_words; i += S::kThreads)
       copy_async(s.basis + i, reinterpret_cast<const uint4*>(p.basis) + i);
     end_group();
   }
@@ -276,8 +323,8 @@ struct Kernel {
   }
 
   // attention_load.cuh
-  __device__ __forceinline__ void enter(Cursor& c, const Item& x, int end_unit) const;
-  __device__ __forceinline__ void settle(Cursor& c) const;
+  __device__ __forceinline__ int4 enter(Cursor& c, const Item& x, int end_unit, int size, int member) const;
+  __device__ __forceinline__ void settle(Cursor& c, int4 walk) const;
   __device__ __forceinline__ void advance(Cursor& c) const;
   __device__ __forceinline__ const uint8_t* tile_of(const Cursor& c, int i) const;
   __device__ __forceinline__ void load_k(const uint8_t* tile, uint32_t (&k)[S::kKWords][4]) const;
@@ -288,8 +335,9 @@ struct Kernel {
   __device__ __forceinline__ void load_values(Ahead& ahead) const;
 
   // attention_rows.cuh
-  template <class F>
-  __device__ void prepare_rows(bool with_current, bool find_parts, const F& when_loaded);
+  template <class F, class G>
+  __device__ __forceinline__ void prepare_rows(bool with_current, bool find_parts, int size, int member,
+                                               const F& when_asked, const G& when_loaded);
   __device__ void start_rows();
 
   // attention_past.cuh
@@ -324,28 +372,30 @@ struct Kernel {
     if (work.warps >> 8 != S::kRowBits) __trap();  // a captured call is replayed over the plan of another shape
     item = work.item;
     const int begin = item.u + item.begin, end = work.end;
-    if (lane == 0) s.warps[warp] = work.warps % 256;
-    __syncwarp();
+    int size = work.warps & 255, member = warp - (warp < size ? 0 : size);  // not kept in registers during the loop
+    if (lane == 0) s.warps[warp] = size;
     if (begin >= end) {
       wait_for_previous(), wait_for_groups();
       __syncthreads();
       return;
     }
-    s.move(team());
-    if (member() + 1 == size() && lane == 0) s.misc[4] = work.first, s.misc[5] = work.parts;
+    s.move(member < warp ? launch.layout.team_bytes : 0);
+    if (member + 1 == size && lane == 0) *reinterpret_cast<int2*>(s.misc + 2) = {work.first, work.parts};
     Cursor cursor;  // of what is to be asked for next
-    cursor.segment = -1;
-    enter(cursor, item, end);
-    settle(cursor);
-    Ahead ahead = {};
-    ahead.note(cursor);
-    ahead.meta = s.meta + warp * 32;
+    Ahead ahead;
     int segment = 0;
     bool before = false;  // others have parts of the item before
     for (int u = begin; u < end || before; ++segment) {
       if (u < end) {
         if (segment) item = decode_at(item.seq, u, end);
         const bool with_current = item.end == item.units;
+        const auto find_pages = [&] {
+          if (segment) return;
+          cursor.segment = -1;
+          settle(cursor, enter(cursor, item, end, size, member));
+          ahead.note(cursor);
+          ahead.meta = s.meta + warp * 32;
+        };
         // The first pages, after the rows' own loads, which wait for what is ahead of them.
         const auto start_pages = [&] {
           if (segment == 0) wait_for_previous();  // the cache write, where it may still run: pages alone are of it
@@ -359,13 +409,13 @@ struct Kernel {
             load_keys(cursor, ahead);
           }
         };
-        prepare_rows(with_current, segment > 0, start_pages);
+        prepare_rows(with_current, segment > 0, size, member, find_pages, start_pages);
         if (segment == 0 && ahead.segment != INT_MAX) advance(cursor);
         const int last_row = item.tile * kRows + rows - 1;
-        if (member() + 1 == size() && lane == 0) {
-          s.misc[2] = last_row, s.misc[3] = rows, s.misc[6] = item.past;
+        if (member + 1 == size && lane == 0) {
           // the last row of the tile hides the most of a window
-          s.misc[7] = a.sliding_window ? item.past + token_of(last_row) - a.sliding_window : INT_MIN / 2;
+          const int latest = a.sliding_window ? item.past + token_of(last_row) - a.sliding_window : INT_MIN / 2;
+          *reinterpret_cast<int4*>(s.misc + 4) = {item.past, latest, last_row, rows};
           s.item[segment % 2] = item;
         }
       }
@@ -377,16 +427,17 @@ struct Kernel {
       }
       if (before && s.misc[1]) combine(s.item[(segment - 1) % 2]);
       if (u >= end) return;
-      rows = s.misc[3];
+      rows = s.misc[7];
       start_rows();
       if constexpr (Strands == 1)
         walk_units(segment, cursor, ahead);
       else
         walk_strands(segment, cursor, ahead);
       item = s.item[segment % 2];  // not kept in registers during the loop
-      rows = s.misc[3];
+      rows = s.misc[7];
       before = finish(item.end == item.units);
       u = item.u + item.end;
+      size = this->size(), member = this->member();
     }
   }
 };

@@ -5,55 +5,58 @@
 
 namespace wkvquant {
 
-// This warp's share of the team's units of an item.
+// This warp's share of the team's units of an item. Returns `walk`.
 template <int D, int NT, int Strands>
-__device__ __forceinline__ void Kernel<D, NT, Strands>::enter(Cursor& c, const Item& x, int end_unit) const {
-  const int count = x.end - x.begin;
+__device__ __forceinline__ int4 Kernel<D, NT, Strands>::enter(Cursor& c, const Item& x, int end_unit, int size,
+                                                              int member) const {
   ++c.segment;
-  const int parts = size() == kWarps ? 1 : kTeams, from = count * member() * parts;  // of a CTA's warps
+  const uint32_t count = (x.end - x.begin) * (size == kWarps ? 1 : kTeams), from = count * member;  // of a CTA's warps
   const int begin = x.first + x.begin;
-  c.unit = begin + from / kWarps;
-  c.end = min(begin + (from + count * parts) / kWarps, (x.past + kUnit - 1) / kUnit);
+  c.unit = begin + static_cast<int>(from / kWarps);
+  c.end = min(begin + static_cast<int>((from + count) / kWarps), (x.past + kUnit - 1) >> kUnitBits);
   if constexpr (Strands == 2) c.length = max(c.end - c.unit + 1, 0) / 2, c.last = c.unit + c.length;
   c.head = x.head;
+  const int4 walk = {x.u + x.end, x.seq, (x.past - 1) >> kTileBits, end_unit};
   __syncwarp();
-  if (lane == 0) s.walk[warp] = {x.u + x.end, x.seq, (x.past - 1) / kTile, end_unit};
+  if (lane == 0) s.walk[warp] = walk;
   __syncwarp();
+  return walk;
 }
 
 // Goes to the next item that this warp has units of, if it has none left of this one, and asks for the page.
 template <int D, int NT, int Strands>
-__device__ __forceinline__ void Kernel<D, NT, Strands>::settle(Cursor& c) const {
-  int4 walk = s.walk[warp];
+__device__ __forceinline__ void Kernel<D, NT, Strands>::settle(Cursor& c, int4 walk) const {
   while (c.unit >= (Strands == 1 ? c.end : c.last)) {
     if (walk.x >= walk.w) {
       c.segment = INT_MAX;
       return;
     }
-    enter(c, decode_at(walk.y, walk.x, walk.w), walk.w);
-    walk = s.walk[warp];
+    walk = enter(c, decode_at(walk.y, walk.x, walk.w), walk.w, size(), member());
   }
 #pragma unroll
   for (int i = 0; i < Strands; ++i) {
     const int unit = i ? c.unit + c.length : c.unit;
     const int tile = min(unit * (kUnit / kTile) + g / 4, walk.z);
-    const int block = launch.tiles_per_block(tile);
+    const uint32_t block = launch.tiles_per_block(tile);
     c.tile[i] = tile - block * launch.tiles_per_block.divisor;
-    c.page[i] = __ldg(a.block_table + walk.y * a.block_table_stride + block);
+    const int32_t* of_sequence =
+        a.block_table + static_cast<uint64_t>(static_cast<uint32_t>(walk.y)) * launch.block_table_stride;
+    c.page[i] = __ldg(of_sequence + block);
   }
 }
 
 template <int D, int NT, int Strands>
 __device__ __forceinline__ void Kernel<D, NT, Strands>::advance(Cursor& c) const {
   ++c.unit;
-  settle(c);
+  settle(c, s.walk[warp]);
 }
 
 // Where the words of K of the cursor's tile begin, of its first or second unit.
 template <int D, int NT, int Strands>
 __device__ __forceinline__ const uint8_t* Kernel<D, NT, Strands>::tile_of(const Cursor& c, int i) const {
   const uint32_t page = min(static_cast<uint32_t>(c.page[i]), static_cast<uint32_t>(a.num_blocks) - 1);
-  return a.kv_cache + static_cast<uint64_t>(page) * block_stride + (c.head * page_bytes + c.tile[i] * (8 * D));
+  return a.kv_cache + static_cast<uint64_t>(page) * launch.block_stride +
+         (c.head * launch.page_bytes + c.tile[i] * (8 * D));
 }
 
 // Words t, t + 4, .. of tokens 4g .. 4g + 3.

@@ -22,7 +22,7 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::make_coefficients(int fi
   angle += g / kRows * slots;
 #pragma unroll 1
   for (int n = 0; n < NT; ++n) {
-    const float2* ab = s.ab + min(row_of(8 * n + g), s.misc[3] - 1) * (slots + 4) + t;
+    const float2* ab = s.ab + min(row_of(8 * n + g), s.misc[7] - 1) * (slots + 4) + t;
     const auto rotated = [&](int step) -> float4 {
       const float2 c = ab[8 * step], r = angle[8 * step + t], d = ab[8 * step + 4], q = angle[8 * step + t + 4];
       return {c.x * r.x + c.y * r.y, c.y * r.x - c.x * r.y, d.x * q.x + d.y * q.y, d.y * q.x - d.x * q.y};
@@ -79,7 +79,7 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::scores(const uint32_t (&
     uint32_t b[NT][4];
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-      const uint4 w = s.query[min(row_of(8 * n + g), s.misc[3] - 1) * (D / 8) + t + 4 * j];
+      const uint4 w = s.query[min(row_of(8 * n + g), s.misc[7] - 1) * (D / 8) + t + 4 * j];
       b[n][0] = w.x, b[n][1] = w.y, b[n][2] = w.z, b[n][3] = w.w;
     }
 #pragma unroll
@@ -228,9 +228,9 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::softmax(int first, bool 
     for (int n = 0; n < NT; ++n)
 #pragma unroll
       for (int j = 0; j < 2; ++j) c[0][n][j] += s.first_extra[row_of(8 * n + 2 * t + j)];
-  const int past = s.misc[6], latest = s.misc[7];
+  const int past = s.misc[4], latest = s.misc[5];
   if (!present || first + kUnit > past || first <= latest) {
-    const int last_row = s.misc[2], rows = s.misc[3];
+    const int last_row = s.misc[6], rows = s.misc[7];
     const int start = present ? first_visible(past, a.sliding_window) : INT_MAX;
     const int token = first + 4 * g;
 #pragma unroll

@@ -62,7 +62,7 @@ static __device__ Plan share_out(int units, int items, bool equal, const Tiling&
   return plan;
 }
 
-struct Item {
+struct alignas(16) Item {
   int seq, head, tile;       // tile: of query rows
   int past, query, queries;  // query: first token of the step in `query`
   int first;                 // unit, counted from position 0, that its unit 0 is

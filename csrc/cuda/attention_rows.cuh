@@ -7,92 +7,125 @@ namespace wkvquant {
 
 // Query rows as operands, coefficients of the shift, and the step's own tokens. A warp takes a row, or half of one
 // where there may be more rows than warps. Columns of rows that the tile does not have are copies of its last one. Each
-// warp calls when_loaded() once its first rows are here.
+// warp calls when_asked() once it has asked for its first rows, and when_loaded() once they are here. A warp meets most
+// of this code once, so that what a launch does not need is branched around.
 template <int D, int NT, int Strands>
-template <class F>
-__device__ void Kernel<D, NT, Strands>::prepare_rows(bool with_current, bool find_parts, const F& when_loaded) {
+template <class F, class G>
+__device__ __forceinline__ void Kernel<D, NT, Strands>::prepare_rows(bool with_current, bool find_parts, int size,
+                                                                     int member, const F& when_asked,
+                                                                     const G& when_loaded) {
   constexpr int kLanes = kRows <= kWarps ? 32 : 16, kRowsOfWarp = 32 / kLanes;
   constexpr int N = groups_of_lane(D, kLanes), kSlots = (D / 2 + 8 + kLanes - 1) / kLanes;
-  const int l = lane % kLanes, size = this->size(), member = this->member();
+  const int l = lane % kLanes;
   const auto active = [&](int i) { return D % (4 * kLanes) == 0 || l + kLanes * i < D / 4; };
   rows = min(item.queries * group - item.tile * kRows, kRows);
-  const int64_t of_head = item.head * D + 4 * l;  // in [heads, D]
-  const int64_t keys = item.query * a.key_stride[0] + item.head * a.key_stride[1] + 4 * l;
-  const int64_t values = item.query * a.value_stride[0] + item.head * a.value_stride[1] + 4 * l;
-  // Asks for a row in the memory's type; convert() waits for it.
-  const auto ask = [&](const void* base, int64_t at, uint4(&to)[N]) {
+  // Asks for a row in the memory's type; convert4() waits for it.
+  const auto ask = [&](const void* base, const Rows& tensor, int token, int head, uint4* to) {
+    const char* from = tensor.at(static_cast<const char*>(base), item.query + token, head) + l * launch.four;
 #pragma unroll
     for (int i = 0; i < N; ++i)
-      if (active(i)) load4_raw(base, a.dtype, at + 4 * kLanes * i, to[i]);
+      if (active(i)) load4_raw(from + kLanes * i * launch.four, a.dtype, to[i]);
   };
-  const auto convert = [&](const uint4(&from)[N], float (&to)[4 * N]) {
+  // Of an array [heads, D].
+  const auto load = [&](const float* base, float (&to)[4 * N]) {
+    const float* from = base + static_cast<uint32_t>(item.head * D + 4 * l);
 #pragma unroll
-    for (int i = 0; i < N; ++i) convert4(from[i], a.dtype, to + 4 * i);
+    for (int i = 0; i < N; ++i)
+      if (active(i)) load4(from + 4 * kLanes * i, to + 4 * i);
   };
-  if (kRowsOfWarp * member >= rows) when_loaded();
-#pragma unroll 1
-  for (int first = kRowsOfWarp * member; first < rows; first += kRowsOfWarp * size) {
-    const int r = min(first + lane / kLanes, rows - 1), row = item.tile * kRows + r;
-    const int own = token_of(row), head = item.head * group + row - own * group;
-    float raw[4 * N] = {}, x[4 * N] = {}, key[4 * N] = {}, out[4 * N] = {}, shift[4 * N] = {}, more[4 * N] = {};
-    int slot[kSlots];
-    float2 slot_shift[kSlots], ab[kSlots];
-    uint4 asked[3][N] = {};  // query, key, value
-    ask(a.query, (item.query + own) * a.query_stride[0] + head * a.query_stride[1] + 4 * l, asked[0]);
+  const bool stands = 2 * p.rotary_pairs < D;  // a part of the shift does not rotate
+  int first = kRowsOfWarp * member, r, own;    // first row of the warp, this lane's, its query token
+  uint4 asked[3 * N];                          // query, key, value
+  float x[4 * N], shift[4 * N], more[4 * N];
+  int slot[kSlots];
+  float2 slot_shift[kSlots];
+  const auto ask_row = [&] {
+    r = min(first + lane / kLanes, rows - 1);
+    const int row = item.tile * kRows + r;
+    own = token_of(row);
+#pragma unroll
+    for (int i = 0; i < 3 * N; ++i) asked[i] = {0, 0, 0, 0};
+    ask(a.query, launch.query, own, item.head * group + row - own * group, asked);
     if (with_current) {
-      ask(a.key, keys + own * a.key_stride[0], asked[1]);
-      ask(a.value, values + own * a.value_stride[0], asked[2]);
+      ask(a.key, launch.key, own, item.head, asked + N);
+      ask(a.value, launch.value, own, item.head, asked + 2 * N);
     }
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      if (!active(i)) continue;
-      const int at = 4 * kLanes * i;
-      load4(p.query_scale + of_head + at, x + 4 * i);
-      if (4 * l + at + 3 >= 2 * p.rotary_pairs) load4(p.k_shift + of_head + at, shift + 4 * i);
-      if (p.k_extra) load4(p.k_extra + of_head + at, more + 4 * i);
-    }
+    for (int i = 0; i < 4 * N; ++i) x[i] = shift[i] = more[i] = 0;
+    load(p.query_scale, x);
+    if (stands) load(p.k_shift, shift);
+    if (p.k_extra) load(p.k_extra, more);
 #pragma unroll
-    for (int i = 0; i < kSlots; ++i) {
-      const bool used = l + kLanes * i < slots;
-      slot[i] = used ? p.slots[l + kLanes * i] : 0;
-      slot_shift[i] = used ? p.slot_shift[item.head * slots + l + kLanes * i] : float2{0, 0};
+    for (int i = 0; i < kSlots; ++i) slot[i] = 0, slot_shift[i] = {0, 0};
+    if (slots) {
+      const int32_t* of_lane = p.slots + l;
+      const float2* of_head = p.slot_shift + static_cast<uint32_t>(item.head * slots + l);
+#pragma unroll
+      for (int i = 0; i < kSlots; ++i) {
+        if (l + kLanes * i >= slots) continue;
+        slot[i] = of_lane[kLanes * i];
+        slot_shift[i] = of_head[kLanes * i];
+      }
     }
-    convert(asked[0], raw), convert(asked[1], key), convert(asked[2], out);
+  };
+  ask_row();
+  when_asked();
+  bool is_first = true;
+#pragma unroll 1
+  while (true) {
+    const bool any = first < rows;  // a warp without a row computes the last one's, which another one stores
+    float loaded[12 * N];
+    float *const raw = loaded, *const key = loaded + 4 * N, *const out = loaded + 8 * N;
     // scores of the step's own token, of the part of the shift that does not rotate, and of what position 0 has more
-    float high = 0, fixed = 0, extra = 0, size = 0, largest = 0, together = 0;
-    float* saved = s.raw + r * D + 4 * l;
+    float high = 0, fixed = 0, extra = 0;
+    const auto save = [&](const float* from) {
+#pragma unroll
+      for (int i = 0; i < N; ++i)
+        if (any && active(i))
+          *reinterpret_cast<float4*>(s.raw + r * D + 4 * l + 4 * kLanes * i) = {from[4 * i], from[4 * i + 1],
+                                                                                from[4 * i + 2], from[4 * i + 3]};
+    };
+    convert4(asked, launch.four == 16, a.dtype, loaded);
 #pragma unroll
     for (int i = 0; i < 4 * N; ++i) {
       raw[i] *= a.scale * kLog2e;
       x[i] *= raw[i];
       high += raw[i] * key[i];
-      extra += raw[i] * more[i];
-      if (4 * l + 4 * kLanes * (i / 4) + i % 4 >= 2 * p.rotary_pairs) fixed += raw[i] * shift[i];
     }
-    const auto save = [&](const float (&from)[4 * N]) {
+    if (p.k_extra)
 #pragma unroll
-      for (int i = 0; i < N; ++i)
-        if (active(i))
-          *reinterpret_cast<float4*>(saved + 4 * kLanes * i) = {from[4 * i], from[4 * i + 1], from[4 * i + 2],
-                                                                from[4 * i + 3]};
-    };
+      for (int i = 0; i < 4 * N; ++i) extra += raw[i] * more[i];
+    if (stands)
+#pragma unroll
+      for (int i = 0; i < 4 * N; ++i)
+        if (4 * l + 4 * kLanes * (i / 4) + i % 4 >= 2 * p.rotary_pairs) fixed += raw[i] * shift[i];
     save(raw);
     __syncwarp();
-    if (first == kRowsOfWarp * member) when_loaded();
+    if (is_first) when_loaded();
+    float largest = 0, together = 0;
+    int f = 0;  // exponent of the shift's coefficients
+    if (slots) {
+      float2 ab[kSlots];
+      float size = 0;
 #pragma unroll
-    for (int i = 0; i < kSlots; ++i) {
-      const float u = s.raw[r * D + slot[i]], v = s.raw[r * D + slot[i] + p.rotary_pairs];
-      ab[i] = {u * slot_shift[i].x + v * slot_shift[i].y, v * slot_shift[i].x - u * slot_shift[i].y};
-      size += fabsf(ab[i].x) + fabsf(ab[i].y);
+      for (int i = 0; i < kSlots; ++i) {
+        const float u = s.raw[r * D + slot[i]], v = s.raw[r * D + slot[i] + p.rotary_pairs];
+        ab[i] = {u * slot_shift[i].x + v * slot_shift[i].y, v * slot_shift[i].x - u * slot_shift[i].y};
+        size += fabsf(ab[i].x) + fabsf(ab[i].y);
+      }
+      f = scale_exponent(warp_sum<kLanes>(size));
+      const float shrink = power_of_two(-f);
+#pragma unroll
+      for (int i = 0; i < kSlots; ++i)
+        if (any && l + kLanes * i < slots)
+          s.ab[r * (slots + 4) + l + kLanes * i] = {ab[i].x * shrink, ab[i].y * shrink};
     }
     if (p.hadamard) hadamard_groups<D, kLanes>(x, l);
 #pragma unroll
     for (int i = 0; i < 4 * N; ++i) largest = fmaxf(largest, fabsf(x[i]));
-    size = warp_sum<kLanes>(size), high = warp_sum<kLanes>(high);
-    fixed = warp_sum<kLanes>(fixed), extra = warp_sum<kLanes>(extra);
-    const int e = scale_exponent(warp_max_of_magnitudes<kLanes>(largest)), f = scale_exponent(size);
+    const int e = scale_exponent(warp_max_of_magnitudes<kLanes>(largest));
     // dimensions 4 .. 7 of a word: over 16
-    const float unit = power_of_two(-e) * (l % 2 ? 0.0625f : 1.0f), shrink = power_of_two(-f);
+    const float unit = power_of_two(-e) * (l % 2 ? 0.0625f : 1.0f);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       __half h[4];
@@ -101,25 +134,26 @@ __device__ void Kernel<D, NT, Strands>::prepare_rows(bool with_current, bool fin
         h[b] = __float2half_rn(x[4 * i + b] * unit);
         together += __half2float(h[b]);
       }
-      if (!active(i)) continue;
+      if (!any || !active(i)) continue;
       __half2* word = reinterpret_cast<__half2*>(s.query + r * (D / 8) + l / 2 + kLanes / 2 * i) + l % 2;
       word[0] = __halves2half2(h[0], h[2]), word[2] = __halves2half2(h[1], h[3]);
     }
-    together = warp_sum<kLanes>(l % 2 ? 16 * together : together);
-#pragma unroll
-    for (int i = 0; i < kSlots; ++i)
-      if (l + kLanes * i < slots) s.ab[r * (slots + 4) + l + kLanes * i] = {ab[i].x * shrink, ab[i].y * shrink};
+    together = warp_sum<kLanes>(l % 2 ? 16 * together : together), high = warp_sum<kLanes>(high);
+    if (p.k_extra || stands) fixed = warp_sum<kLanes>(fixed), extra = warp_sum<kLanes>(extra);
     float weight = 1;
-    if (with_current && item.queries > 1) {
+    if (any && with_current && item.queries > 1) {
       const int seen = a.sliding_window ? max(own - a.sliding_window + 1, 0) : 0;
       const int begin = __shfl_sync(kFull, seen, 0), end = __shfl_sync(kFull, own, 31);  // of all the warp's rows
       for (int j = begin; j < end; ++j) {
-        float other[4 * N], value[4 * N], score = 0;
+        float others[8 * N], score = 0;
+        const float *other = others, *value = others + 4 * N;
         const bool sees = j >= seen && j < own;
-        uint4 of_key[N] = {}, of_value[N] = {};
-        if (sees)
-          ask(a.key, keys + j * a.key_stride[0], of_key), ask(a.value, values + j * a.value_stride[0], of_value);
-        convert(of_key, other), convert(of_value, value);
+        uint4 asked[2 * N] = {};  // key, value
+        if (sees) {
+          ask(a.key, launch.key, j, item.head, asked);
+          ask(a.value, launch.value, j, item.head, asked + N);
+        }
+        convert4(asked, launch.four == 16, a.dtype, others);
 #pragma unroll
         for (int i = 0; i < 4 * N; ++i) score += raw[i] * other[i];
         score = warp_sum<kLanes>(score);
@@ -133,12 +167,16 @@ __device__ void Kernel<D, NT, Strands>::prepare_rows(bool with_current, bool fin
     }
     __syncwarp();
     save(out);
-    if (l == 0)
-      for (int i = r; i < (r + 1 < rows ? r + 1 : kRows); ++i) {
-        s.row[i] = {power_of_two(e + 24), together * power_of_two(e), power_of_two(f), fixed};
-        s.first_extra[i] = extra, s.first_score[i] = kLowest;
-        s.current_max[i] = with_current ? high : kLowest, s.current_sum[i] = with_current ? weight : 0;
-      }
+    const int i = r + l;  // the row, and what stands for rows that the tile does not have
+    if (any && i < (r + 1 < rows ? r + 1 : kRows)) {
+      s.row[i] = {power_of_two(e + 24), together * power_of_two(e), power_of_two(f), fixed};
+      s.first_extra[i] = extra, s.first_score[i] = kLowest;
+      s.current_max[i] = with_current ? high : kLowest, s.current_sum[i] = with_current ? weight : 0;
+    }
+    first += kRowsOfWarp * size;
+    if (first >= rows) break;
+    is_first = false;
+    ask_row();
   }
   if (member + 1 < size) return;
 #pragma unroll
@@ -149,7 +187,7 @@ __device__ void Kernel<D, NT, Strands>::prepare_rows(bool with_current, bool fin
   }
   if (find_parts && lane == 0 && (item.begin > 0 || item.end < item.units)) {  // of the first item the plan says it
     const int2 teams = teams_of(planned().plan, item);
-    s.misc[4] = teams.x, s.misc[5] = teams.y;
+    *reinterpret_cast<int2*>(s.misc + 2) = teams;
   }
 }
 

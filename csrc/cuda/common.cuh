@@ -11,13 +11,15 @@ namespace wkvquant {
 
 constexpr unsigned kFull = 0xffffffff;
 constexpr int kChunk = 256;                                           // tokens that share the coefficients of the shift
-constexpr int kUnit = 32;                                             // tokens of a softmax step
+constexpr int kUnitBits = 5, kUnit = 1 << kUnitBits;                  // tokens of a softmax step
+constexpr int kTileBits = 4;                                          // of a position, in a tile
 constexpr int kTeams = 2;                                             // of a CTA, at most
 constexpr int64_t kCounterBytes = kMaxCtas * kTeams * sizeof(int);    // at the start of the workspace
 constexpr int64_t kCtaBytes = kTeams * 2 * kMaxRows * (128 + 2) * 4;  // then two partial results of each team
 // and one of each CTA whose item others have parts of, and which has no other item: 0 but in such a launch
 constexpr int64_t kWordsBytes = kMaxRows * (128 + 2) * 4;
 constexpr int64_t kWorkspaceBytes = kCounterBytes + kMaxCtas * (kCtaBytes + kWordsBytes);
+static_assert(kTile == 1 << kTileBits);
 constexpr float kBoost = 4;
 constexpr float kLowest = -1e30f;
 constexpr float kLog2e = 1.44269504088896341f;
@@ -108,7 +110,7 @@ __device__ __forceinline__ void hadamard_lanes(float (&x)[N], int lane) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const float other = __shfl_xor_sync(kFull, x[i], m);
-      x[i] = other + (lane & m ? -x[i] : x[i]);
+      x[i] = fmaf(x[i], lane & m ? -1.0f : 1.0f, other);
     }
 }
 
@@ -141,9 +143,8 @@ __device__ __forceinline__ void load4(const T* p, float* x) {
   for (int b = 0; b < 4; ++b) x[b] = to_float(raw.x[b]);
 }
 
-// Four elements of a WkvDtype from index `at` on, as they are in memory.
-__device__ __forceinline__ void load4_raw(const void* base, int dtype, int64_t at, uint4& x) {
-  const char* p = static_cast<const char*>(base) + at * (dtype == kFloat32 ? 4 : 2);
+// Four elements of a WkvDtype, as they are in memory.
+__device__ __forceinline__ void load4_raw(const char* p, int dtype, uint4& x) {
   if (dtype == kFloat32) {
     x = *reinterpret_cast<const uint4*>(p);
   } else {
@@ -152,23 +153,33 @@ __device__ __forceinline__ void load4_raw(const void* base, int dtype, int64_t a
   }
 }
 
-__device__ __forceinline__ void convert4(const uint4& raw, int dtype, float* x) {
-  if (dtype == kFloat32) {
-    x[0] = __uint_as_float(raw.x), x[1] = __uint_as_float(raw.y);
-    x[2] = __uint_as_float(raw.z), x[3] = __uint_as_float(raw.w);
+// N times four elements, as load4_raw loads them. wide: they are fp32; a switch over the types would jump by a table.
+template <int N>
+__device__ __forceinline__ void convert4(const uint4 (&raw)[N], bool wide, int dtype, float (&x)[4 * N]) {
+  if (wide) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      x[4 * i] = __uint_as_float(raw[i].x), x[4 * i + 1] = __uint_as_float(raw[i].y);
+      x[4 * i + 2] = __uint_as_float(raw[i].z), x[4 * i + 3] = __uint_as_float(raw[i].w);
+    }
   } else if (dtype == kBFloat16) {
-    x[0] = __uint_as_float(raw.x << 16), x[1] = __uint_as_float(raw.x & 0xffff0000);
-    x[2] = __uint_as_float(raw.y << 16), x[3] = __uint_as_float(raw.y & 0xffff0000);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      x[4 * i] = __uint_as_float(raw[i].x << 16), x[4 * i + 1] = __uint_as_float(raw[i].x & 0xffff0000);
+      x[4 * i + 2] = __uint_as_float(raw[i].y << 16), x[4 * i + 3] = __uint_as_float(raw[i].y & 0xffff0000);
+    }
   } else {
-    const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&raw.x));
-    const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&raw.y));
-    x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&raw[i].x));
+      const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&raw[i].y));
+      x[4 * i] = low.x, x[4 * i + 1] = low.y, x[4 * i + 2] = high.x, x[4 * i + 3] = high.y;
+    }
   }
 }
 
 // Stores four elements of a WkvDtype.
-__device__ __forceinline__ void store4(void* base, int dtype, int64_t at, float4 x) {
-  char* p = static_cast<char*>(base) + at * (dtype == kFloat32 ? 4 : 2);
+__device__ __forceinline__ void store4(char* p, int dtype, float4 x) {
   if (dtype == kFloat32) {
     *reinterpret_cast<float4*>(p) = x;
   } else if (dtype == kBFloat16) {

@@ -63,19 +63,19 @@ cudaError_t launch(const WkvCudaAttention& a, const WkvCudaParams& p, cudaStream
   int device = 0, major = 0;
   if (cudaError_t e = cudaGetDevice(&device)) return e;
   if (cudaError_t e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return e;
-  const int64_t bytes = shared_bytes<D, NT, Strands>(p, a.teams);
-  if (cudaError_t e = allow_shared<paged_attention<D, NT, Strands>>(bytes)) return e;
+  const Shared::Layout layout = Shared::layout<Shape<D, NT, Strands>>(p, a.teams);
+  if (cudaError_t e = allow_shared<paged_attention<D, NT, Strands>>(layout.bytes)) return e;
   cudaLaunchAttribute overlap = {};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = std::min(a.num_sms * Shape<D, NT, Strands>::kCtasPerSm, kMaxCtas);
   config.blockDim = Shape<D, NT, Strands>::kThreads;
-  config.dynamicSmemBytes = bytes;
+  config.dynamicSmemBytes = layout.bytes;
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = a.after_write && major >= 9;
-  return cudaLaunchKernelEx(&config, paged_attention<D, NT, Strands>, a, p, Launch(a, p));
+  return cudaLaunchKernelEx(&config, paged_attention<D, NT, Strands>, a, p, Launch(a, p, layout));
 }
 
 template <int D>

@@ -23,8 +23,9 @@ int launch_any(const WkvCudaAttention& a, const WkvCudaParams& p) {
     if (shared_bytes<D, S::kTiles, S::kStrands>(p, a.teams) > kSharedBytes) return 1;
     std::vector<uint4> memory(kSharedBytes / sizeof(uint4) + 1);
     memset(memory.data(), 0xff, memory.size() * sizeof(uint4));
+    const Launch launch(a, p, Shared::layout<S>(p, a.teams));
     run_grid(dim3(std::min(a.num_sms * S::kCtasPerSm, kMaxCtas), 1, 1), S::kThreads, [&] {
-      Kernel<D, S::kTiles, S::kStrands>(a, p, Launch(a, p), reinterpret_cast<char*>(memory.data())).run();
+      Kernel<D, S::kTiles, S::kStrands>(a, p, launch, reinterpret_cast<char*>(memory.data())).run();
     });
     return 0;
   });
