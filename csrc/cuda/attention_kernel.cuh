@@ -42,7 +42,6 @@ struct Shape {
 __host__ __device__ inline int steps_of(const WkvCudaParams& p) { return p.fast_steps + (p.slow_steps > 0); }
 __host__ __device__ inline int slots_of(const WkvCudaParams& p) { return 8 * (p.fast_steps + p.slow_steps); }
 
-// What is of a team is that of the CTA's first one until move().
 struct Shared {
   uint4* meta;            // [warps][2] scales of a unit: of K and of V, each [8]
   const uint8_t** tiles;  // [warps][2][2] where the tiles of a unit of each strand begin
@@ -73,9 +72,10 @@ struct Shared {
     int team_bytes, basis, chebyshev, turns, angle, bytes;
   };
 
-  // Fixed offsets: what is of a team begins at the first one returned and ends in `ab`, at the second.
+  // Fixed offsets: what is of a team begins at the first one returned, `moved` bytes further on, and ends in `ab`, at
+  // the second.
   template <class S>
-  __host__ __device__ static int2 carve(Shared* s, char* base) {
+  __host__ __device__ static int2 carve(Shared* s, char* base, int moved) {
     int used = 0;
     auto take = [&](auto*& p, int n) {
       p = reinterpret_cast<std::remove_reference_t<decltype(p)>>(base + used);
@@ -85,6 +85,7 @@ struct Shared {
     take(s->red, W * C * S::kPitch), take(s->part, W * C), take(s->warps, W), take(s->walk, W);
     take(s->meta, W * 32), take(s->tiles, N > 1 ? W * 4 : 0);
     const int first = used;
+    base += moved;
     take(s->query, R * D / 8), take(s->v_shift, D), take(s->raw, R * D);
     take(s->row, R), take(s->first_extra, R), take(s->first_score, R), take(s->current_max, R), take(s->current_sum, R);
     take(s->item, 2), take(s->misc, 8), take(s->ab, 0);
@@ -94,7 +95,7 @@ struct Shared {
   template <class S>
   static Layout layout(const WkvCudaParams& p, int teams) {
     Shared unused;
-    const int2 fixed = carve<S>(&unused, nullptr);
+    const int2 fixed = carve<S>(&unused, nullptr, 0);
     const int steps = p.tabled ? steps_of(p) : 0, slots = slots_of(p);
     Layout x;
     x.team_bytes = fixed.y - fixed.x + S::kRows * (slots + 4) * sizeof(float2);
@@ -107,18 +108,10 @@ struct Shared {
   }
 
   template <class S>
-  __device__ void carve(char* base, const Layout& x) {
-    carve<S>(this, base);
+  __device__ void carve(char* base, int team, const Layout& x) {
+    carve<S>(this, base, team ? x.team_bytes : 0);
     basis = reinterpret_cast<uint4*>(base + x.basis), chebyshev = reinterpret_cast<uint4*>(base + x.chebyshev);
     turns = reinterpret_cast<int64_t*>(base + x.turns), angle = reinterpret_cast<float2*>(base + x.angle);
-  }
-
-  __device__ void move(int bytes) {
-    const auto move = [&](auto*& p) {
-      p = reinterpret_cast<std::remove_reference_t<decltype(p)>>(reinterpret_cast<char*>(p) + bytes);
-    };
-    move(query), move(v_shift), move(raw), move(row), move(first_extra), move(first_score), move(current_max);
-    move(current_sum), move(item), move(misc), move(ab);
   }
 };
 
@@ -230,6 +223,7 @@ struct Kernel {
   const int warp, lane, g, t;
   const Launch& launch;
   const int group, steps, slots;
+  char* const memory;
 
   // Of the row tile.
   Item item;
@@ -267,7 +261,7 @@ struct Kernel {
     }
   };
 
-  __device__ Kernel(const WkvCudaAttention& args, const WkvCudaParams& params, const Launch& of_launch, char* memory)
+  __device__ Kernel(const WkvCudaAttention& args, const WkvCudaParams& params, const Launch& of_launch, char* of_memory)
       : a(args),
         p(params),
         warp(threadIdx.x / 32),
@@ -277,8 +271,9 @@ struct Kernel {
         launch(of_launch),
         group(of_launch.group.divisor),
         steps(of_launch.steps),
-        slots(of_launch.slots) {
-    s.carve<S>(memory, of_launch.layout);
+        slots(of_launch.slots),
+        memory(of_memory) {
+    s.carve<S>(memory, 0, launch.layout);
   }
 
   // Query token of a row.
@@ -328,7 +323,8 @@ struct Kernel {
   __device__ __forceinline__ void advance(Cursor& c) const;
   __device__ __forceinline__ const uint8_t* tile_of(const Cursor& c, int i) const;
   __device__ __forceinline__ void load_k(const uint8_t* tile, uint32_t (&k)[S::kKWords][4]) const;
-  __device__ __forceinline__ void copy_meta(int tile_of_page, const uint8_t* tile, uint4* meta) const;
+  __device__ __forceinline__ int2 place_of_meta() const;
+  __device__ __forceinline__ void copy_meta(int2 place, int tile_of_page, const uint8_t* tile, uint4* meta) const;
   __device__ __forceinline__ const uint8_t* v_of(const uint8_t* tile) const;
   __device__ __forceinline__ void load_v(const uint8_t* base, uint32_t (&v)[4][S::kVWords]) const;
   __device__ __forceinline__ void load_keys(const Cursor& c, Ahead& ahead) const;
@@ -379,7 +375,7 @@ struct Kernel {
       __syncthreads();
       return;
     }
-    s.move(member < warp ? launch.layout.team_bytes : 0);
+    s.carve<S>(memory, member < warp, launch.layout);
     if (member + 1 == size && lane == 0) *reinterpret_cast<int2*>(s.misc + 2) = {work.first, work.parts};
     Cursor cursor;  // of what is to be asked for next
     Ahead ahead;
@@ -403,7 +399,7 @@ struct Kernel {
           if constexpr (Strands == 1) {
             const uint8_t* tile = tile_of(cursor, 0);
             load_k(tile, ahead.k[0]);
-            copy_meta(cursor.tile[0], tile, ahead.meta);
+            copy_meta(place_of_meta(), cursor.tile[0], tile, ahead.meta);
             load_v(ahead.next_v = v_of(tile), ahead.v[0]);
           } else {
             load_keys(cursor, ahead);
@@ -419,12 +415,11 @@ struct Kernel {
           s.item[segment % 2] = item;
         }
       }
-      if (segment) {
+      wait_for_groups();  // the tables, and what rows need at the end of the item
+      if (segment)
         team_barrier();
-      } else {  // of the tables, too
-        wait_for_groups();
+      else
         __syncthreads();
-      }
       if (before && s.misc[1]) combine(s.item[(segment - 1) % 2]);
       if (u >= end) return;
       rows = s.misc[7];

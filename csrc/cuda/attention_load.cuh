@@ -5,7 +5,8 @@
 
 namespace wkvquant {
 
-// This warp's share of the team's units of an item. Returns `walk`.
+// This warp's share of the team's units of an item. Returns `walk`, which other lanes find in shared memory after the
+// warp's next barrier.
 template <int D, int NT, int Strands>
 __device__ __forceinline__ int4 Kernel<D, NT, Strands>::enter(Cursor& c, const Item& x, int end_unit, int size,
                                                               int member) const {
@@ -17,9 +18,7 @@ __device__ __forceinline__ int4 Kernel<D, NT, Strands>::enter(Cursor& c, const I
   if constexpr (Strands == 2) c.length = max(c.end - c.unit + 1, 0) / 2, c.last = c.unit + c.length;
   c.head = x.head;
   const int4 walk = {x.u + x.end, x.seq, (x.past - 1) >> kTileBits, end_unit};
-  __syncwarp();
   if (lane == 0) s.walk[warp] = walk;
-  __syncwarp();
   return walk;
 }
 
@@ -31,6 +30,7 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::settle(Cursor& c, int4 w
       c.segment = INT_MAX;
       return;
     }
+    __syncwarp();
     walk = enter(c, decode_at(walk.y, walk.x, walk.w), walk.w, size(), member());
   }
 #pragma unroll
@@ -68,13 +68,19 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::load_k(const uint8_t* ti
   for (int j = 0; j < S::kKWords; ++j) load_words<4>(base + j * 256, k[j]);
 }
 
-// Scales of K and V to shared memory: [2][8] of four tokens.
+// Scales of K and V to shared memory: [2][8] of four tokens. This lane's place in them, and in the first tile of a
+// page.
 template <int D, int NT, int Strands>
-__device__ __forceinline__ void Kernel<D, NT, Strands>::copy_meta(int tile_of_page, const uint8_t* tile,
-                                                                  uint4* meta) const {
+__device__ __forceinline__ int2 Kernel<D, NT, Strands>::place_of_meta() const {
   const int of_v = lane / 4 % 2, i = lane % 4;
-  const int offset = (D + of_v * 4) * a.block_size - tile_of_page * (8 * D - 4 * kTile) + i * 16;
-  if (lane % 16 < 8) copy_async(meta + of_v * 8 + lane / 16 * 4 + i, tile + offset);
+  return {of_v * 8 + lane / 16 * 4 + i, (D + of_v * 4) * a.block_size + i * 16};
+}
+
+template <int D, int NT, int Strands>
+__device__ __forceinline__ void Kernel<D, NT, Strands>::copy_meta(int2 place, int tile_of_page, const uint8_t* tile,
+                                                                  uint4* meta) const {
+  const int offset = place.y - tile_of_page * (8 * D - 4 * kTile);
+  if (lane % 16 < 8) copy_async(meta + place.x, tile + offset);
 }
 
 // Where this lane's words of V are: token pairs 4t .. 4t + 3.
@@ -107,6 +113,7 @@ __device__ __forceinline__ void clear(uint32_t (&x)[M][N]) {
 // Keys and scales of both strands.
 template <int D, int NT, int Strands>
 __device__ __forceinline__ void Kernel<D, NT, Strands>::load_keys(const Cursor& c, Ahead& ahead) const {
+  const int2 place = place_of_meta();
 #pragma unroll
   for (int i = 0; i < Strands; ++i) {
     if (i && !c.both()) {
@@ -115,7 +122,7 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::load_keys(const Cursor& 
     }
     const uint8_t* tile = tile_of(c, i);
     load_k(tile, ahead.k[i]);
-    copy_meta(c.tile[i], tile, s.meta + (2 * warp + i) * 16);
+    copy_meta(place, c.tile[i], tile, s.meta + (2 * warp + i) * 16);
     if (lane % 16 == 0) s.tiles[2 * (2 * warp + i) + lane / 16] = tile;
   }
 }

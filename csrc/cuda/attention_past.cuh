@@ -344,7 +344,7 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::walk_units(int segment, 
     if (!first) load_v(ahead.next_v, ahead.v[0]);
     first = false;
     if (more) {
-      copy_meta(cursor.tile[0], tile, ahead.meta);
+      copy_meta(place_of_meta(), cursor.tile[0], tile, ahead.meta);
       ahead.next_v = v_of(tile);
       ahead.unit = cursor.unit;
       advance(cursor);

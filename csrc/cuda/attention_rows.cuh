@@ -16,6 +16,7 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::prepare_rows(bool with_c
                                                                      const G& when_loaded) {
   constexpr int kLanes = kRows <= kWarps ? 32 : 16, kRowsOfWarp = 32 / kLanes;
   constexpr int N = groups_of_lane(D, kLanes), kSlots = (D / 2 + 8 + kLanes - 1) / kLanes;
+  constexpr bool kLate = kLanes < 32;  // half a warp has no registers for what few launches need
   const int l = lane % kLanes;
   const auto active = [&](int i) { return D % (4 * kLanes) == 0 || l + kLanes * i < D / 4; };
   rows = min(item.queries * group - item.tile * kRows, kRows);
@@ -35,12 +36,13 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::prepare_rows(bool with_c
   };
   const bool stands = 2 * p.rotary_pairs < D;  // a part of the shift does not rotate
   int first = kRowsOfWarp * member, r, own;    // first row of the warp, this lane's, its query token
+  bool any;                                    // a warp without a row computes the last one's, which another one stores
   uint4 asked[3 * N];                          // query, key, value
   float x[4 * N], shift[4 * N], more[4 * N];
   int slot[kSlots];
   float2 slot_shift[kSlots];
   const auto ask_row = [&] {
-    r = min(first + lane / kLanes, rows - 1);
+    any = first < rows, r = min(first + lane / kLanes, rows - 1);
     const int row = item.tile * kRows + r;
     own = token_of(row);
 #pragma unroll
@@ -53,8 +55,8 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::prepare_rows(bool with_c
 #pragma unroll
     for (int i = 0; i < 4 * N; ++i) x[i] = shift[i] = more[i] = 0;
     load(p.query_scale, x);
-    if (stands) load(p.k_shift, shift);
-    if (p.k_extra) load(p.k_extra, more);
+    if (!kLate && stands) load(p.k_shift, shift);
+    if (!kLate && p.k_extra) load(p.k_extra, more);
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) slot[i] = 0, slot_shift[i] = {0, 0};
     if (slots) {
@@ -68,24 +70,22 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::prepare_rows(bool with_c
       }
     }
   };
-  ask_row();
-  when_asked();
-  bool is_first = true;
-#pragma unroll 1
-  while (true) {
-    const bool any = first < rows;  // a warp without a row computes the last one's, which another one stores
-    float loaded[12 * N];
-    float *const raw = loaded, *const key = loaded + 4 * N, *const out = loaded + 8 * N;
-    // scores of the step's own token, of the part of the shift that does not rotate, and of what position 0 has more
-    float high = 0, fixed = 0, extra = 0;
-    const auto save = [&](const float* from) {
+  float loaded[12 * N];
+  float *const raw = loaded, *const key = loaded + 4 * N, *const out = loaded + 8 * N;
+  // scores of the step's own token, of the part of the shift that does not rotate, and of what position 0 has more
+  float high, fixed, extra;
+  const auto save = [&](const float* from) {
 #pragma unroll
-      for (int i = 0; i < N; ++i)
-        if (any && active(i))
-          *reinterpret_cast<float4*>(s.raw + r * D + 4 * l + 4 * kLanes * i) = {from[4 * i], from[4 * i + 1],
-                                                                                from[4 * i + 2], from[4 * i + 3]};
-    };
+    for (int i = 0; i < N; ++i)
+      if (any && active(i))
+        *reinterpret_cast<float4*>(s.raw + r * D + 4 * l + 4 * kLanes * i) = {from[4 * i], from[4 * i + 1],
+                                                                              from[4 * i + 2], from[4 * i + 3]};
+  };
+  const auto take_row = [&] {
     convert4(asked, launch.four == 16, a.dtype, loaded);
+    high = fixed = extra = 0;
+    if (kLate && stands) load(p.k_shift, shift);
+    if (kLate && p.k_extra) load(p.k_extra, more);
 #pragma unroll
     for (int i = 0; i < 4 * N; ++i) {
       raw[i] *= a.scale * kLog2e;
@@ -101,7 +101,21 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::prepare_rows(bool with_c
         if (4 * l + 4 * kLanes * (i / 4) + i % 4 >= 2 * p.rotary_pairs) fixed += raw[i] * shift[i];
     save(raw);
     __syncwarp();
-    if (is_first) when_loaded();
+  };
+  ask_row();
+  const bool is_last = member + 1 == size;
+  if (is_last) {
+#pragma unroll
+    for (int i = 0; i < D; i += 128)
+      if (D % 128 == 0 || i + 4 * lane < D)
+        copy_async(s.v_shift + 4 * lane + i, p.v_shift + static_cast<uint32_t>(item.head * D + 4 * lane) + i);
+    end_group();
+  }
+  when_asked();
+  take_row();
+  when_loaded();
+#pragma unroll 1
+  while (true) {
     float largest = 0, together = 0;
     int f = 0;  // exponent of the shift's coefficients
     if (slots) {
@@ -175,17 +189,10 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::prepare_rows(bool with_c
     }
     first += kRowsOfWarp * size;
     if (first >= rows) break;
-    is_first = false;
-    ask_row();
+    ask_row(), take_row();
   }
-  if (member + 1 < size) return;
-#pragma unroll
-  for (int i = 0; i < D; i += 128) {
-    const int d = 4 * lane + i;
-    if (D % 128 == 0 || d < D)
-      *reinterpret_cast<float4*>(s.v_shift + d) = __ldg(reinterpret_cast<const float4*>(p.v_shift + item.head * D + d));
-  }
-  if (find_parts && lane == 0 && (item.begin > 0 || item.end < item.units)) {  // of the first item the plan says it
+  if (find_parts && is_last && lane == 0 &&
+      (item.begin > 0 || item.end < item.units)) {  // of the first item the plan says it
     const int2 teams = teams_of(planned().plan, item);
     *reinterpret_cast<int2*>(s.misc + 2) = teams;
   }
