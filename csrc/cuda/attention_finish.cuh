@@ -8,7 +8,7 @@ namespace wkvquant {
 template <int D, int NT, int Strands>
 __device__ void Kernel<D, NT, Strands>::write_row4(int r, int d, float4 x, float sum_of_row) const {
   const int row = item.tile * kRows + r, token = token_of(row);
-  char* to = launch.out.at(static_cast<char*>(a.out), item.query + token, item.head * group + row - token * group);
+  char* to = static_cast<char*>(a.out) + launch.out.at(item.query + token, item.head * group + row - token * group);
   const float factor = sum_of_row > 0 ? __fdividef(1, sum_of_row) : 0;
   store4(to + d / 4 * launch.four, a.dtype, {x.x * factor, x.y * factor, x.z * factor, x.w * factor});
 }

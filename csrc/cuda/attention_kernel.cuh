@@ -172,10 +172,9 @@ struct Rows {
   uint32_t token, head;
 
   Rows(const int64_t (&stride)[2], int element) : token(stride[0] * element), head(stride[1] * element) {}
-  // Of four elements.
-  template <class T>
-  __device__ __forceinline__ T* at(T* base, uint32_t row_token, uint32_t row_head) const {
-    return base + static_cast<uint64_t>(row_token) * token + static_cast<uint64_t>(row_head) * head;
+
+  __device__ __forceinline__ uint64_t at(uint32_t of_token, uint32_t of_head) const {
+    return wide_product(of_token, token) + wide_product(of_head, head);
   }
 };
 
@@ -185,7 +184,7 @@ struct Launch {
   Shared::Layout layout;
   int steps, slots;
   int table_words;                                        // of 16 bytes, of the tables of the shift
-  uint32_t page_bytes, block_stride, block_table_stride;  // of a (block, head), of a block, of a sequence
+  uint32_t page_bytes, block_stride, block_table_stride;  // of a (block, head), of a block; elements of a sequence
   uint32_t four;                                          // bytes of four elements
   Rows query, key, value, out;
 

@@ -39,8 +39,7 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::settle(Cursor& c, int4 w
     const int tile = min(unit * (kUnit / kTile) + g / 4, walk.z);
     const uint32_t block = launch.tiles_per_block(tile);
     c.tile[i] = tile - block * launch.tiles_per_block.divisor;
-    const int32_t* of_sequence =
-        a.block_table + static_cast<uint64_t>(static_cast<uint32_t>(walk.y)) * launch.block_table_stride;
+    const int32_t* of_sequence = a.block_table + wide_product(walk.y, launch.block_table_stride);
     c.page[i] = __ldg(of_sequence + block);
   }
 }
@@ -55,8 +54,8 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::advance(Cursor& c) const
 template <int D, int NT, int Strands>
 __device__ __forceinline__ const uint8_t* Kernel<D, NT, Strands>::tile_of(const Cursor& c, int i) const {
   const uint32_t page = min(static_cast<uint32_t>(c.page[i]), static_cast<uint32_t>(a.num_blocks) - 1);
-  return a.kv_cache + static_cast<uint64_t>(page) * launch.block_stride +
-         (c.head * launch.page_bytes + c.tile[i] * (8 * D));
+  const uint32_t inside = c.head * launch.page_bytes + c.tile[i] * (8 * D);
+  return a.kv_cache + (static_cast<uint64_t>(page) * launch.block_stride + inside);
 }
 
 // Words t, t + 4, .. of tokens 4g .. 4g + 3.

@@ -22,7 +22,7 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::prepare_rows(bool with_c
   rows = min(item.queries * group - item.tile * kRows, kRows);
   // Asks for a row in the memory's type; convert4() waits for it.
   const auto ask = [&](const void* base, const Rows& tensor, int token, int head, uint4* to) {
-    const char* from = tensor.at(static_cast<const char*>(base), item.query + token, head) + l * launch.four;
+    const char* from = static_cast<const char*>(base) + tensor.at(item.query + token, head) + l * launch.four;
 #pragma unroll
     for (int i = 0; i < N; ++i)
       if (active(i)) load4_raw(from + kLanes * i * launch.four, a.dtype, to[i]);
@@ -142,15 +142,13 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::prepare_rows(bool with_c
     const float unit = power_of_two(-e) * (l % 2 ? 0.0625f : 1.0f);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      __half h[4];
-#pragma unroll
-      for (int b = 0; b < 4; ++b) {
-        h[b] = __float2half_rn(x[4 * i + b] * unit);
-        together += __half2float(h[b]);
-      }
+      const __half2 even = __floats2half2_rn(x[4 * i] * unit, x[4 * i + 2] * unit);
+      const __half2 odd = __floats2half2_rn(x[4 * i + 1] * unit, x[4 * i + 3] * unit);
+      together += __low2float(even), together += __low2float(odd);
+      together += __high2float(even), together += __high2float(odd);
       if (!any || !active(i)) continue;
       __half2* word = reinterpret_cast<__half2*>(s.query + r * (D / 8) + l / 2 + kLanes / 2 * i) + l % 2;
-      word[0] = __halves2half2(h[0], h[2]), word[2] = __halves2half2(h[1], h[3]);
+      word[0] = even, word[2] = odd;
     }
     together = warp_sum<kLanes>(l % 2 ? 16 * together : together), high = warp_sum<kLanes>(high);
     if (p.k_extra || stands) fixed = warp_sum<kLanes>(fixed), extra = warp_sum<kLanes>(extra);

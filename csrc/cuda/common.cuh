@@ -29,11 +29,11 @@ __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-// Division by a number that the host knows, exact where numerator times divisor is below 2^32.
+// Division by a number that the host knows, exact where numerator times divisor is below 2^31.
 struct FastDivide {
   uint32_t divisor, reciprocal;
-  explicit FastDivide(uint32_t d) : divisor(d), reciprocal(d == 1 ? 0 : 0xffffffffu / d + 1) {}
-  __device__ __forceinline__ uint32_t operator()(uint32_t n) const { return reciprocal ? __umulhi(n, reciprocal) : n; }
+  explicit FastDivide(uint32_t d) : divisor(d), reciprocal(0x7fffffffu / d + 1) {}
+  __device__ __forceinline__ uint32_t operator()(uint32_t n) const { return __umulhi(2 * n, reciprocal); }
 };
 
 // n / d, n not negative, d positive and the quotient below 2^21, in half the instructions.

@@ -24,6 +24,13 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+// a * b. The compiler forgets that a factor has 32 bits once it has widened it elsewhere.
+__device__ __forceinline__ uint64_t wide_product(uint32_t a, uint32_t b) {
+  uint64_t x;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(x) : "r"(a), "r"(b));
+  return x;
+}
+
 // Page data is read once.
 template <int N>
 __device__ __forceinline__ void load_words(const uint8_t* p, uint32_t* w) {
