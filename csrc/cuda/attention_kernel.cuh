@@ -43,8 +43,8 @@ __host__ __device__ inline int steps_of(const WkvCudaParams& p) { return p.fast_
 __host__ __device__ inline int slots_of(const WkvCudaParams& p) { return 8 * (p.fast_steps + p.slow_steps); }
 
 struct Shared {
-  uint4* meta;            // [warps][2] scales of a unit: of K and of V, each [8]
-  const uint8_t** tiles;  // [warps][2][2] where the tiles of a unit of each strand begin
+  uint4* meta;            // [warps][2 halves of a unit][2 units][4 of K, 4 of V] scales of four tokens
+  const uint8_t** tiles;  // [warps][2 halves][2] where the tiles of a unit of each strand begin
   uint4* query;           // [rows][D / 8], the 8 dimensions of a word in the order 0 2 4 6 1 3 5 7, 4 .. 7 over 16
   uint4* basis;           // tables of the shift, as in WkvCudaParams, where they are `tabled`
   uint4* chebyshev;
@@ -322,8 +322,8 @@ struct Kernel {
   __device__ __forceinline__ void advance(Cursor& c) const;
   __device__ __forceinline__ const uint8_t* tile_of(const Cursor& c, int i) const;
   __device__ __forceinline__ void load_k(const uint8_t* tile, uint32_t (&k)[S::kKWords][4]) const;
-  __device__ __forceinline__ int2 place_of_meta() const;
-  __device__ __forceinline__ void copy_meta(int2 place, int tile_of_page, const uint8_t* tile, uint4* meta) const;
+  __device__ __forceinline__ int meta_of_lane() const;
+  __device__ __forceinline__ void copy_meta(int tile_of_page, const uint8_t* tile, int of_lane, uint4* place) const;
   __device__ __forceinline__ const uint8_t* v_of(const uint8_t* tile) const;
   __device__ __forceinline__ void load_v(const uint8_t* base, uint32_t (&v)[4][S::kVWords]) const;
   __device__ __forceinline__ void load_keys(const Cursor& c, Ahead& ahead) const;
@@ -398,7 +398,7 @@ struct Kernel {
           if constexpr (Strands == 1) {
             const uint8_t* tile = tile_of(cursor, 0);
             load_k(tile, ahead.k[0]);
-            copy_meta(place_of_meta(), cursor.tile[0], tile, ahead.meta);
+            copy_meta(cursor.tile[0], tile, meta_of_lane(), ahead.meta + lane);
             load_v(ahead.next_v = v_of(tile), ahead.v[0]);
           } else {
             load_keys(cursor, ahead);

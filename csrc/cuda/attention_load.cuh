@@ -67,19 +67,18 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::load_k(const uint8_t* ti
   for (int j = 0; j < S::kKWords; ++j) load_words<4>(base + j * 256, k[j]);
 }
 
-// Scales of K and V to shared memory: [2][8] of four tokens. This lane's place in them, and in the first tile of a
-// page.
+// Where this lane's scales are in the first tile of a page.
 template <int D, int NT, int Strands>
-__device__ __forceinline__ int2 Kernel<D, NT, Strands>::place_of_meta() const {
-  const int of_v = lane / 4 % 2, i = lane % 4;
-  return {of_v * 8 + lane / 16 * 4 + i, (D + of_v * 4) * a.block_size + i * 16};
+__device__ __forceinline__ int Kernel<D, NT, Strands>::meta_of_lane() const {
+  return (D + (lane & 4)) * a.block_size + lane % 4 * 16;
 }
 
+// Scales of K and V to shared memory. A lane's place there is its number: each half of the unit has 4 of K at its first
+// lane's, then 4 of V, each of four tokens.
 template <int D, int NT, int Strands>
-__device__ __forceinline__ void Kernel<D, NT, Strands>::copy_meta(int2 place, int tile_of_page, const uint8_t* tile,
-                                                                  uint4* meta) const {
-  const int offset = place.y - tile_of_page * (8 * D - 4 * kTile);
-  if (lane % 16 < 8) copy_async(meta + place.x, tile + offset);
+__device__ __forceinline__ void Kernel<D, NT, Strands>::copy_meta(int tile_of_page, const uint8_t* tile, int of_lane,
+                                                                  uint4* place) const {
+  if (lane % 16 < 8) copy_async(place, tile + (of_lane - tile_of_page * (8 * D - 4 * kTile)));
 }
 
 // Where this lane's words of V are: token pairs 4t .. 4t + 3.
@@ -112,7 +111,7 @@ __device__ __forceinline__ void clear(uint32_t (&x)[M][N]) {
 // Keys and scales of both strands.
 template <int D, int NT, int Strands>
 __device__ __forceinline__ void Kernel<D, NT, Strands>::load_keys(const Cursor& c, Ahead& ahead) const {
-  const int2 place = place_of_meta();
+  const int of_lane = meta_of_lane();
 #pragma unroll
   for (int i = 0; i < Strands; ++i) {
     if (i && !c.both()) {
@@ -121,8 +120,8 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::load_keys(const Cursor& 
     }
     const uint8_t* tile = tile_of(c, i);
     load_k(tile, ahead.k[i]);
-    copy_meta(place, c.tile[i], tile, s.meta + (2 * warp + i) * 16);
-    if (lane % 16 == 0) s.tiles[2 * (2 * warp + i) + lane / 16] = tile;
+    copy_meta(c.tile[i], tile, of_lane, s.meta + threadIdx.x + 8 * i);
+    if (lane % 16 == 0) s.tiles[threadIdx.x / 8 + i] = tile;
   }
 }
 
@@ -135,7 +134,7 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::load_values(Ahead& ahead
       clear(ahead.v[i]);
       break;
     }
-    const uint8_t* tile = s.tiles[2 * (2 * warp + i) + t / 2];
+    const uint8_t* tile = s.tiles[4 * warp + 2 * (t / 2) + i];
     load_v(tile + (D / 2 * a.block_size + t % 2 * (4 * D) + 4 * S::word(0, g)), ahead.v[i]);
   }
 }

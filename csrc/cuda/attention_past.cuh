@@ -204,7 +204,7 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::softmax(int first, bool 
                                                                 float (&c)[2][NT][4], const float (&shift)[2][NT][4],
                                                                 uint32_t (&weights)[2][NT][2]) {
   float2 k[4], v[4];  // (scale, minimum)
-  const uint4 of_k = meta[g], of_v = meta[8 + g];
+  const uint4 of_k = meta[g / 4 * 16 + g % 4], of_v = meta[g / 4 * 16 + g % 4 + 4];
   const uint32_t k_meta[4] = {of_k.x, of_k.y, of_k.z, of_k.w}, v_meta[4] = {of_v.x, of_v.y, of_v.z, of_v.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -335,7 +335,7 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::walk_units(int segment, 
     scores(ahead.k, c);
     output(ahead.v[0], weights);
     const uint4* scales = ahead.meta;
-    ahead.meta = s.meta + ((ahead.meta - s.meta) ^ 16);
+    ahead.meta = s.meta + ((ahead.meta - s.meta) ^ 8);
     wait_for_copies();
     __syncwarp();
     const uint8_t* tile = tile_of(cursor, 0);
@@ -344,7 +344,7 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::walk_units(int segment, 
     if (!first) load_v(ahead.next_v, ahead.v[0]);
     first = false;
     if (more) {
-      copy_meta(place_of_meta(), cursor.tile[0], tile, ahead.meta);
+      copy_meta(cursor.tile[0], tile, meta_of_lane(), ahead.meta + lane);
       ahead.next_v = v_of(tile);
       ahead.unit = cursor.unit;
       advance(cursor);
@@ -381,7 +381,7 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::walk_strands(int segment
     __syncwarp();
     load_values(ahead);
     uint32_t weights[2][NT][2];
-    softmax((unit + strand * stride) * kUnit, has_unit, s.meta + (2 * warp + strand) * 16, c, shift, weights);
+    softmax((unit + strand * stride) * kUnit, has_unit, s.meta + 32 * warp + 8 * strand, c, shift, weights);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (i && !ahead.both) break;
