@@ -24,7 +24,7 @@ __device__ void Kernel<D, NT, Strands>::write_lse(int r, float top_of_row, float
 template <int D, int NT, int Strands>
 __device__ float* Kernel<D, NT, Strands>::partial(int number, int slot) const {
   return reinterpret_cast<float*>(static_cast<char*>(a.workspace) + kCounterBytes) +
-         (2 * number + slot) * partial_floats(kRows, D);
+         static_cast<uint32_t>((2 * number + slot) * partial_floats(kRows, D));
 }
 
 // Adds parts of a row, each with its maximum and sum, to four numerators, a maximum and a sum.
@@ -50,7 +50,7 @@ __device__ __forceinline__ void add_parts(const float2 (&state)[N], const float4
 template <int D, int NT, int Strands>
 __device__ float* Kernel<D, NT, Strands>::words_of(int number) const {
   return reinterpret_cast<float*>(static_cast<char*>(a.workspace) + kCounterBytes + kMaxCtas * kCtaBytes) +
-         number * partial_floats(kRows, D);
+         static_cast<uint32_t>(number * partial_floats(kRows, D));
 }
 
 template <int D, int NT, int Strands>
@@ -109,9 +109,11 @@ __device__ bool Kernel<D, NT, Strands>::finish(bool with_current) {
   const int number = team * gridDim.x + blockIdx.x, first_warp = warp - member;
   const bool is_last = whole || (others >= 0 && number == s.misc[2] + others);
   float4 extra = {0, 0, 0, 0};
-  const auto ask_extra = [&](int i) {
-    if (p.v_extra && i < rows * (D / 4))
-      extra = __ldg(reinterpret_cast<const float4*>(p.v_extra + item.head * D + i % (D / 4) * 4));
+  const uint32_t values = rows * (D / 4);  // of four
+  const auto ask_extra = [&](uint32_t i) {
+    if (p.v_extra && i < values)
+      extra =
+          __ldg(reinterpret_cast<const float4*>(p.v_extra + static_cast<uint32_t>(item.head * D + i % (D / 4) * 4)));
   };
   ask_extra(32 * member + lane);
   float* mine = s.red + warp * (S::kColumns * S::kPitch);
@@ -142,8 +144,8 @@ __device__ bool Kernel<D, NT, Strands>::finish(bool with_current) {
   constexpr int kOfRow = kWarps * Strands, kHalf = kOfRow / kTeams;  // columns of a row, kRows apart, of a CTA, a team
   const bool all = size == kWarps;
 #pragma unroll 1
-  for (int i = 32 * member + lane; i < rows * (D / 4); i += 32 * size) {
-    const int r = i / (D / 4), d = i % (D / 4) * 4;
+  for (uint32_t i = 32 * member + lane; i < values; i += 32 * size) {
+    const uint32_t r = i / (D / 4), d = i % (D / 4) * 4;
     // Where a team has half of the warps, its columns are read twice and count once.
     const float4* parts = s.part + first_warp * S::kColumns + r;
     const float* red = s.red + first_warp * (S::kColumns * S::kPitch) + r * S::kPitch + S::place(d);
@@ -219,8 +221,8 @@ __device__ void Kernel<D, NT, Strands>::combine(const Item& x) {
   constexpr int kBatch = 10;  // loads in flight: there is nothing to it but their latency
   constexpr int kStride = 2 * partial_floats(kRows, D);
 #pragma unroll 1
-  for (int i = 32 * member() + lane; i < rows * (D / 4); i += 32 * size()) {
-    const int r = i / (D / 4), d = i % (D / 4) * 4;
+  for (uint32_t i = 32 * member() + lane; i < rows * (D / 4); i += 32 * size()) {
+    const uint32_t r = i / (D / 4), d = i % (D / 4) * 4;
     const float *numerators = partial(first, 0) + r * D + d, *states = partial(first, 0) + kRows * D + 2 * r;
     float high = kLowest, total = 0;
     float4 x = {0, 0, 0, 0};

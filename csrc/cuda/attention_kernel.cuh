@@ -30,7 +30,9 @@ struct Shape {
   // First of the two dimensions (d, d + 1) that thread row g has in m-tile `m` of the output.
   __device__ static __forceinline__ int dimension(int m, int g) { return 4 * word(m / 2, g) + 2 * (m % 2); }
   // Where a dimension is in `red`: lanes that store 16 bytes at once meet in no bank.
-  __device__ static __forceinline__ int place(int d) { return D == 96 ? d : d ^ (d / (D == 64 ? 8 : 16) % 2 * 4); }
+  __device__ static __forceinline__ uint32_t place(uint32_t d) {
+    return D == 96 ? d : d ^ (d / (D == 64 ? 8 : 16) % 2 * 4);
+  }
   // V word c of thread row g.
   __device__ static __forceinline__ int word(int c, int g) {
     if constexpr (D == 64) return 2 * g + c;
@@ -207,7 +209,7 @@ struct Launch {
 
 // Partial results in the workspace: counters [kMaxCtas], then two slots a CTA of [rows][D] numerators, [rows] maxima
 // and [rows] sums. Slot 1 is of an item whose first units are this CTA's, slot 0 of one that began before.
-constexpr int64_t partial_floats(int rows, int d) { return static_cast<int64_t>(rows) * (d + 2); }
+constexpr int partial_floats(int rows, int d) { return rows * (d + 2); }
 
 template <int D, int NT, int Strands>
 struct Kernel {
