@@ -17,7 +17,7 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::prepare_rows(bool with_c
   constexpr int kLanes = kRows <= kWarps ? 32 : 16, kRowsOfWarp = 32 / kLanes;
   constexpr int N = groups_of_lane(D, kLanes), kSlots = (D / 2 + 8 + kLanes - 1) / kLanes;
   constexpr bool kLate = kLanes < 32;  // half a warp has no registers for what few launches need
-  const int l = lane % kLanes;
+  int l = lane % kLanes;
   const auto active = [&](int i) { return D % (4 * kLanes) == 0 || l + kLanes * i < D / 4; };
   rows = min(item.queries * group - item.tile * kRows, kRows);
   // Asks for a row in the memory's type; convert4() waits for it.
@@ -187,6 +187,7 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::prepare_rows(bool with_c
     }
     first += kRowsOfWarp * size;
     if (first >= rows) break;
+    l = hidden(l);  // few warps come here: nothing of this is to be computed before the loop
     ask_row(), take_row();
   }
   if (find_parts && is_last && lane == 0 &&

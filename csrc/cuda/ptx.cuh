@@ -24,6 +24,12 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+// x, as if it could be another number.
+__device__ __forceinline__ int hidden(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // a * b. The compiler forgets that a factor has 32 bits once it has widened it elsewhere.
 __device__ __forceinline__ uint64_t wide_product(uint32_t a, uint32_t b) {
   uint64_t x;
