@@ -491,6 +491,16 @@ def test_refusals():
         run(native_cuda.paged_attention, replace(case, kv_cache=case.kv_cache.cpu()))
 
 
+def test_rows_far_apart_are_refused():
+    case = to_gpu(cases.make_case([(20, 1)], cases.make_params(2, 64)))
+    for name in ("query", "key", "value", "block_table"):
+        one = getattr(case, name)[:1]
+        far = one.as_strided(one.shape, (1 << 30, *one.stride()[1:]))
+        with pytest.raises(ValueError, match=rf"^{name} must .* less than 2\^30 apart"):
+            run(native_cuda.paged_attention, replace(case, **{name: far}))
+    check(case)
+
+
 def test_structs_and_default():
     lib = native_cuda.library()
     for i, struct in enumerate(native_cuda.STRUCTS):

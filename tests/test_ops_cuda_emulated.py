@@ -175,6 +175,10 @@ def test_reserve(emulated, monkeypatch):
         native_cuda.reserve(case.params, 4097)
 
 
+def test_rows_far_apart_are_refused(emulated):
+    test_ops_cuda.test_rows_far_apart_are_refused()
+
+
 def test_structs(emulated):
     lib = native_cuda.library()
     for i, struct in enumerate(native_cuda.STRUCTS):
