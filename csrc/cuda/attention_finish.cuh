@@ -46,7 +46,9 @@ __device__ __forceinline__ void add_parts(const float2 (&state)[N], const float4
 
 // Parts of an item whose teams have nothing else to do. The last of them adds up. The others leave it words that are 0
 // between calls: it reads them until they are not, and empties them. So nothing is waited for but these words, on their
-// way to L2 and back. A CTA waits for CTAs of lower numbers alone, which run already, as CTAs start in this order.
+// way to L2 and back. Of many parts each eighth is the last of a group, and the item's last adds up what these leave.
+// A CTA waits for CTAs of lower numbers alone, which run already, as CTAs start in this order. Words of groups come
+// after those of all CTAs, in the place of the item's first CTA the first group's, and so on.
 template <int D, int NT, int Strands>
 __device__ float* Kernel<D, NT, Strands>::words_of(int number) const {
   return reinterpret_cast<float*>(static_cast<char*>(a.workspace) + kCounterBytes + kMaxCtas * kCtaBytes) +
@@ -54,23 +56,21 @@ __device__ float* Kernel<D, NT, Strands>::words_of(int number) const {
 }
 
 template <int D, int NT, int Strands>
-__device__ __forceinline__ void Kernel<D, NT, Strands>::leave(int r, int d, const float4& x, float high,
+__device__ __forceinline__ void Kernel<D, NT, Strands>::leave(float* words, int r, int d, const float4& x, float high,
                                                               float total) const {
   const auto marked = [](float x) { return x == 0 ? -0.0f : x; };
-  float* words = words_of(blockIdx.x);
   write_words(reinterpret_cast<float4*>(words + r * D + d), {marked(x.x), x.y, x.z, x.w});
   if (d == 0) write_words(reinterpret_cast<float2*>(words + kRows * D + 2 * r), {marked(high), total});
 }
 
 template <int D, int NT, int Strands>
-__device__ __forceinline__ void Kernel<D, NT, Strands>::gather(int r, int d, int others, float4& x, float& high,
-                                                               float& total) const {
-  constexpr int kBatch = 8, kStride = partial_floats(kRows, D);
-  float* words = words_of(blockIdx.x - others);
+__device__ __forceinline__ void Kernel<D, NT, Strands>::gather(float* words, int count, int r, int d, float4& x,
+                                                               float& high, float& total) const {
+  constexpr int kBatch = kWordsGroup, kStride = partial_floats(kRows, D);
   float4* numerators = reinterpret_cast<float4*>(words + r * D + d);
   const float2* states = reinterpret_cast<const float2*>(words + kRows * D + 2 * r);
 #pragma unroll 1
-  for (int c = 0; c < others; c += kBatch, numerators += kBatch * kStride / 4, states += kBatch * kStride / 2) {
+  for (int c = 0; c < count; c += kBatch, numerators += kBatch * kStride / 4, states += kBatch * kStride / 2) {
     float2 state[kBatch];  // maximum, sum
     float4 y[kBatch];
     uint32_t least, tries = 0;
@@ -79,7 +79,7 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::gather(int r, int d, int
 #pragma unroll
       for (int k = 0; k < kBatch; ++k) {
         state[k] = {kLowest, -0.0f}, y[k] = {-0.0f, -0.0f, -0.0f, -0.0f};
-        if (c + k < others) {
+        if (c + k < count) {
           state[k] = read_words(states + k * (kStride / 2));
           y[k] = read_words(numerators + k * (kStride / 4));
         }
@@ -90,7 +90,7 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::gather(int r, int d, int
     } while (least == 0);
 #pragma unroll
     for (int k = 0; k < kBatch; ++k)  // this thread alone reads them
-      if (c + k < others) numerators[k * (kStride / 4)] = {0, 0, 0, 0};
+      if (c + k < count) numerators[k * (kStride / 4)] = {0, 0, 0, 0};
     add_parts(state, y, x, high, total);
   }
 }
@@ -107,7 +107,13 @@ __device__ bool Kernel<D, NT, Strands>::finish(bool with_current) {
   const bool whole = item.begin == 0 && item.end == item.units;
   const int others = -s.misc[3] - 1;  // not negative: teams whose parts the item's last team waits for
   const int number = team * gridDim.x + blockIdx.x, first_warp = warp - member;
-  const bool is_last = whole || (others >= 0 && number == s.misc[2] + others);
+  const int first = s.misc[2];
+  const uint32_t index = number - first;
+  const bool grouped = others >= kWordsParts;
+  const bool is_last = whole || (others >= 0 && number == first + others);
+  const int before = grouped ? index % kWordsGroup : index;  // of the group
+  const bool leads = is_last || (grouped && before == kWordsGroup - 1);
+  const int groups = grouped && is_last ? index / kWordsGroup : 0;  // before this one
   float4 extra = {0, 0, 0, 0};
   const uint32_t values = rows * (D / 4);  // of four
   const auto ask_extra = [&](uint32_t i) {
@@ -184,24 +190,34 @@ __device__ bool Kernel<D, NT, Strands>::finish(bool with_current) {
       total += f * own_sum;
       add(f, current);
     }
+    float top_of_row = high;
+    if (leads && !whole) {
+      float* words = words_of(number - before);
+      int count = before;
+#pragma unroll 1
+      for (int level = 0; level < 2; ++level) {
+        gather(words, count, r, d, x, top_of_row, total);
+        words = words_of(kMaxCtas + first), count = groups;
+      }
+    }
     if (is_last) {
-      float top_of_row = high;
-      if (!whole) gather(r, d, others, x, top_of_row, total);
       write_row4(r, d, x, total);
       if (d == 0) write_lse(r, top_of_row, total);
     } else if (others >= 0) {
-      leave(r, d, x, high, total);
+      leave(words_of(leads ? kMaxCtas + first + index / kWordsGroup : number), r, d, x, top_of_row, total);
     } else {
       *reinterpret_cast<float4*>(out + r * D + d) = x;
       if (d == 0) *reinterpret_cast<float2*>(out + kRows * D + 2 * r) = {high, total};
     }
   }
-  if (!whole && others >= 0 && !is_last) return false;
+  if (!whole && others >= 0 && !leads) return false;
   barrier(1 + team, 32 * size);
-  if (is_last) {
+  if (leads) {
     if (!whole)
-      for (int i = threadIdx.x; i < others * kRows; i += S::kThreads)
-        reinterpret_cast<float2*>(words_of(blockIdx.x - others + i / kRows) + kRows * D)[i % kRows] = {0, 0};
+      for (int i = threadIdx.x; i < (before + groups) * kRows; i += S::kThreads) {
+        const int k = i / kRows, from = k < before ? number - before + k : kMaxCtas + first + k - before;
+        reinterpret_cast<float2*>(words_of(from) + kRows * D)[i % kRows] = {0, 0};
+      }
     return false;
   }
   if (member + 1 != size || lane != 0) return true;

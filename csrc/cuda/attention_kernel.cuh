@@ -359,8 +359,9 @@ struct Kernel {
   __device__ float* partial(int cta, int slot) const;
   __device__ bool finish(bool with_current);
   __device__ float* words_of(int number) const;
-  __device__ __forceinline__ void leave(int r, int d, const float4& x, float high, float total) const;
-  __device__ __forceinline__ void gather(int r, int d, int others, float4& x, float& high, float& total) const;
+  __device__ __forceinline__ void leave(float* words, int r, int d, const float4& x, float high, float total) const;
+  __device__ __forceinline__ void gather(float* words, int count, int r, int d, float4& x, float& high,
+                                         float& total) const;
   __device__ void combine(const Item& x);
 
   __device__ void run() {

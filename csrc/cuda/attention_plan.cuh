@@ -12,8 +12,8 @@ namespace wkvquant {
 // next overlap with the products of the others.
 constexpr int kItemWeight = 20;
 
-// So many parts of an item at most are left to its last team; more are sooner added up once all are there.
-constexpr int kWordsParts = 10;
+// So many parts of an item at most are left to its last team; of more, eight at a time are to the last of the eight.
+constexpr int kWordsParts = 10, kWordsGroup = 8;
 
 // What is alike in all launches of a shape of the attention kernel.
 struct Tiling {
@@ -54,7 +54,7 @@ static __device__ Plan share_out(int units, int items, bool equal, const Tiling&
     const int rounds = divide(items + plan.teams - 1, plan.teams);
     const int even = rounds > 1 ? divide(items, rounds) : divide(plan.teams, items) * items;
     if (even * 16 >= plan.teams * 15 && (rounds == 1 || even * rounds == items))
-      plan.teams = even, plan.weight = 0, plan.alone = even > items && even <= kWordsParts * items;
+      plan.teams = even, plan.weight = 0, plan.alone = even > items;
   }
   const int line = units + items * plan.weight;
   plan.each = line / plan.teams;

@@ -16,9 +16,9 @@ constexpr int kTileBits = 4;                                          // of a po
 constexpr int kTeams = 2;                                             // of a CTA, at most
 constexpr int64_t kCounterBytes = kMaxCtas * kTeams * sizeof(int);    // at the start of the workspace
 constexpr int64_t kCtaBytes = kTeams * 2 * kMaxRows * (128 + 2) * 4;  // then two partial results of each team
-// and one of each CTA whose item others have parts of, and which has no other item: 0 but in such a launch
+// and two of each CTA whose item others have parts of, and which has no other item: 0 but in such a launch
 constexpr int64_t kWordsBytes = kMaxRows * (128 + 2) * 4;
-constexpr int64_t kWorkspaceBytes = kCounterBytes + kMaxCtas * (kCtaBytes + kWordsBytes);
+constexpr int64_t kWorkspaceBytes = kCounterBytes + kMaxCtas * (kCtaBytes + 2 * kWordsBytes);
 static_assert(kTile == 1 << kTileBits);
 constexpr float kBoost = 4;
 constexpr float kLowest = -1e30f;
