@@ -23,7 +23,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm_wkvquant import layout, ops
 from vllm_wkvquant.checkpoint import KV_PARAMS
 from vllm_wkvquant.config import ConfigError
-from vllm_wkvquant.plugin import attention, prefill
+from vllm_wkvquant.plugin import attention, prefill, vllm_version
 from vllm_wkvquant.plugin.attention import WKVQuantBackend
 from vllm_wkvquant.plugin.eval_engine import ExactChunkScheduler, prompt_logprobs
 
@@ -125,7 +125,7 @@ def capacity(path: Path, **options) -> tuple[int, int, set]:
 def test_capacity_against_bf16(scratch, head_size: int, ratio: float) -> None:
     path = scratch(head_size=head_size, heads=4, kv_heads=2)
     ours, our_bytes, our_dtypes = capacity(path)
-    theirs, their_bytes, their_dtypes = capacity(path, kv_cache_dtype="bfloat16")
+    theirs, their_bytes, their_dtypes = capacity(path, kv_cache_dtype="bfloat16", dtype="bfloat16")
     assert our_dtypes == {torch.uint8}
     assert their_dtypes == {torch.bfloat16}
     assert ours >= ratio * theirs
@@ -341,6 +341,8 @@ def test_biased_keys(scratch) -> None:
 def test_explicit_cache_dtype_is_vllms_own(tiny, dtype: str) -> None:
     if dtype != "bfloat16" and not torch.cpu._is_avx512_supported():
         pytest.skip("vLLM has this cache on CPUs with AVX-512 alone")
+    if dtype == "int4_per_token_head" and tuple(map(int, vllm_version().split(".")[:2])) >= (0, 33):
+        pytest.skip("from 0.33 on vLLM refuses this cache on a CPU, where it has no kernel for it")
     with engine(tiny, kv_cache_dtype=dtype, dtype="bfloat16") as llm:
         for layer in attention_layers(llm):
             assert layer.attn_backend.__module__.startswith("vllm.")

@@ -87,14 +87,14 @@ def test_old_vllm_is_refused_by_name() -> None:
     )
 
 
-@pytest.mark.parametrize("version", ["0.26.0", "0.32.0", "0.32.1+cpu", "0.27.0rc1.dev3+g0123456"])
+@pytest.mark.parametrize("version", ["0.26.0", "0.33.0", "0.32.1+cpu", "0.27.0rc1.dev3+g0123456"])
 def test_known_vllm_is_silent(version: str) -> None:
     assert plugin.check_version(version) is None
 
 
 def test_unknown_vllm_is_warned_of() -> None:
-    tried = "vllm-wkvquant is tried with vLLM 0.26 to 0.32"
-    assert plugin.check_version("0.33.0") == f"{tried}, found 0.33.0"
+    tried = "vllm-wkvquant is tried with vLLM 0.26 to 0.33"
+    assert plugin.check_version("0.34.0") == f"{tried}, found 0.34.0"
     assert plugin.check_version("1.0") == f"{tried}, found 1.0"
     assert plugin.check_version("unknown") == f"{tried}; the version of this one, 'unknown', cannot be read"
 

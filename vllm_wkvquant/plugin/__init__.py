@@ -5,7 +5,7 @@ import importlib.metadata
 import re
 
 OLDEST = (0, 26)
-NEWEST = (0, 32)
+NEWEST = (0, 33)
 BACKEND_PATH = "vllm_wkvquant.plugin.attention.WKVQuantBackend"
 
 
