@@ -20,9 +20,12 @@ import torch
 from vllm_wkvquant import native_cuda, reference
 from vllm_wkvquant.reference import KVParams
 
-# (kernel, head size, row tiles of 8, strands) -> (bytes of stack, why they are accepted)
+# (architecture, kernel) -> bytes of stack that are accepted, with nvcc 13.0: two CTAs of attention on a multiprocessor
+# leave a thread 168 registers, and keys are seldom written from fp32
 KNOWN = {
-    ("paged_attention", 128, 1, 1): (24, "two CTAs on an SM leave 168 registers; sm_121 alone"),
+    ("sm_86", "paged_attention<128, 1, 1>"): 8,
+    ("sm_89", "paged_attention<128, 1, 1>"): 8,
+    ("sm_121", "cache_write<64, float>"): 8,
 }
 
 
@@ -64,8 +67,8 @@ def main() -> None:
             name, head_size, tiles, strands = kernel
             shown = f"{name}<{head_size}, {tiles}, {strands}>" if tiles else f"{name}<{head_size}, {dtype}>"
             shared = static + (shared_bytes(head_size, tiles, strands) if tiles else 0)
-            allowed, why = KNOWN.get(kernel, (0, ""))
-            print(f"{arch:8}{shown:46}{registers:10}{stack:7}{shared:15}  {why if stack else ''}".rstrip())
+            allowed = KNOWN.get((arch, shown), 0)
+            print(f"{arch:8}{shown:46}{registers:10}{stack:7}{shared:15}")
             if stack > allowed:
                 failed.append(f"{shown} on {arch}: {stack} bytes of stack, {allowed} are accepted")
             kernel = None
