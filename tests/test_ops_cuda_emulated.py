@@ -112,7 +112,7 @@ def test_parts_of_an_item(emulated, heads, parts, group):
 
 def test_many_parts_of_an_item(emulated, monkeypatch):
     monkeypatch.setattr(native_cuda, "_num_sms", lambda device: 12)
-    for parts in (10, 11, 16, 24):
+    for parts in (10, 11, 16, 17, 24):
         test_ops_cuda.test_parts_of_an_item(1, parts, 4)
 
 
