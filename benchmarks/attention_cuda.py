@@ -53,7 +53,7 @@ FILL = 8192  # tokens written at once
 TURNS = 3  # of each build
 SHAPES = (
     "8x1x1024,8x16x1024,8x64x1024,8x1x8192,8x1x32768,8x1x131072,8x16x8192,8x64x2048,8x8x32768,"
-    "32x1x32768,32x8x32768,4x8x32768"
+    "32x1x32768,32x8x32768,32x64x1024,4x8x32768"
 )
 
 Call = Callable[[int], object]  # on a copy of the cache
