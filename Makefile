@@ -2,8 +2,8 @@
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
-# tests at once, each with its share of the cores: four at most, and 5 GB for each, which two engines take
-WORKERS := $(shell n=$$(nproc) m=$$(awk '/MemAvailable/ {print int($$2 / 5e6)}' /proc/meminfo); \
+# tests at once, each with its share of the cores: four at most, and 3 GB for each (2.4 were seen, with engines of a test)
+WORKERS = $(shell n=$$(nproc) m=$$(awk '/MemAvailable/ {print int($$2 / 3e6)}' /proc/meminfo); \
     n=$$((n < m ? n : m)); echo $$((n < 1 ? 1 : n < 4 ? n : 4)))
 NATIVE := $(wildcard setup.py csrc/*.h csrc/cpu/*)
 QUANTIZER := $(wildcard vllm_wkvquant/*.py vllm_wkvquant/quantize/*.py)

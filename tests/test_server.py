@@ -67,7 +67,7 @@ def offline(path: Path) -> tuple[list[list[dict[str, Any]]], str]:
 
 
 def free_port() -> int:
-    """A port that no one gets who takes any, from net.ipv4.ip_local_port_range, before the server binds it."""
+    """A free port outside net.ipv4.ip_local_port_range: nobody who asks for any gets it before the server."""
     while True:
         port = random.randrange(20000, 32768)
         with socket.socket() as s, contextlib.suppress(OSError):
