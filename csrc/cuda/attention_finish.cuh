@@ -197,6 +197,7 @@ __device__ bool Kernel<D, NT, Strands>::finish(bool with_current) {
 #pragma unroll 1
       for (int level = 0; level < 2; ++level) {
         gather(words, count, r, d, x, top_of_row, total);
+        if (!groups) break;
         words = words_of(kMaxCtas + first), count = groups;
       }
     }

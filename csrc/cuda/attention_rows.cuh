@@ -118,7 +118,7 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::prepare_rows(bool with_c
   while (true) {
     float largest = 0, together = 0;
     int f = 0;  // exponent of the shift's coefficients
-    if (slots) {
+    if (slots && any) {
       float2 ab[kSlots];
       float size = 0;
 #pragma unroll
@@ -127,12 +127,14 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::prepare_rows(bool with_c
         ab[i] = {u * slot_shift[i].x + v * slot_shift[i].y, v * slot_shift[i].x - u * slot_shift[i].y};
         size += fabsf(ab[i].x) + fabsf(ab[i].y);
       }
-      f = scale_exponent(warp_sum<kLanes>(size));
+      size = warp_sum<kLanes>(size), high = warp_sum<kLanes>(high);
+      f = scale_exponent(size);
       const float shrink = power_of_two(-f);
 #pragma unroll
       for (int i = 0; i < kSlots; ++i)
-        if (any && l + kLanes * i < slots)
-          s.ab[r * (slots + 4) + l + kLanes * i] = {ab[i].x * shrink, ab[i].y * shrink};
+        if (l + kLanes * i < slots) s.ab[r * (slots + 4) + l + kLanes * i] = {ab[i].x * shrink, ab[i].y * shrink};
+    } else {
+      high = warp_sum<kLanes>(high);
     }
     if (p.hadamard) hadamard_groups<D, kLanes>(x, l);
 #pragma unroll
@@ -150,7 +152,7 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::prepare_rows(bool with_c
       __half2* word = reinterpret_cast<__half2*>(s.query + r * (D / 8) + l / 2 + kLanes / 2 * i) + l % 2;
       word[0] = even, word[2] = odd;
     }
-    together = warp_sum<kLanes>(l % 2 ? 16 * together : together), high = warp_sum<kLanes>(high);
+    together = warp_sum<kLanes>(l % 2 ? 16 * together : together);
     if (p.k_extra || stands) fixed = warp_sum<kLanes>(fixed), extra = warp_sum<kLanes>(extra);
     float weight = 1;
     if (any && with_current && item.queries > 1) {
