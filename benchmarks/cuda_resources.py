@@ -50,6 +50,8 @@ def shared_bytes(head_size: int, tiles: int, strands: int) -> int:
 
 def main() -> None:
     """Print the table; exit with 1 on spills."""
+    if not native_cuda.LIBRARY.exists():
+        raise SystemExit(f"{native_cuda.LIBRARY} does not exist; build it with `make cuda`")
     command = [cuobjdump(), "--dump-resource-usage", str(native_cuda.LIBRARY)]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     print(f"{'arch':8}{'kernel':46}{'registers':>10}{'stack':>7}{'shared memory':>15}")
