@@ -413,6 +413,14 @@ def test_bad_checkpoints_are_refused(scratch, options: dict, message: str) -> No
         assert str(error.value) == message
 
 
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_adapters_are_refused(tiny, dtype: str) -> None:
+    """Under a cache of vLLM's own, too: the weights are folded all the same."""
+    message = "LoRA adapters are not supported: .* merge it into the model before `wkvquant quantize`"
+    with pytest.raises(ConfigError, match=message), engine(tiny, enable_lora=True, kv_cache_dtype=dtype):
+        pass
+
+
 def test_unsupported_block_size_is_refused(tiny) -> None:
     with pytest.raises(ValueError, match="block size 24 is not a multiple of 16"), engine(tiny, block_size=24):
         pass

@@ -58,6 +58,11 @@ class WKVQuantConfig(CompressedTensorsConfig):
         if hasattr(layer, "quant_method"):
             return layer.quant_method
         vllm_config = get_current_vllm_config()
+        if vllm_config.lora_config is not None:
+            raise ConfigError(
+                "wkvquant: LoRA adapters are not supported: v_proj and o_proj of this checkpoint are folded, and an "
+                "adapter of the original model does not fit them; merge it into the model before `wkvquant quantize`"
+            )
         _warn_of_w4a8(vllm_config.model_config.dtype)
         if not takes_4_bits(layer, prefix, vllm_config.cache_config):
             return super().get_quant_method(layer, prefix)
