@@ -413,6 +413,19 @@ def test_bad_checkpoints_are_refused(scratch, options: dict, message: str) -> No
         assert str(error.value) == message
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 1e6},
+        {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 1024},
+    ],
+)
+def test_another_rope_is_refused(tiny, rope: dict) -> None:
+    message = "quantize the model with this rope, or serve with an explicit --kv-cache-dtype"
+    with pytest.raises(ConfigError, match=message), engine(tiny, hf_overrides={"rope_parameters": rope}):
+        pass
+
+
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 def test_adapters_are_refused(tiny, dtype: str) -> None:
     """Under a cache of vLLM's own, too: the weights are folded all the same."""

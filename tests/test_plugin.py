@@ -5,12 +5,14 @@ import importlib.metadata
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import cases
 import pytest
 import torch
+from transformers import LlamaConfig
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.v1.attention.backend import AttentionType, MultipleOf
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -20,6 +22,7 @@ import vllm_wkvquant
 from vllm_wkvquant import checkpoint, layout, ops, plugin, reference
 from vllm_wkvquant.config import ConfigError, KVCacheConfig, RopeConfig
 from vllm_wkvquant.plugin import attention, prefill, quantization
+from vllm_wkvquant.quantize.adapters import rope_config
 
 PACKAGE = Path(vllm_wkvquant.__file__).parent
 
@@ -226,6 +229,8 @@ def test_kv_heads_that_do_not_divide_are_refused() -> None:
 
 
 class FakeModel(SimpleNamespace):
+    hf_text_config = LlamaConfig(head_dim=64)
+
     def get_head_size(self) -> int:
         return 64
 
@@ -361,6 +366,42 @@ def test_another_model_is_refused(method, monkeypatch) -> None:
     monkeypatch.setattr(FakeModel, "get_total_num_kv_heads", lambda self: 8)
     with pytest.raises(ConfigError, match="says number of KV heads 4, the model has 8"):
         method().create_weights(FakeLayer())
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        (
+            {"rope_type": "default", "rope_theta": 1.01e4},
+            "quantize the model with this rope, or serve with an explicit",
+        ),
+        (YARN, "quantize the model with this rope, or serve with an explicit"),
+        ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, "dynamic NTK.*; serve with an explicit --kv-"),
+        ({"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0}, "longrope.*; serve with an explicit --kv-"),
+    ],
+)
+def test_another_rope_is_refused(method, rope: dict, message: str) -> None:
+    """The shift would turn by other angles than the keys. A shift that does not turn is at home under any."""
+    config = LlamaConfig(head_dim=64, max_position_embeddings=2048)
+    config.rope_parameters = rope
+    kv = method(hf_text_config=config)
+    with pytest.raises(ConfigError, match=message):
+        kv.create_weights(FakeLayer())
+    kv.quant_config.kv = replace(kv_config(), key_shift="static")
+    kv.create_weights(FakeLayer())
+
+
+def test_scaling_of_cos_and_sin_is_compared(method) -> None:
+    config = LlamaConfig(head_dim=64, max_position_embeddings=2048, rope_parameters=YARN)
+    kv, rope = method(hf_text_config=config), rope_config(config)
+    kv.quant_config.kv = replace(kv_config(), rope=rope)
+    kv.create_weights(FakeLayer())
+    kv.quant_config.kv = replace(kv_config(), rope=replace(rope, attention_scaling=1.0))
+    with pytest.raises(ConfigError, match="quantize the model with this rope"):
+        kv.create_weights(FakeLayer())
 
 
 def test_w4a8_is_noticed(monkeypatch, caplog) -> None:

@@ -57,6 +57,13 @@ class RopeConfig:
         if not (math.isfinite(self.attention_scaling) and self.attention_scaling > 0):
             raise ConfigError(f"rope: attention_scaling {self.attention_scaling} is not a positive number")
 
+    def is_close(self, other: "RopeConfig") -> bool:
+        """Whether both rotate alike, up to the rounding of fp32."""
+        ours, theirs = ((*rope.inv_freq, rope.attention_scaling) for rope in (self, other))
+        return len(ours) == len(theirs) and all(
+            math.isclose(a, b, rel_tol=1e-5) for a, b in zip(ours, theirs, strict=True)
+        )
+
 
 @dataclass(frozen=True)
 class KVCacheConfig:

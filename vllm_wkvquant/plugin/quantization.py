@@ -19,9 +19,10 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_wkvquant.checkpoint import KV_PARAMS, KV_PREFIX, QUANT_METHOD, check_kv_tensor, missing_kv_tensor
-from vllm_wkvquant.config import ConfigError, KVCacheConfig
+from vllm_wkvquant.config import ConfigError, KVCacheConfig, RopeConfig
 from vllm_wkvquant.layout import PageLayout
 from vllm_wkvquant.plugin.attention import WKVQuantBackend
+from vllm_wkvquant.quantize.adapters import check_rope, rope_config
 from vllm_wkvquant.reference import KVParams
 
 logger = init_logger("vllm.wkvquant")
@@ -106,6 +107,19 @@ def local_heads(total: int, local: int, rank: int, world_size: int) -> slice:
     return slice(first, first + 1)
 
 
+def _check_rope(rope: RopeConfig, hf_config: Any) -> None:
+    """Raise ConfigError unless the model rotates keys as the checkpoint's shifts turn: --hf-overrides may say else."""
+    try:
+        check_rope(hf_config.rope_parameters)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; serve with an explicit --kv-cache-dtype") from error
+    if not rope.is_close(rope_config(hf_config)):
+        raise ConfigError(
+            f"the checkpoint's keys turn with another rotary embedding than the model's, {hf_config.rope_parameters}; "
+            "quantize the model with this rope, or serve with an explicit --kv-cache-dtype"
+        )
+
+
 class WKVQuantKVCacheMethod(BaseKVCacheMethod):
     """Registers the KV tensors of one layer, swaps its backend, and builds its KVParams once they are loaded."""
 
@@ -167,6 +181,8 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
                     f"wkvquant: {what} is not supported by the 4-bit KV cache; serve this model with an explicit "
                     "--kv-cache-dtype"
                 )
+        if kv.key_shift == "rotating":
+            _check_rope(kv.rope, model.hf_text_config)
         if vllm_config.cache_config.block_size is not None:
             PageLayout(layer.head_size, vllm_config.cache_config.block_size)
 

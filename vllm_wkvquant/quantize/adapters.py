@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from vllm_wkvquant.checkpoint import ShardedTensors, read_config
 from vllm_wkvquant.config import ConfigError, RopeConfig
@@ -76,6 +77,14 @@ def check_rope(rope: dict[str, Any]) -> None:
         raise ConfigError(f"rotary embedding {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
 
 
+def rope_config(config: PreTrainedConfig) -> RopeConfig:
+    """Frequencies and scaling that a model of this transformers config uses; all families compute them as Llama."""
+    with torch.device("cpu"):
+        rotary = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]
+    inv_freq = rotary.get_buffer("inv_freq")
+    return RopeConfig(tuple(inv_freq.double().tolist()), 2 * inv_freq.numel(), float(rotary.attention_scaling))
+
+
 def group_size(in_features: int) -> int | None:
     """Weights that share a scale: 128, else the largest smaller power of two that divides; None where none does."""
     return next((g for g in GROUP_SIZES if in_features % g == 0), None)
@@ -115,11 +124,7 @@ class ModelAdapter:
             )
         # on the CPU: buffers of the meta skeleton have no values
         self.rotary: torch.nn.Module = type(self.skeleton.get_submodule(self.family.rotary))(config=config)
-        self.rope = RopeConfig(
-            inv_freq=tuple(self.rotary.get_buffer("inv_freq").double().tolist()),
-            rotary_dim=2 * self.rotary.get_buffer("inv_freq").numel(),
-            attention_scaling=float(self.rotary.attention_scaling),
-        )
+        self.rope = rope_config(config)
         self._shapes = self._check_tensors()
         self.group_sizes = self._check_groups()
 
