@@ -16,6 +16,7 @@ from vllm_wkvquant import cli
 from vllm_wkvquant.checkpoint import INDEX_FILE, KV_PARAMS, kv_tensor_name
 from vllm_wkvquant.quantize.state import RunState
 
+WHOLE = "a whole number of at least 1"
 ARGUMENTS = ["--samples", "4", "--seq-len", "32", "--recipe", "rtn"]
 
 
@@ -111,6 +112,22 @@ def test_missing_model(refused: Callable[..., str], tmp_path: Path) -> None:
 def test_config_is_not_json(refused: Callable[..., str], copy: Path) -> None:
     (copy / "config.json").write_text("{")
     assert refused(copy).startswith(f"{copy}/config.json is not valid JSON: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "{index} is not valid JSON: "),
+        ("\xff", "{index} is not valid JSON: "),
+        ("[]", "{index} must be an object, got list"),
+        ('{"weight_map": 1}', "{index}: weight_map must be an object of file names"),
+        ('{"weight_map": {"a": 1}}', "{index}: weight_map must be an object of file names"),
+    ],
+)
+def test_damaged_index(content: str, message: str, inspect_refused: Callable[[Path], str], damaged: Path) -> None:
+    index = damaged / INDEX_FILE
+    index.write_bytes(content.encode("latin1"))
+    assert inspect_refused(damaged).startswith(message.format(index=index))
 
 
 def test_model_without_weights(refused: Callable[..., str], copy: Path) -> None:
@@ -405,13 +422,27 @@ def test_missing_part_of_a_weight(inspect_refused: Callable[[Path], str], damage
         ("head_size", 72, "head size 72 is not supported; supported: [64, 80, 96, 128, 256]"),
         ("key_shift", "odd", "key_shift 'odd' is not one of ['rotating', 'static', 'none']"),
         ("rope", 1, "quantization_config.wkvquant.rope must be an object, got int"),
+        ("key_hadamard", "false", "quantization_config.wkvquant.key_hadamard must be true or false, got 'false'"),
+        ("value_hadamard", None, "quantization_config.wkvquant.value_hadamard must be true or false, got None"),
+        ("num_kv_heads", "4", f"quantization_config.wkvquant.num_kv_heads must be {WHOLE}, got '4'"),
+        ("num_kv_heads", 0, f"quantization_config.wkvquant.num_kv_heads must be {WHOLE}, got 0"),
+        ("num_hidden_layers", True, f"quantization_config.wkvquant.num_hidden_layers must be {WHOLE}, got True"),
+        ("head_size", 64.0, f"quantization_config.wkvquant.head_size must be {WHOLE}, got 64.0"),
+        ("key_shift", ["none"], "quantization_config.wkvquant.key_shift must be a string, got ['none']"),
+        ("rotary_dim", "64", f"quantization_config.wkvquant.rope.rotary_dim must be {WHOLE}, got '64'"),
+        ("inv_freq", None, "quantization_config.wkvquant.rope.inv_freq must be a list of numbers, got None"),
+        ("inv_freq", ["1"], "quantization_config.wkvquant.rope.inv_freq must be a list of numbers, got ['1']"),
+        ("inv_freq", [True], "quantization_config.wkvquant.rope.inv_freq must be a list of numbers, got [True]"),
+        ("attention_scaling", "1", "quantization_config.wkvquant.rope.attention_scaling must be a number, got '1'"),
     ],
 )
 def test_kv_section(
     key: str, value: object, message: str, inspect_refused: Callable[[Path], str], damaged: Path
 ) -> None:
     section = json.loads((damaged / "config.json").read_text())["quantization_config"]
-    edit_config(damaged, quantization_config={**section, "wkvquant": {**section["wkvquant"], key: value}})
+    kv = section["wkvquant"]
+    (kv["rope"] if key in kv["rope"] else kv)[key] = value
+    edit_config(damaged, quantization_config=section)
     assert inspect_refused(damaged) == message
 
 

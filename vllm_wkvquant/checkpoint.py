@@ -126,7 +126,9 @@ class ShardedTensors:
             raise ConfigError(f"{path} is not a directory; give the path of a local Hugging Face checkpoint")
         index = path / INDEX_FILE
         if index.is_file():
-            self.files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            self.files: dict[str, str] = _read_object(index).get("weight_map", {})
+            if not isinstance(self.files, dict) or not all(isinstance(f, str) for f in self.files.values()):
+                raise ConfigError(f"{index}: weight_map must be an object of file names")
         elif (path / "model.safetensors").is_file():
             with self._open("model.safetensors") as f:
                 self.files = dict.fromkeys(f.keys(), "model.safetensors")
@@ -183,10 +185,17 @@ def read_config(path: Path) -> dict[str, Any]:
     file = Path(path) / "config.json"
     if not file.is_file():
         raise ConfigError(f"{path} has no config.json; give the path of a local Hugging Face checkpoint")
+    return _read_object(file)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        data = json.loads(file.read_text())
+    except ValueError as error:
         raise ConfigError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{file} must be an object, got {type(data).__name__}")
+    return data
 
 
 class Checkpoint:

@@ -5,6 +5,8 @@ The JSON form lives in `config.json` under `quantization_config["wkvquant"]` (do
 
 import dataclasses
 import math
+import reprlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,20 @@ KEY_SHIFTS = ("rotating", "static", "none")
 
 class ConfigError(ValueError):
     """A checkpoint or an argument that this package refuses; the message says what to do."""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+# field's type -> what its JSON must be
+_JSON_TYPES: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    bool: ("true or false", lambda x: isinstance(x, bool)),
+    int: ("a whole number of at least 1", lambda x: type(x) is int and x >= 1),
+    float: ("a number", _is_number),
+    str: ("a string", lambda x: isinstance(x, str)),
+    tuple[float, ...]: ("a list of numbers", lambda x: isinstance(x, (list, tuple)) and all(map(_is_number, x))),
+}
 
 
 def _from_dict(cls: type, where: str, data: Any) -> Any:
@@ -33,6 +49,11 @@ def _from_dict(cls: type, where: str, data: Any) -> Any:
     missing = sorted(required - set(data))
     if missing:
         raise ConfigError(f"{where} lacks the keys {missing}")
+    for field in dataclasses.fields(cls):
+        if field.name in data and field.type in _JSON_TYPES:
+            what, is_it = _JSON_TYPES[field.type]
+            if not is_it(data[field.name]):
+                raise ConfigError(f"{where}.{field.name} must be {what}, got {reprlib.repr(data[field.name])}")
     return cls(**data)
 
 
