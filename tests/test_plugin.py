@@ -488,7 +488,8 @@ def test_positions_keep_their_address() -> None:
 
 
 def test_decode_is_captured_where_kernels_of_a_gpu_are(monkeypatch) -> None:
-    """UNIFORM_BATCH with them, after every layer's needs were reserved; NEVER with the reference. CUDA's plan steps."""
+    """UNIFORM_BATCH with them, after every layer's needs were reserved; NEVER with the reference. CUDA's plan steps,
+    with the window of the layers, which their spec may lack."""
     params = [layer_with_params().wkv_params for _ in range(2)]
     reserved, planned = [], []
 
@@ -500,7 +501,7 @@ def test_decode_is_captured_where_kernels_of_a_gpu_are(monkeypatch) -> None:
 
     def planner(layers, num_heads, window):
         assert [id(x) for x in layers] == [id(x) for x in params]
-        assert (num_heads, window) == (6, 0)
+        assert (num_heads, window) == (6, 128)
         return Planner() if ops.default_variant("cpu", 64) == "cuda" else None
 
     vllm_config = SimpleNamespace(
@@ -509,7 +510,8 @@ def test_decode_is_captured_where_kernels_of_a_gpu_are(monkeypatch) -> None:
         compilation_config=SimpleNamespace(
             max_cudagraph_capture_size=24,
             static_forward_context={
-                name: SimpleNamespace(wkv_params=p, num_heads=6) for name, p in zip("ab", params, strict=True)
+                name: SimpleNamespace(wkv_params=p, num_heads=6, impl=SimpleNamespace(sliding_window=128))
+                for name, p in zip("ab", params, strict=True)
             },
         ),
     )
@@ -533,11 +535,15 @@ def test_decode_is_captured_where_kernels_of_a_gpu_are(monkeypatch) -> None:
         assert step.plan == (3 if variant == "cuda" else None)
     assert [(id(p), n) for p, n in reserved] == 2 * [(id(p), 5) for p in params]
     assert planned == [(1, 24, 8 * 32), (1, 40, 8 * 32), (1, 24, 8 * 32)]
-    # heads that differ from layer to layer have no plan in common
-    vllm_config.compilation_config.static_forward_context["b"].num_heads = 2
+    # heads or windows that differ from layer to layer have no plan in common
     monkeypatch.setattr(ops, "default_variant", lambda device_type, head_size: "cuda")
-    b = attention.WKVQuantMetadataBuilder(spec, ["a", "b"], vllm_config, torch.device("cpu"))
-    assert b.build(0, common([(3, 1)], [3])).plan is None
+    layer = vllm_config.compilation_config.static_forward_context["b"]
+    for heads, window in ((2, 128), (6, 0)):
+        layer.num_heads, layer.impl.sliding_window = heads, window
+        b = attention.WKVQuantMetadataBuilder(spec, ["a", "b"], vllm_config, torch.device("cpu"))
+        step = b.build(0, common([(3, 1)], [3]))
+        assert step.plan is None
+        assert step.positions.tolist() == [3]
 
 
 def test_non_causal_attention_is_refused() -> None:

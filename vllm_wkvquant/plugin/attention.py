@@ -120,8 +120,10 @@ class WKVQuantMetadataBuilder(AttentionMetadataBuilder[WKVQuantMetadata]):
             layers = [compilation.static_forward_context[name] for name in layer_names]
             for layer in layers:
                 ops.reserve(layer.wkv_params, vllm_config.scheduler_config.max_num_seqs)
-            if len({layer.num_heads for layer in layers}) == 1:  # else every call plans for itself
-                self._planner = ops.planner([x.wkv_params for x in layers], layers[0].num_heads, self._window)
+            # without vLLM's hybrid cache manager, layers with and without a window share a spec that has none
+            kinds = {(layer.num_heads, layer.impl.sliding_window) for layer in layers}
+            if len(kinds) == 1:  # else every call plans for itself
+                self._planner = ops.planner([x.wkv_params for x in layers], *kinds.pop())
             self._flash = prefill.flash_attention(kv_cache_spec.head_size, vllm_config.model_config.dtype)
         if self._flash is not None:
             self._init_reorder_batch_threshold(prefill.SHORT, supports_spec_as_decode=True)
