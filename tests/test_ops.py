@@ -343,7 +343,7 @@ def test_struct_sizes() -> None:
     """The ctypes mirrors have the size of the C structs."""
     import ctypes
 
-    for i, struct in enumerate((native.Params, native.CacheWrite, native.PagedAttention)):
+    for i, struct in enumerate(native.STRUCTS):
         assert native.library().wkvquant_sizeof(i) == ctypes.sizeof(struct)
 
 
@@ -450,19 +450,42 @@ print(len({line.split()[-1] for line in maps().splitlines() if "libgomp" in line
     assert result.stdout.strip() == "1", result.stderr
 
 
-def test_default_variant(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """cpp where it is built; else the reference with one warning that says what to do."""
-    logger = logging.getLogger("vllm.wkvquant")
-    monkeypatch.setattr(logger, "propagate", True)
-    ops.default_variant.cache_clear()
-    assert ops.default_variant("cpu", 64) == "cpp"
-    monkeypatch.delitem(ops.TABLE["paged_attention"], "cpp")
-    ops.default_variant.cache_clear()
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({}, None),
+        ({"LIBRARY": Path("nothing.so")}, "nothing.so is not built; run `pip install"),
+        (
+            {"LIBRARY": Path(__file__)},
+            "invalid ELF header): rebuild it with `pip install",
+        ),
+        ({"STRUCTS": (native.Params, native.PagedAttention)}, "was built from another version: rebuild it with `pip"),
+        (
+            {"FUNCTIONS": native.FUNCTIONS | {"wkvquant_more": (None, [])}},
+            "wkvquant_more): rebuild it with `pip install",
+        ),
+    ],
+)
+def test_default_variant(
+    changed: dict, message: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """cpp where it is built from these sources; else the reference with one warning that says what to do."""
+    monkeypatch.setattr(logging.getLogger("vllm.wkvquant"), "propagate", True)
+    for name, value in changed.items():
+        monkeypatch.setattr(native, name, value)
+    for cached in (native.library, ops.default_variant):
+        cached.cache_clear()
     with caplog.at_level(logging.WARNING, "vllm.wkvquant"):
-        assert ops.default_variant("cpu", 64) == ops.default_variant("cpu", 64) == "reference"
-    (warning,) = [r for r in caplog.records if r.levelno == logging.WARNING]
-    assert "pip install" in warning.getMessage()
-    ops.default_variant.cache_clear()
+        chosen = {ops.default_variant("cpu", 64) for _ in range(2)}
+    for cached in (native.library, ops.default_variant):
+        cached.cache_clear()
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    if message is None:
+        assert (chosen, warnings) == ({"cpp"}, [])
+    else:
+        assert chosen == {"reference"}
+        assert len(warnings) == 1
+        assert message in warnings[0]
 
 
 def run_setup(tmp_path: Path, *arguments: str, **env: str) -> str:

@@ -1,5 +1,6 @@
 """The CUDA kernels against the specification: every head size, group, length and option that they take."""
 
+import ctypes
 import math
 from dataclasses import fields, replace
 
@@ -504,6 +505,6 @@ def test_rows_far_apart_are_refused():
 def test_structs_and_default():
     lib = native_cuda.library()
     for i, struct in enumerate(native_cuda.STRUCTS):
-        assert lib.wkvquant_cuda_sizeof(i) == native_cuda.ctypes.sizeof(struct)
+        assert lib.wkvquant_cuda_sizeof(i) == ctypes.sizeof(struct)
     assert ops.default_variant("cuda", 128) == "cuda"
     assert ops.default_variant("cuda", 80) == ("reference" if ops.native_triton is None else "triton")

@@ -1,6 +1,7 @@
 """A part of test_ops_cuda.py with the CUDA kernels run by the CPU (tests/emulation), for machines without a GPU."""
 
 import contextlib
+import ctypes
 import shutil
 from types import SimpleNamespace
 
@@ -182,4 +183,16 @@ def test_rows_far_apart_are_refused(emulated):
 def test_structs(emulated):
     lib = native_cuda.library()
     for i, struct in enumerate(native_cuda.STRUCTS):
-        assert lib.wkvquant_cuda_sizeof(i) == native_cuda.ctypes.sizeof(struct)
+        assert lib.wkvquant_cuda_sizeof(i) == ctypes.sizeof(struct)
+
+
+def test_library_of_another_version(emulated, monkeypatch):
+    """Its structs have other sizes: it is not called."""
+    with monkeypatch.context() as patch:
+        patch.setattr(native_cuda, "STRUCTS", native_cuda.STRUCTS[1:])
+        native_cuda.library.cache_clear()
+        assert native_cuda.refusal(128) == (
+            f"emulated.so was built from another version: rebuild it with {native_cuda.BUILD}"
+        )
+    native_cuda.library.cache_clear()
+    assert native_cuda.library()

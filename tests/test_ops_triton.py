@@ -219,10 +219,13 @@ def test_refusals(triton):
 def choose(monkeypatch):
     """default_variant of a GPU: (capability, shared memory, whether the CUDA kernels are built, head size) -> name."""
 
+    def not_built():
+        raise FileNotFoundError("not built")
+
     def default(capability, shared, built, head_size):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
         monkeypatch.setattr(native_cuda, "_shared_memory", lambda device: shared << 10)
-        monkeypatch.setattr(native_cuda, "available", lambda: built)
+        monkeypatch.setattr(native_cuda, "library", lambda: built or not_built())
         ops.default_variant.cache_clear()
         return ops.default_variant("cuda", head_size)
 

@@ -8,7 +8,8 @@ import ctypes
 import functools
 import os
 import weakref
-from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -62,30 +63,68 @@ class PagedAttention(Structure):
     ]
 
 
+STRUCTS = (Params, CacheWrite, PagedAttention)  # in the order of wkvquant_sizeof
+FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "wkvquant_sizeof": (c_int64, [c_int32]),
+    "wkvquant_isa": (c_char_p, [c_int32, POINTER(c_int32)]),
+    "wkvquant_use_isa": (None, [c_int32]),
+    "wkvquant_prepare": (c_void_p, [POINTER(Params)]),
+    "wkvquant_release": (None, [c_void_p]),
+    "wkvquant_cache_write": (c_int32, [POINTER(CacheWrite), c_void_p]),
+    "wkvquant_paged_attention": (c_int32, [POINTER(PagedAttention), c_void_p]),
+    "wkvquant_layout": (None, [c_int64, c_int64, POINTER(c_int64)]),
+    "wkvquant_layout_k_word": (c_int64, [c_int64] * 4),
+    "wkvquant_layout_v_half": (c_int64, [c_int64] * 4),
+}
+BUILD = "`pip install -e .` in a checkout of vllm-wkvquant"
+
+
+class LibraryError(RuntimeError):
+    """A library that is not of this version; the message says how to rebuild it."""
+
+
+def open_library(
+    path: Path, functions: dict[str, tuple[Any, list[Any]]], structs: Sequence[type[Structure]], build: str
+) -> Any:
+    """The library at `path`. Raises LibraryError where it lacks a function or has structs of other sizes.
+
+    functions: name -> (type of the result, types of the arguments); the first gives the size of a struct by its index
+    in `structs`. build: how to rebuild the library.
+    """
+    try:
+        lib = ctypes.CDLL(str(path))
+        for name, (result, arguments) in functions.items():
+            function = getattr(lib, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        raise LibraryError(f"{path.name} cannot be used ({error}): rebuild it with {build}") from error
+    sizeof = getattr(lib, next(iter(functions)))
+    if any(sizeof(i) != ctypes.sizeof(struct) for i, struct in enumerate(structs)):
+        raise LibraryError(f"{path.name} was built from another version: rebuild it with {build}")
+    return lib
+
+
 def available() -> bool:
     """Whether this build has the library."""
     return LIBRARY.exists()
 
 
+def refusal() -> str | None:
+    """Why the kernels cannot run; None where they can. Raises ValueError on a bad WKVQUANT_CPU_ISA."""
+    try:
+        library()
+    except (FileNotFoundError, LibraryError) as error:
+        return str(error)
+    return None
+
+
 @functools.cache
 def library() -> Any:
-    """The loaded library. Raises FileNotFoundError where it was not built, ValueError on a bad WKVQUANT_CPU_ISA."""
+    """The loaded library. Raises FileNotFoundError where it was not built, LibraryError where it is not
+    of this version, ValueError on a bad WKVQUANT_CPU_ISA."""
     if not available():
-        raise FileNotFoundError(f"{LIBRARY.name} is not built; run `pip install -e .` in a checkout of vllm-wkvquant")
-    lib = ctypes.CDLL(str(LIBRARY))
-    lib.wkvquant_isa.restype = ctypes.c_char_p
-    lib.wkvquant_isa.argtypes = [c_int32, POINTER(c_int32)]
-    lib.wkvquant_use_isa.argtypes = [c_int32]
-    lib.wkvquant_prepare.restype = c_void_p
-    lib.wkvquant_prepare.argtypes = [POINTER(Params)]
-    lib.wkvquant_release.argtypes = [c_void_p]
-    lib.wkvquant_cache_write.argtypes = [POINTER(CacheWrite), c_void_p]
-    lib.wkvquant_paged_attention.argtypes = [POINTER(PagedAttention), c_void_p]
-    lib.wkvquant_sizeof.restype = c_int64
-    lib.wkvquant_layout.argtypes = [c_int64, c_int64, POINTER(c_int64)]
-    for name in ("wkvquant_layout_k_word", "wkvquant_layout_v_half"):
-        getattr(lib, name).restype = c_int64
-        getattr(lib, name).argtypes = [c_int64] * 4
+        raise FileNotFoundError(f"{LIBRARY.name} is not built; run {BUILD}")
+    lib = open_library(LIBRARY, FUNCTIONS, STRUCTS, BUILD)
     _choose(lib, os.environ.get("WKVQUANT_CPU_ISA") or None)
     return lib
 

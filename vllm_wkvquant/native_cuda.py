@@ -6,7 +6,6 @@ arguments (tables of a layer's parameters, a workspace for each stream) is made 
 must come before a capture. A `Planner` does once a step what is the same in all of its layers.
 """
 
-import ctypes
 import functools
 import math
 import weakref
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from vllm_wkvquant.layout import TILE, token_bytes
+from vllm_wkvquant.native import LibraryError, open_library
 from vllm_wkvquant.reference import STEP_PAIRS, KVParams, hadamard_block, slow_pairs
 
 LIBRARY = Path(__file__).with_name("_wkvquant_cuda.so")
@@ -97,7 +97,21 @@ class Gather(Structure):
     ]
 
 
+BUILD = "`make cuda` in a checkout of vllm-wkvquant"
 STRUCTS = (Params, CacheWrite, PlanStep, PagedAttention, Gather)  # in the order of wkvquant_cuda_sizeof
+FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "wkvquant_cuda_sizeof": (c_int64, [c_int32]),
+    "wkvquant_cuda_cache_write": (c_int32, [POINTER(CacheWrite), POINTER(Params), c_void_p]),
+    "wkvquant_cuda_gather_kv": (c_int32, [POINTER(Gather), POINTER(Params), c_void_p]),
+    "wkvquant_cuda_paged_attention": (c_int32, [POINTER(PagedAttention), POINTER(Params), c_void_p]),
+    "wkvquant_cuda_plan": (c_int32, [POINTER(PlanStep), c_void_p]),
+    "wkvquant_cuda_teams": (c_int32, [POINTER(Params), c_int32, c_int32, c_int64]),
+    "wkvquant_cuda_shared_bytes": (c_int64, [POINTER(Params), c_int32, c_int32]),
+    "wkvquant_cuda_workspace": (c_int64, []),
+    "wkvquant_cuda_plan_bytes": (c_int64, []),
+    "wkvquant_cuda_max_seqs": (c_int32, []),
+    "wkvquant_cuda_error": (c_char_p, [c_int32]),
+}
 
 
 def available() -> bool:
@@ -107,27 +121,16 @@ def available() -> bool:
 
 @functools.cache
 def library() -> Any:
-    """The loaded library. Raises FileNotFoundError where it was not built."""
-    if not LIBRARY.exists():
-        raise FileNotFoundError(f"{LIBRARY.name} is not built; run `make cuda` in a checkout of vllm-wkvquant")
+    """The loaded library. Raises FileNotFoundError where it was not built, LibraryError where it is not
+    of this version."""
+    if not available():
+        raise FileNotFoundError(f"{LIBRARY.name} is not built; run {BUILD}")
     return load(LIBRARY)
 
 
 def load(path: Path) -> Any:
-    """The library of a build of this version's interface."""
-    lib = ctypes.CDLL(str(path))
-    lib.wkvquant_cuda_cache_write.argtypes = [POINTER(CacheWrite), POINTER(Params), c_void_p]
-    lib.wkvquant_cuda_gather_kv.argtypes = [POINTER(Gather), POINTER(Params), c_void_p]
-    lib.wkvquant_cuda_paged_attention.argtypes = [POINTER(PagedAttention), POINTER(Params), c_void_p]
-    lib.wkvquant_cuda_plan.argtypes = [POINTER(PlanStep), c_void_p]
-    lib.wkvquant_cuda_teams.argtypes = [POINTER(Params), c_int32, c_int32, c_int64]
-    lib.wkvquant_cuda_shared_bytes.argtypes = [POINTER(Params), c_int32, c_int32]
-    lib.wkvquant_cuda_shared_bytes.restype = c_int64
-    lib.wkvquant_cuda_workspace.restype = c_int64
-    lib.wkvquant_cuda_plan_bytes.restype = c_int64
-    lib.wkvquant_cuda_sizeof.restype = c_int64
-    lib.wkvquant_cuda_error.restype = c_char_p
-    return lib
+    """The library of a build of this version's interface. Raises LibraryError for another."""
+    return open_library(path, FUNCTIONS, STRUCTS, BUILD)
 
 
 @dataclass(frozen=True)
@@ -279,8 +282,10 @@ def prepare(params: KVParams) -> Prepared:
 
 def refusal(head_size: int) -> str | None:
     """Why the kernels cannot run on the current device; None where they can."""
-    if not available():
-        return f"build {LIBRARY.name} with `make cuda` in a checkout"
+    try:
+        library()
+    except (FileNotFoundError, LibraryError) as error:
+        return str(error)
     if torch.cuda.get_device_capability() < (8, 0):
         return "they need compute capability 8.0"
     if head_size not in HEAD_SIZES:

@@ -46,11 +46,12 @@ CAPTURED = ("cuda", "triton")  # variants whose calls can be captured into a gra
 @functools.cache
 def default_variant(device_type: str, head_size: int) -> str:
     """The variant used on a device type ("cpu", "cuda"): the best one this build has. Chosen once, logged once."""
-    how = f"build {native.LIBRARY.name} with `pip install -e .` in a checkout"
-    if device_type == "cpu" and "cpp" in TABLE["paged_attention"]:
-        logger.info("4-bit KV cache on cpu: compiled kernels, %s", native.isa())
-        return "cpp"
-    if device_type == "cuda":
+    if device_type == "cpu":
+        refusal = native.refusal()
+        if refusal is None:
+            logger.info("4-bit KV cache on cpu: compiled kernels, %s", native.isa())
+            return "cpp"
+    elif device_type == "cuda":
         refusal = native_cuda.refusal(head_size)
         if refusal is None:
             major, minor = torch.cuda.get_device_capability()
@@ -60,8 +61,10 @@ def default_variant(device_type: str, head_size: int) -> str:
         if other is None:
             logger.info("4-bit KV cache on cuda: Triton's kernels; faster ones: %s", refusal)
             return "triton"
-        how = f"{refusal}; {other}"
-    logger.warning("4-bit KV cache on %s: slow reference; compiled kernels: %s", device_type, how)
+        refusal = f"{refusal}; {other}"
+    else:
+        refusal = "there are none for it"
+    logger.warning("4-bit KV cache on %s: slow reference; compiled kernels: %s", device_type, refusal)
     return "reference"
 
 
