@@ -14,8 +14,10 @@ import pytest
 import torch
 from transformers import LlamaConfig
 from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionType, MultipleOf
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 import vllm_wkvquant
@@ -437,7 +439,16 @@ def test_page_is_what_the_layout_says() -> None:
     for kv_layout in backend.supported_kv_cache_layouts():
         assert kv_layout.is_block_contiguous
     assert backend.get_supported_kernel_block_sizes() == [MultipleOf(16)]
-    assert backend.get_supported_head_sizes() == list(layout.HEAD_SIZES)
+
+
+def test_backend_is_not_chosen_by_hand() -> None:
+    """vLLM asks like this on a GPU with `--attention-backend CUSTOM`, whatever the model."""
+    plugin.register()
+    config = AttentionSelectorConfig(128, torch.bfloat16, "auto", 32)
+    reasons = AttentionBackendEnum.CUSTOM.get_class().validate_configuration(
+        device_capability=DeviceCapability(9, 0), **config._asdict()
+    )
+    assert reasons == ["it is chosen by a wkvquant checkpoint; leave out --attention-backend"]
 
 
 @pytest.mark.parametrize("lengths", [[(0, 5)], [(3, 1), (0, 7), (100, 4)], [(17, 1)] * 4, [(5, 2), (9, 0), (0, 3)]])

@@ -1,7 +1,7 @@
 """Attention backend of the 4-bit cache: it lays out pages, finds positions, and calls the ops."""
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from vllm.platforms import current_platform
@@ -27,8 +27,6 @@ class WKVQuantBackend(AttentionBackend):
 
     # the write needs the positions that only the metadata has, and forward() is where the metadata arrives
     forward_includes_kv_cache_update = True
-    supported_dtypes: ClassVar = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar = ["auto", "int4_per_token_head"]
 
     @staticmethod
     def get_name() -> str:
@@ -47,16 +45,9 @@ class WKVQuantBackend(AttentionBackend):
         return [MultipleOf(TILE)]
 
     @classmethod
-    def get_supported_head_sizes(cls) -> list[int]:
-        return list(HEAD_SIZES)
-
-    @classmethod
-    def supports_sliding_window(cls) -> bool:
-        return True
-
-    @classmethod
-    def supports_attn_type(cls, attn_type: str) -> bool:
-        return attn_type == AttentionType.DECODER
+    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
+        """vLLM asks a backend that it is to choose for layers; `WKVQuantKVCacheMethod` gives this one to its own."""
+        return ["it is chosen by a wkvquant checkpoint; leave out --attention-backend"]
 
     @staticmethod
     def get_kv_cache_shape(
