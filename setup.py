@@ -28,6 +28,7 @@ ISA_FLAGS["avx512"].append("-mprefer-vector-width=512")
 CUDA_ARCHS = os.environ.get("WKVQUANT_CUDA_ARCHS", "80;90a").split(";")
 CUDA_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
 CUDA_FLAGS += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS]
+CUDA_FLAGS.append(f"-DWKV_CUDA_ARCHS={'_'.join(CUDA_ARCHS)}")
 X86 = platform.machine() in ("x86_64", "AMD64")
 
 

@@ -196,3 +196,33 @@ def test_library_of_another_version(emulated, monkeypatch):
         )
     native_cuda.library.cache_clear()
     assert native_cuda.library()
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        (["80", "90a"], (8, 0), True),
+        (["80", "90a"], (8, 9), True),
+        (["86"], (8, 0), False),
+        (["80", "90a"], (9, 0), True),
+        (["80"], (9, 0), False),
+        (["100a"], (10, 3), False),
+        (["100f"], (10, 3), True),
+        (["100a", "120"], (12, 1), True),
+        (["90a"], (12, 0), False),
+    ],
+)
+def test_architectures(emulated, archs, capability, runs, monkeypatch):
+    """Code runs on newer compute capabilities of the same major one, but for the `a` kind."""
+    assert native_cuda.architectures() == ["80", "90a"]
+    monkeypatch.setattr(native_cuda, "architectures", lambda: archs)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert (native_cuda.refusal(128) is None) == runs
+
+
+def test_another_gpu_is_refused_by_name(emulated, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
+    assert native_cuda.refusal(128) == (
+        "emulated.so has code for sm_80, sm_90a, none for this GPU's sm_120: rebuild it with WKVQUANT_CUDA_ARCHS=120 "
+        f"set, by {native_cuda.BUILD}"
+    )

@@ -226,6 +226,7 @@ def choose(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
         monkeypatch.setattr(native_cuda, "_shared_memory", lambda device: shared << 10)
         monkeypatch.setattr(native_cuda, "library", lambda: built or not_built())
+        monkeypatch.setattr(native_cuda, "architectures", lambda: ["80", "90a"])
         ops.default_variant.cache_clear()
         return ops.default_variant("cuda", head_size)
 
@@ -243,6 +244,8 @@ def choose(monkeypatch):
         ((8, 0), 163, True, 256, "cuda"),
         ((8, 6), 99, True, 128, "cuda"),
         ((8, 9), 99, True, 256, "triton"),
+        ((10, 0), 227, True, 128, "triton"),
+        ((12, 0), 99, True, 128, "triton"),
         ((7, 5), 64, False, 128, "reference"),
     ],
 )

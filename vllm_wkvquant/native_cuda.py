@@ -111,6 +111,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "wkvquant_cuda_plan_bytes": (c_int64, []),
     "wkvquant_cuda_max_seqs": (c_int32, []),
     "wkvquant_cuda_error": (c_char_p, [c_int32]),
+    "wkvquant_cuda_archs": (c_char_p, []),
 }
 
 
@@ -286,13 +287,33 @@ def refusal(head_size: int) -> str | None:
         library()
     except (FileNotFoundError, LibraryError) as error:
         return str(error)
-    if torch.cuda.get_device_capability() < (8, 0):
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) < (8, 0):
         return "they need compute capability 8.0"
+    archs = architectures()
+    if not any(_runs_on(arch, major, minor) for arch in archs):
+        has = ", ".join(f"sm_{arch}" for arch in archs)
+        return (
+            f"{LIBRARY.name} has code for {has}, none for this GPU's sm_{major}{minor}: rebuild it with "
+            f"WKVQUANT_CUDA_ARCHS={major}{minor} set, by {BUILD}"
+        )
     if head_size not in HEAD_SIZES:
         return f"they have head sizes {list(HEAD_SIZES)}, not {head_size}"
     if head_size == 256 and _shared_memory(torch.device("cuda")) < SHARED_256:
         return f"they need {SHARED_256 >> 10} KiB of shared memory for head size 256"
     return None
+
+
+def architectures() -> list[str]:
+    """What the library has code for, as in sm_<architecture>."""
+    return library().wkvquant_cuda_archs().decode().split("_")
+
+
+def _runs_on(arch: str, major: int, minor: int) -> bool:
+    """Whether code for sm_<arch> runs on a compute capability: of the same major one, but for `a` on no newer one."""
+    number, exact = arch.rstrip("af"), arch.endswith("a")
+    of_major, of_minor = divmod(int(number), 10)
+    return major == of_major and (minor == of_minor if exact else minor >= of_minor)
 
 
 def _shared_memory(device: torch.device) -> int:

@@ -1,6 +1,9 @@
 // The C interface but for the cache write.
 #include "paged_attention.cuh"
 
+#define WKV_NAME_OF(x) #x
+#define WKV_NAME(x) WKV_NAME_OF(x)  // of a macro, its value
+
 extern "C" {
 
 int wkvquant_cuda_paged_attention(const WkvCudaAttention* a, const WkvCudaParams* p, void* stream) {
@@ -46,5 +49,7 @@ int64_t wkvquant_cuda_sizeof(int which) {
 int32_t wkvquant_cuda_max_seqs() { return wkvquant::kMaxSeqs; }
 
 const char* wkvquant_cuda_error(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
+
+const char* wkvquant_cuda_archs() { return WKV_NAME(WKV_CUDA_ARCHS); }  // setup.py defines it
 
 }  // extern "C"

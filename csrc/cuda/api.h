@@ -156,6 +156,8 @@ WKV_API int64_t wkvquant_cuda_shared_bytes(const WkvCudaParams*, int tiles, int 
 WKV_API int64_t wkvquant_cuda_sizeof(int which);
 WKV_API int32_t wkvquant_cuda_max_seqs();
 WKV_API const char* wkvquant_cuda_error(int status);
+// Architectures that the build has code for, as in sm_<architecture>, with _ between them: "80_90a".
+WKV_API const char* wkvquant_cuda_archs();
 
 }  // extern "C"
 

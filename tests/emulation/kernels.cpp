@@ -78,4 +78,6 @@ int32_t wkvquant_cuda_max_seqs() { return wkvquant::kMaxSeqs; }
 
 const char* wkvquant_cuda_error(int) { return "more shared memory than a multiprocessor has"; }
 
+const char* wkvquant_cuda_archs() { return "80_90a"; }
+
 }  // extern "C"
