@@ -19,6 +19,7 @@ from vllm.v1.attention.backend import AttentionType, MultipleOf
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 import vllm_wkvquant
 from vllm_wkvquant import checkpoint, layout, ops, plugin, reference
@@ -232,6 +233,7 @@ def test_kv_heads_that_do_not_divide_are_refused() -> None:
 
 class FakeModel(SimpleNamespace):
     hf_text_config = LlamaConfig(head_dim=64)
+    enable_sleep_mode = False
 
     def get_head_size(self) -> int:
         return 64
@@ -359,6 +361,20 @@ def test_dummy_weights_are_neutral(method) -> None:
 def test_unsupported_layers_are_refused_by_name(method, layer: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         method().create_weights(FakeLayer(**layer))
+
+
+def test_sleep_that_drops_tables_is_refused(method, monkeypatch) -> None:
+    """vLLM 0.26 makes them in the memory of the pages; 0.32 has a pool for the pages alone."""
+    kv = method(enable_sleep_mode=True)
+    kv.create_weights(FakeLayer())
+
+    def of_vllm_026(self, kv_cache_config, is_profiling=False):
+        pass
+
+    monkeypatch.setattr(GPUModelRunner, "initialize_kv_cache", of_vllm_026)
+    with pytest.raises(NotImplementedError, match=r"sleep mode of this vLLM.* explicit --kv-cache-dtype"):
+        kv.create_weights(FakeLayer())
+    method().create_weights(FakeLayer())
 
 
 def test_another_model_is_refused(method, monkeypatch) -> None:

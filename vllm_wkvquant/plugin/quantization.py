@@ -1,5 +1,6 @@
 """The `wkvquant` quantization method: compressed-tensors weights, and the KV parameters of each attention layer."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -107,6 +108,13 @@ def local_heads(total: int, local: int, rank: int, world_size: int) -> slice:
     return slice(first, first + 1)
 
 
+def _sleep_is_safe() -> bool:
+    """Whether vLLM gives the pages a pool of their own, so that sleep keeps the tables and buffers made beside them."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # too much to import where no one sleeps
+
+    return "kv_cache_allocation_context" in inspect.signature(GPUModelRunner.initialize_kv_cache).parameters
+
+
 def _check_rope(rope: RopeConfig, hf_config: Any) -> None:
     """Raise ConfigError unless the model rotates keys as the checkpoint's shifts turn: --hf-overrides may say else."""
     try:
@@ -173,6 +181,7 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
             "prefix-LM attention": bool(getattr(layer, "use_mm_prefix", False)),
             "M-RoPE": bool(model.uses_mrope),
             "decode context parallelism": parallel.decode_context_parallel_size > 1,
+            "sleep mode of this vLLM, which keeps the weights alone,": model.enable_sleep_mode and not _sleep_is_safe(),
             "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         }
         for what, present in unsupported.items():
