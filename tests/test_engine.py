@@ -379,6 +379,24 @@ def test_dummy_weights(tiny) -> None:
     assert bool(result.logprobs.isfinite().all())
 
 
+def test_reloaded_weights(tiny, tmp_path) -> None:
+    """Those of another checkpoint, into the same tensors: a captured graph has the addresses."""
+    other = write_checkpoint(tmp_path / "other", seed=1)
+    prompts = [prompt(100)]
+    with engine(other) as llm:
+        expected = generate(llm, prompts, 16)
+    with engine(tiny) as llm:
+        assert generate(llm, prompts, 16)[0].output != expected[0].output
+        before = [(id(x.wkv_params), x.wkv_params.k_smooth.data_ptr()) for x in attention_layers(llm)]
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
+        after = [(id(x.wkv_params), x.wkv_params.k_smooth.data_ptr()) for x in attention_layers(llm)]
+        assert after == before == [(id(x.wkv_params), x.wkv_k_smooth.data_ptr()) for x in attention_layers(llm)]
+        llm.reset_prefix_cache()
+        reloaded = generate(llm, prompts, 16)
+    assert reloaded[0].output == expected[0].output
+    torch.testing.assert_close(reloaded[0].logprobs, expected[0].logprobs)
+
+
 # --- bad input, as a user of LLM(...) sees it
 
 NAME = "model.layers.2.self_attn.attn.wkv_v_shift"

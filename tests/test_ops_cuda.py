@@ -426,6 +426,25 @@ def test_graphs_of_a_stream_that_never_ran():
         assert torch.equal(out[:2].cpu(), run(native_cuda.paged_attention, case)[0][:2])
 
 
+def test_renewed_tables():
+    """Other numbers where a graph finds the first ones."""
+    case = to_gpu(cases.make_case([(90, 2), (5, 1)], cases.make_params(2, 64), dtype=torch.float16))
+    run(native_cuda.paged_attention, case)
+    tables = native_cuda.prepare(case.params)
+    ops.renew(case.params, cases.make_params(2, 64, seed=1))
+    assert native_cuda.prepare(case.params) is tables
+    out, _ = run(native_cuda.paged_attention, case)
+    expected, _ = run(reference.paged_attention, replace(case, query=case.query.double()))
+    assert (out[:3] - expected[:3]).norm() / expected[:3].norm() < TOLERANCE[torch.float16]
+
+
+def test_tables_of_another_shape_are_refused():
+    params = cases.make_params(2, 64).to("cuda")
+    native_cuda.prepare(params)
+    with pytest.raises(ValueError, match="other rotary pairs"):
+        ops.renew(params, replace(params, k_shift=torch.zeros_like(params.k_shift)))
+
+
 def test_capture_without_a_reserved_workspace_is_refused(monkeypatch):
     case = to_gpu(cases.make_case([(20, 1)], cases.make_params(1, 64)))
     native_cuda.prepare(case.params)

@@ -152,6 +152,14 @@ def test_cache_write(emulated, head_size):
     test_ops_cuda.test_cache_write(head_size, torch.bfloat16, True)
 
 
+def test_renewed_tables(emulated):
+    test_ops_cuda.test_renewed_tables()
+
+
+def test_tables_of_another_shape_are_refused(emulated):
+    test_ops_cuda.test_tables_of_another_shape_are_refused()
+
+
 def test_capture_without_a_reserved_workspace_is_refused(emulated, monkeypatch):
     test_ops_cuda.test_capture_without_a_reserved_workspace_is_refused(monkeypatch)
 

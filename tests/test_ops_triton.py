@@ -205,6 +205,11 @@ def test_graph_replay(triton):
     test_ops_cuda.test_graph_replay()
 
 
+@kernels
+def test_renewed_tables(triton):
+    test_ops_cuda.test_renewed_tables()
+
+
 def test_refusals(triton):
     case = cases.make_case([(20, 1)], cases.make_params(2, 64))
     if not native_triton.INTERPRETED:

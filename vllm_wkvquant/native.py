@@ -180,10 +180,26 @@ def _release(key: int) -> None:
 
 
 def _handle(params: KVParams) -> int:
-    """The kernels' tables of `params`, made once per object: its tensors must not change afterwards."""
+    """The kernels' tables of `params`, made once per object: `renew` them when its tensors have changed."""
     entry = _prepared.get(id(params))
     if entry is not None and entry[0]() is params:
         return entry[1]
+    handle = _make(params)
+    key = id(params)
+    _prepared[key] = (weakref.ref(params), handle)
+    weakref.finalize(params, _release, key).atexit = False
+    return handle
+
+
+def renew(params: KVParams) -> None:
+    """Make the tables of `params` again, if they were made."""
+    entry = _prepared.get(id(params))
+    if entry is not None and entry[0]() is params:
+        library().wkvquant_release(entry[1])
+        _prepared[id(params)] = (entry[0], _make(params))
+
+
+def _make(params: KVParams) -> int:
     heads, head_size = params.k_smooth.shape
     _check(head_size in HEAD_SIZES, f"head size {head_size} is not supported; supported: {list(HEAD_SIZES)}")
     _check((params.k_first is None) == (params.v_first is None), "params.k_first and params.v_first go together")
@@ -221,11 +237,7 @@ def _handle(params: KVParams) -> int:
         rotary_pairs=0 if turns is None else turns.shape[0],
         key_hadamard=params.key_hadamard,
     )
-    handle = library().wkvquant_prepare(byref(fields))
-    key = id(params)
-    _prepared[key] = (weakref.ref(params), handle)
-    weakref.finalize(params, _release, key).atexit = False
-    return handle
+    return int(library().wkvquant_prepare(byref(fields)))
 
 
 def _check(condition: bool, message: str) -> None:

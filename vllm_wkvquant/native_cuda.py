@@ -270,7 +270,7 @@ _prepared: dict[int, tuple[weakref.ref[KVParams], Prepared]] = {}
 
 
 def prepare(params: KVParams) -> Prepared:
-    """The kernels' tables of `params`, made once per object: its tensors must not change afterwards."""
+    """The kernels' tables of `params`, made once per object: `renew` them when its tensors have changed."""
     entry = _prepared.get(id(params))
     if entry is not None and entry[0]() is params:
         return entry[1]
@@ -279,6 +279,29 @@ def prepare(params: KVParams) -> Prepared:
     _prepared[key] = (weakref.ref(params), made)
     weakref.finalize(params, _prepared.pop, key, None).atexit = False
     return made
+
+
+def renew(params: KVParams) -> None:
+    """Make the tables of `params` again, if they were made, where they are: graphs and planners have their addresses.
+
+    Raises ValueError where a graph would not fit the new ones.
+    """
+    entry = _prepared.get(id(params))
+    if entry is None or entry[0]() is not params:
+        return
+    old, new = entry[1], _make(params)
+    _check(
+        _constants(old) == _constants(new),
+        "the new shift of keys has other rotary pairs than the kernels are prepared for; restart the engine",
+    )
+    for name, tensor in old.tensors.items():
+        tensor.copy_(new.tensors[name])
+
+
+def _constants(tables: Prepared) -> tuple[list[int], dict[str, torch.Size]]:
+    """What graphs and planners have copies of: the numbers among the fields, and the shapes of the tables."""
+    numbers = [getattr(tables.fields, field[0]) for field in Params._fields_ if field[1] is c_int32]
+    return numbers, {name: tensor.shape for name, tensor in tables.tensors.items()}
 
 
 def refusal(head_size: int) -> str | None:

@@ -105,7 +105,7 @@ _prepared: dict[int, tuple[weakref.ref[KVParams], Prepared]] = {}
 
 
 def prepare(params: KVParams) -> Prepared:
-    """The kernels' tables of `params`, made once per object: its tensors must not change afterwards."""
+    """The kernels' tables of `params`, made once per object: `renew` them when its tensors have changed."""
     entry = _prepared.get(id(params))
     if entry is not None and entry[0]() is params:
         return entry[1]
@@ -114,6 +114,15 @@ def prepare(params: KVParams) -> Prepared:
     _prepared[key] = (weakref.ref(params), made)
     weakref.finalize(params, _prepared.pop, key, None).atexit = False
     return made
+
+
+def renew(params: KVParams) -> None:
+    """Make the tables of `params` again, if they were made, where they are: graphs have their addresses."""
+    entry = _prepared.get(id(params))
+    if entry is not None and entry[0]() is params:
+        old, new = entry[1], _make(params)
+        for tensor, other in zip(old.write + old.attend, new.write + new.attend, strict=True):
+            tensor.copy_(other)
 
 
 def refusal() -> str | None:

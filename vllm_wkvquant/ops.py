@@ -81,6 +81,21 @@ def reserve(params: KVParams, max_seqs: int) -> None:
         native_triton.prepare(params)
 
 
+@torch.inference_mode()  # tables may have been made in it
+def renew(params: KVParams, new: KVParams) -> None:
+    """Give `params` the numbers of `new`, of the same layer, wherever they are: addresses stay, for captured graphs.
+
+    Raises ValueError where such a graph would not fit them.
+    """
+    for name, tensor in vars(params).items():
+        if isinstance(tensor, torch.Tensor):
+            tensor.copy_(getattr(new, name))
+    native.renew(params)
+    native_cuda.renew(params)
+    if native_triton is not None:
+        native_triton.renew(params)
+
+
 def planner(layers: Sequence[KVParams], num_heads: int, sliding_window: int) -> native_cuda.Planner | None:
     """What plans a step of layers with these parameters; None: the variant plans nothing. num_heads: query heads."""
     smooth = layers[0].k_smooth

@@ -19,6 +19,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from vllm_wkvquant import ops
 from vllm_wkvquant.checkpoint import KV_PARAMS, KV_PREFIX, QUANT_METHOD, check_kv_tensor, missing_kv_tensor
 from vllm_wkvquant.config import ConfigError, KVCacheConfig, RopeConfig
 from vllm_wkvquant.layout import PageLayout
@@ -219,4 +220,8 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
             # some loaders copy into parameters and never call theirs
             check_kv_tensor(name, data, (layer.num_kv_heads, layer.head_size))
             tensors[param] = data
-        layer.wkv_params = KVParams.build(self.quant_config.kv, **tensors)
+        params = KVParams.build(self.quant_config.kv, **tensors)
+        if hasattr(layer, "wkv_params"):  # loaded again: vLLM keeps the first parameters' storage, and so do graphs
+            ops.renew(layer.wkv_params, params)
+        else:
+            layer.wkv_params = params
