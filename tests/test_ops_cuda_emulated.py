@@ -231,6 +231,7 @@ def test_architectures(emulated, archs, capability, runs, monkeypatch):
 def test_another_gpu_is_refused_by_name(emulated, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
     assert native_cuda.refusal(128) == (
-        "emulated.so has code for sm_80, sm_90a, none for this GPU's sm_120: rebuild it with WKVQUANT_CUDA_ARCHS=120 "
-        f"set, by {native_cuda.BUILD}"
+        "emulated.so has code for sm_80, sm_90a, none for this GPU's sm_120: rebuild it with `WKVQUANT_CUDA=1 "
+        "WKVQUANT_CUDA_ARCHS=120 pip install --force-reinstall --no-deps .` in a checkout of vllm-wkvquant, with nvcc "
+        "on PATH"
     )

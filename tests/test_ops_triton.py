@@ -1,6 +1,8 @@
 """The Triton kernels against the specification: tests of test_ops_cuda.py, compiled on a GPU, interpreted on a CPU."""
 
+import logging
 from dataclasses import replace
+from pathlib import Path
 
 import cases
 import pytest
@@ -256,6 +258,24 @@ def choose(monkeypatch):
 )
 def test_default(choose, capability, shared, built, head_size, variant):
     assert choose(capability, shared, built, head_size) == variant
+
+
+def test_slower_kernels_are_warned_of(choose, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("vllm.wkvquant"), "propagate", True)
+    with caplog.at_level(logging.WARNING, "vllm.wkvquant"):
+        assert choose((9, 0), 227, False, 128) == "triton"
+    (warning,) = [r.getMessage() for r in caplog.records]
+    assert warning == "4-bit KV cache on cuda: Triton's kernels, which are slow; faster ones: not built"
+
+
+def test_a_build_that_is_missing_is_named(monkeypatch):
+    """With what builds it, in any kind of installation."""
+    monkeypatch.setattr(native_cuda, "LIBRARY", Path("nothing.so"))
+    native_cuda.library.cache_clear()
+    assert native_cuda.refusal(128) == (
+        "nothing.so is not built; build it with `WKVQUANT_CUDA=1 pip install --force-reinstall --no-deps .` in a "
+        "checkout of vllm-wkvquant, with nvcc on PATH"
+    )
 
 
 def test_default_without_triton(choose, monkeypatch):

@@ -97,7 +97,8 @@ class Gather(Structure):
     ]
 
 
-BUILD = "`make cuda` in a checkout of vllm-wkvquant"
+INSTALL = "pip install --force-reinstall --no-deps .` in a checkout of vllm-wkvquant, with nvcc on PATH"
+BUILD = f"`WKVQUANT_CUDA=1 {INSTALL}"
 STRUCTS = (Params, CacheWrite, PlanStep, PagedAttention, Gather)  # in the order of wkvquant_cuda_sizeof
 FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "wkvquant_cuda_sizeof": (c_int64, [c_int32]),
@@ -125,7 +126,7 @@ def library() -> Any:
     """The loaded library. Raises FileNotFoundError where it was not built, LibraryError where it is not
     of this version."""
     if not available():
-        raise FileNotFoundError(f"{LIBRARY.name} is not built; run {BUILD}")
+        raise FileNotFoundError(f"{LIBRARY.name} is not built; build it with {BUILD}")
     return load(LIBRARY)
 
 
@@ -318,7 +319,7 @@ def refusal(head_size: int) -> str | None:
         has = ", ".join(f"sm_{arch}" for arch in archs)
         return (
             f"{LIBRARY.name} has code for {has}, none for this GPU's sm_{major}{minor}: rebuild it with "
-            f"WKVQUANT_CUDA_ARCHS={major}{minor} set, by {BUILD}"
+            f"`WKVQUANT_CUDA=1 WKVQUANT_CUDA_ARCHS={major}{minor} {INSTALL}"
         )
     if head_size not in HEAD_SIZES:
         return f"they have head sizes {list(HEAD_SIZES)}, not {head_size}"

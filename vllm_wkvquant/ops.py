@@ -59,7 +59,7 @@ def default_variant(device_type: str, head_size: int) -> str:
             return "cuda"
         other = "triton is not installed" if native_triton is None else native_triton.refusal()
         if other is None:
-            logger.info("4-bit KV cache on cuda: Triton's kernels; faster ones: %s", refusal)
+            logger.warning("4-bit KV cache on cuda: Triton's kernels, which are slow; faster ones: %s", refusal)
             return "triton"
         refusal = f"{refusal}; {other}"
     else:
