@@ -76,6 +76,7 @@ class PastOnlyAttention(torch.autograd.Function):
         past_v: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
+        """Output [B, H, T, D] in q's type; T > 1."""
         past, past_lse, saved = causal_forward(q[:, :, 1:], past_k[:, :, :-1], past_v[:, :, :-1], scale)
         own = (q.float() * k.float()).sum(-1) * scale
         lse = torch.cat([own[..., :1], torch.logaddexp(own[..., 1:], past_lse)], -1)
@@ -89,6 +90,7 @@ class PastOnlyAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        """Gradients [B, H, T, D] to q, k, v, past_k and past_v, of one to the output; None to scale."""
         q, k, v, past_k, past_v, out, lse, p = ctx.saved_tensors
         grad = grads[0].contiguous()
         of_past = causal_backward(

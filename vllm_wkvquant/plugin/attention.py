@@ -78,10 +78,10 @@ class WKVQuantBackend(AttentionBackend):
 class WKVQuantMetadata(AttentionMetadata):
     """Arguments of the ops for one step, on the device; see `ops`.
 
-    query_start_loc, seq_lens and block_table are of the sequences before `chunks`, which is None on a CPU.
+    query_start_loc int32 [num_seqs + 1], seq_lens int32 [num_seqs] and block_table int32 [num_seqs, max_blocks] are of
+    the sequences before `chunks`, which is None on a CPU; slot_mapping and positions int64 [T] of all of the step's.
     """
 
-    num_actual_tokens: int
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
@@ -124,6 +124,7 @@ class WKVQuantMetadataBuilder(AttentionMetadataBuilder[WKVQuantMetadata]):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Decode steps of equal length with a GPU's kernels, none with the reference, which reads lengths."""
         if _captures(current_platform.device_type, vllm_config.model_config.get_head_size()):
             return AttentionCGSupport.UNIFORM_BATCH
         return AttentionCGSupport.NEVER
@@ -131,6 +132,12 @@ class WKVQuantMetadataBuilder(AttentionMetadataBuilder[WKVQuantMetadata]):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> WKVQuantMetadata:
+        """Metadata of a step of T = num_actual_tokens tokens, padding among them where a graph is replayed.
+
+        Of common_attn_metadata it takes query_start_loc int32 [num_seqs + 1], seq_lens int32 [num_seqs],
+        block_table_tensor int32 [num_seqs, max_blocks] and slot_mapping int64 [>= T]. Raises NotImplementedError unless
+        attention is causal.
+        """
         common = common_attn_metadata
         if common.causal is not True:
             raise NotImplementedError("wkvquant: non-causal attention is not supported by the 4-bit KV cache")
@@ -156,7 +163,6 @@ class WKVQuantMetadataBuilder(AttentionMetadataBuilder[WKVQuantMetadata]):
                 positions,
             )
         return WKVQuantMetadata(
-            num_actual_tokens=count,
             query_start_loc=common.query_start_loc[: seqs + 1],
             seq_lens=common.seq_lens[:seqs],
             block_table=common.block_table_tensor[:seqs],

@@ -135,6 +135,10 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
     quant_config: WKVQuantConfig
 
     def create_weights(self, layer: Any) -> None:
+        """Register wkv_* fp32 [this rank's KV heads, head_size], NaN until loaded, and swap the layer's backend.
+
+        Raises ConfigError where the checkpoint is not this model's, NotImplementedError for what the cache does not do.
+        """
         vllm_config = get_current_vllm_config()
         self._check(layer, vllm_config)
         self._dummy = str(vllm_config.load_config.load_format) == "dummy"
@@ -208,6 +212,7 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
         return load
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        """Make layer.wkv_params of the loaded tensors. Raises ConfigError for one that is missing or damaged."""
         tensors = {}
         for param in KV_PARAMS:
             name = f"{layer.layer_name}.{KV_PREFIX}{param}"
