@@ -1,7 +1,9 @@
 """Bad input: one clear line on stderr, exit status 2, and nothing half-written."""
 
 import json
+import re
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -266,6 +268,68 @@ def test_little_disk(refused: Callable[..., str], model: Path, tmp_path: Path, m
         f"{tmp_path} has 0.0001 GB free, this run needs about 0.00087 GB; free some space, choose another output "
         f"directory, or lower --samples or --seq-len"
     )
+
+
+# -- wkvquant quantize, on the way
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs `wkvquant quantize`, expects it to be refused after it began, and returns the message."""
+
+    def run(model: Path, *arguments: str) -> str:
+        out = tmp_path / "out"
+        shutil.rmtree(tmp_path / "out.wkvquant-partial", ignore_errors=True)
+        capsys.readouterr()
+        command = ["quantize", str(model), str(out), "--calib-text", str(text), *ARGUMENTS, *arguments]
+        assert cli.main(command) == 2
+        assert not out.exists()
+        return capsys.readouterr().err.splitlines()[-1].removeprefix("error: ")
+
+    return run
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight"]
+)
+def test_nan_in_the_model(name: str, value: float, stopped: Callable[..., str], copy: Path) -> None:
+    """Of a token that the text does not have, too."""
+    edit_tensors(copy, lambda tensors: tensors[name].view(-1)[5].fill_(value))
+    assert stopped(copy) == f"tensor {name} of {copy} contains NaN or infinity; give a sound model"
+
+
+@pytest.mark.parametrize("recipe", ["rtn", "best"])
+def test_float16_overflows(recipe: str, stopped: Callable[..., str], copy: Path, text: Path, tmp_path: Path) -> None:
+    """Weights, and what they make of hidden states and logits; bfloat16 holds them."""
+    advice = "overflows float16; use --dtype bfloat16 or float32"
+
+    def scale(name: str, factor: float) -> None:
+        edit_tensors(copy, lambda tensors: tensors[name].mul_(factor))
+
+    up, down, head = "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight", "lm_head.weight"
+    scale(up, 1e3)
+    scale(down, 1e3)
+    hidden = re.compile(f"block 1: hidden state of the run '(reference|exact)' {advice}")
+    assert hidden.fullmatch(stopped(copy, "--recipe", recipe, "--dtype", "float16"))
+    scale(up, 1e4)
+    assert stopped(copy, "--recipe", recipe, "--dtype", "float16") == f"tensor {up} of {copy} {advice}"
+    scale(up, 1e-7)
+    scale(down, 1e-3)
+    scale(head, 1e5)
+    assert stopped(copy, "--recipe", recipe, "--dtype", "float16").endswith(f"on held-out windows {advice}")
+    scale(head, 1e-5)
+    scale(up, 1e3)
+    scale(down, 1e3)
+    command = ["quantize", str(copy), str(tmp_path / "fine"), "--calib-text", str(text), *ARGUMENTS]
+    assert cli.main([*command, "--recipe", "rtn", "--dtype", "bfloat16"]) == 0
+
+
+def test_a_loss_that_is_not_finite(stopped: Callable[..., str], model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_wkvquant.quantize import blocks
+
+    monkeypatch.setattr(blocks, "learn", lambda *_: [1.0, float("nan")])
+    assert stopped(model, "--recipe", "best") == "block 0: loss has NaN or infinity in float32; is the model sound?"
 
 
 # -- interrupted runs

@@ -85,6 +85,19 @@ def rope_config(config: PreTrainedConfig) -> RopeConfig:
     return RopeConfig(tuple(inv_freq.double().tolist()), 2 * inv_freq.numel(), float(rotary.attention_scaling))
 
 
+def not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
+    """Name of the first of these tensors of one device that has NaN or infinity, which is waited for once."""
+    ends = torch.stack([torch.stack([*tensor.aminmax()]).float() for tensor in tensors.values()])
+    return next((name for name, fine in zip(tensors, ends.isfinite().all(1).tolist(), strict=True) if not fine), None)
+
+
+def overflows(dtype: torch.dtype) -> str:
+    """What to say of something that is not finite in calibration runs of this type."""
+    if dtype == torch.float16:
+        return "overflows float16; use --dtype bfloat16 or float32"
+    return f"has NaN or infinity in {str(dtype).removeprefix('torch.')}; is the model sound?"
+
+
 def group_size(in_features: int) -> int | None:
     """Weights that share a scale: 128, else the largest smaller power of two that divides; None where none does."""
     return next((g for g in GROUP_SIZES if in_features % g == 0), None)
@@ -160,6 +173,16 @@ class ModelAdapter:
             sizes[linear.rpartition(".")[2]] = size
         return sizes
 
+    def check_finite(self, name: str) -> None:
+        """Raise ConfigError where a tensor has NaN or infinity as it is stored."""
+        if not_finite(self.tensors.get([name])):
+            raise ConfigError(f"tensor {name} of {self.path} contains NaN or infinity; give a sound model")
+
+    def check_outer(self) -> None:
+        """`check_finite` of all tensors outside the blocks."""
+        for name in self.outer_names():
+            self.check_finite(name)
+
     def block_prefix(self, layer: int) -> str:
         """Prefix of a decoder block's tensors, with its dot."""
         return f"{self.family.layers}.{layer}."
@@ -181,10 +204,14 @@ class ModelAdapter:
         return {n: self._shapes[f"{self.block_prefix(0)}{n}.weight"] for n in self.family.linears}
 
     def load_block(self, layer: int, dtype: torch.dtype, device: str) -> torch.nn.Module:
-        """One decoder block with its weights, [out, in] each; freed by the caller dropping it."""
+        """One decoder block with its weights, [out, in] each; freed by the caller dropping it. Raises ConfigError where
+        one of them is not finite."""
         prefix, block = self.block_prefix(layer), self.empty_block(layer)
-        state = {n.removeprefix(prefix): t for n, t in self.tensors.get(self.block_names(layer)).items()}
-        block.load_state_dict({n: t.to(device, dtype) for n, t in state.items()}, assign=True)
+        loaded = {n: t.to(device, dtype) for n, t in self.tensors.get(self.block_names(layer)).items()}
+        if name := not_finite(loaded):
+            self.check_finite(name)
+            raise ConfigError(f"tensor {name} of {self.path} {overflows(dtype)}")
+        block.load_state_dict({n.removeprefix(prefix): t for n, t in loaded.items()}, assign=True)
         return block.requires_grad_(False)
 
     def empty_block(self, layer: int) -> torch.nn.Module:

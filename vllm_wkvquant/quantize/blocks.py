@@ -5,6 +5,7 @@ same weights, a simulated 4-bit cache); and, where weights are learned, the exac
 """
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -13,8 +14,9 @@ from typing import Any
 import torch
 
 from vllm_wkvquant.checkpoint import KV_PARAMS
+from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.quantize import kv
-from vllm_wkvquant.quantize.adapters import ModelAdapter
+from vllm_wkvquant.quantize.adapters import ModelAdapter, not_finite, overflows
 from vllm_wkvquant.quantize.attention import QKV
 from vllm_wkvquant.quantize.calibration import SKIPPED, Windows
 from vllm_wkvquant.quantize.fold import fold_value
@@ -143,7 +145,28 @@ def quantize_block(
     if learned:
         output_error["learned"] = mean_loss(plan, reference[train:], hidden[EXACT][train:])
         report |= {"loss": learned.losses, "output_error": output_error, "clip": learned.clips()}
+    check_finite(plan, layer, hidden, tensors, report)
     return tensors, report
+
+
+def check_finite(
+    plan: Plan,
+    layer: int,
+    hidden: dict[str, torch.Tensor],
+    tensors: dict[str, torch.Tensor],
+    report: dict[str, Any],
+) -> None:
+    """Raise ConfigError where a run's hidden states, a loss or a tensor of a finished block is not finite."""
+    written = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    what = None
+    if run := not_finite(hidden):
+        what = f"hidden state of the run {run!r}"
+    elif not all(map(math.isfinite, report.get("loss", []))):
+        what = "loss"
+    elif name := not_finite(written):
+        what = name
+    if what:
+        raise ConfigError(f"block {layer}: {what} {overflows(getattr(torch, plan.settings.dtype))}")
 
 
 def cache_tensors(tensors: dict[str, torch.Tensor], chosen: str) -> dict[str, torch.Tensor]:

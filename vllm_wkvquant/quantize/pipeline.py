@@ -16,7 +16,7 @@ import torch
 import vllm_wkvquant
 from vllm_wkvquant.checkpoint import kv_tensor_name, quantization_config
 from vllm_wkvquant.config import ConfigError
-from vllm_wkvquant.quantize.adapters import describe
+from vllm_wkvquant.quantize.adapters import describe, overflows
 from vllm_wkvquant.quantize.blocks import (
     EXACT,
     REFERENCE,
@@ -92,7 +92,18 @@ def judge(plan: Plan, hidden: dict[str, torch.Tensor]) -> tuple[dict[str, Compar
     """The candidates compared with the reference, and the reference with the exact run where there is one."""
     held_out = {n: hidden[n][plan.windows.statistics :] for n in (EXACT, REFERENCE) if n in hidden}
     runs = compare(plan, {REFERENCE: held_out[REFERENCE]} | {n: hidden[n] for n in plan.recipe.candidates})
-    return runs, compare(plan, held_out) if EXACT in hidden else {}
+    of_weights = compare(plan, held_out) if EXACT in hidden else {}
+    check_comparisons(plan, of_weights)
+    check_comparisons(plan, runs)
+    return runs, of_weights
+
+
+def check_comparisons(plan: Plan, runs: dict[str, Comparison]) -> None:
+    """Raise ConfigError where a divergence or a perplexity is not finite."""
+    for name, run in runs.items():
+        if not (math.isfinite(run.kl.mean().item()) and math.isfinite(run.perplexity)):
+            dtype = getattr(torch, plan.settings.dtype)
+            raise ConfigError(f"divergence of the run {name!r} on held-out windows {overflows(dtype)}")
 
 
 def choose(plan: Plan, runs: dict[str, Comparison]) -> str:
@@ -132,6 +143,7 @@ def tune_all(
     w4, w4kv4 = tuned.runs
     of_both = compare(plan, {EXACT: exact[plan.windows.statistics :], REFERENCE: w4, chosen: w4kv4})
     of_cache = compare(plan, {REFERENCE: w4, chosen: w4kv4})
+    check_comparisons(plan, of_both)
     return TunedRuns(tuned, of_both[REFERENCE], of_cache[chosen], of_both[chosen])
 
 
@@ -205,7 +217,7 @@ def finish(
 def describe_tuning(tuned: TunedRuns) -> dict[str, Any]:
     """For the report: what the others of its entries come to after tuning, and how that went."""
     return {
-        "epochs": tuned.tuned.kl,
+        "epochs": [kl if math.isfinite(kl) else None for kl in tuned.tuned.kl],
         "kept": tuned.tuned.kept,
         "weights": mean_and_se(tuned.weights.kl),
         "cache": mean_and_se(tuned.cache.kl),

@@ -130,6 +130,7 @@ def preflight(settings: Settings, workers: Workers = ALONE) -> Plan:
     plan = Plan(settings, recipe, adapter, attention, windows.share(workers), windows, kv_config, workers)
     if workers.rank == 0:
         check_disk(plan)
+        adapter.check_outer()
     return plan
 
 
