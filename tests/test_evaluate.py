@@ -9,7 +9,9 @@ from functools import partial
 import pytest
 import torch
 
-from vllm_wkvquant import reference
+from vllm_wkvquant import cli, reference
+from vllm_wkvquant import evaluate as evaluation
+from vllm_wkvquant.checkpoint import Checkpoint
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.evaluate import SimulatedCache, difference, evaluate, read_windows
 from vllm_wkvquant.layout import token_bytes
@@ -95,6 +97,30 @@ def test_difference_is_paired_by_token() -> None:
     noisy = difference(base + noise, base, windows)
     assert noisy["se"] == pytest.approx(noise.std().item() / 20)
     assert noisy["percent_upper95"] > noisy["percent"]
+
+
+def test_the_table_has_the_larger_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of windows here, in percent of what the perplexity is."""
+    d = {"mean": 0.5, "se": 0.01, "se_window": 0.03, "percent": 60.0}
+    result = {"tokens": 9, "text": "t", "engine": "transformers", "chunk": 1, "kv_bits_per_element": 4.5}
+    result |= {"fp16_ppl": 1.0, "w4_ppl": 2.0, "w4kv4_ppl": 3.0, "kl_w4": 0.25, "kl_w4_se": 0.125}
+    result["difference"] = dict.fromkeys(("w4_vs_fp16", "w4kv4_vs_w4", "w4kv4_vs_fp16"), d)
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_: result)
+    assert cli.main(["eval", "ckpt", "--baseline", ".", "--text", "t"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("+60.00 % ± 4.80") == 3
+    assert "0.2500 ± 0.1250" in shown
+
+
+def test_the_error_of_a_divergence_is_the_larger(smollm2) -> None:
+    result = evaluate(smollm2.checkpoint, smollm2.path, smollm2.test_text, window=64, windows=4)
+    tokens = read_windows(smollm2.path, smollm2.test_text, 64, 4)
+    scores = evaluation.score_transformers(
+        Checkpoint(smollm2.checkpoint), smollm2.path, tokens, 1, "cpu", torch.float32
+    )
+    errors = evaluation.standard_errors(scores["kl_w4_w4kv4"], tokens)
+    assert result["kl_w4_se"] == pytest.approx(max(errors))
+    assert errors[0] != pytest.approx(errors[1], rel=0.05)
 
 
 def test_windows_cover_the_text(smollm2) -> None:

@@ -28,7 +28,7 @@ from vllm_wkvquant.quantize import attention, blocks, kv, launch, plan
 from vllm_wkvquant.quantize.adapters import group_size
 from vllm_wkvquant.quantize.calibration import SKIPPED, held_out_of, read_windows, samples_for
 from vllm_wkvquant.quantize.fold import fold_value
-from vllm_wkvquant.quantize.pipeline import quantize
+from vllm_wkvquant.quantize.pipeline import mean_and_se, quantize
 from vllm_wkvquant.quantize.plan import Settings, preflight
 from vllm_wkvquant.quantize.recipes import RECIPES, RTN, SEARCHED, Smoothing
 from vllm_wkvquant.quantize.runner import Ahead
@@ -611,6 +611,20 @@ def test_windows_of_two_texts(tmp_path: Path) -> None:
         alone = read_windows(model, text, 12, 100, 3 if windows is not both[2] else 4).tokens
         assert of_text == {tuple(row.tolist()) for row in alone}
     assert not torch.equal(both[0].tokens, both[2].tokens)
+
+
+def test_errors_of_a_divergence_are_those_of_windows() -> None:
+    """Where windows differ by more than their tokens do, and of tokens where they do not."""
+    torch.manual_seed(0)
+    x = torch.rand(8, 100, dtype=torch.float64)
+    of_tokens = x.std().item() / 800**0.5
+    found = mean_and_se(x - x.mean(1, keepdim=True))
+    assert found["kl_se"] == pytest.approx(of_tokens, rel=0.05)
+    assert found["kl"] == pytest.approx(0)
+    apart = 10 * torch.arange(8)[:, None] + x
+    found = mean_and_se(apart)
+    assert found["kl"] == pytest.approx(35.5, rel=0.01)
+    assert found["kl_se"] == pytest.approx(10 * torch.arange(8.0).std().item() / 8**0.5, rel=0.02)
 
 
 # -- interruption

@@ -278,13 +278,13 @@ def evaluate(
     }
     reference = summarize(scores, tokens)
     kl = scores["kl_w4_w4kv4"]
-    reference |= {"kl_w4": kl.mean().item(), "kl_w4_se": standard_errors(kl, tokens)[0]}
+    reference |= {"kl_w4": kl.mean().item(), "kl_w4_se": max(standard_errors(kl, tokens))}
     reference["top1_agreement"] = scores["top1_w4_w4kv4"].mean().item()
     if engine == "transformers":
         return result | reference
     # the engine gives no full distribution, so the divergence is the specification's
     measured = summarize(score_vllm(ckpt, baseline, tokens, chunk), tokens)
-    return result | measured | {"kl_w4": reference["kl_w4"], "reference": reference}
+    return result | measured | {k: reference[k] for k in ("kl_w4", "kl_w4_se")} | {"reference": reference}
 
 
 @contextlib.contextmanager
@@ -329,12 +329,14 @@ def main(args: argparse.Namespace) -> int:
 
     def cell(name: str) -> str:
         d = result["difference"].get(name)
-        return f"{d['percent']:+.2f} % (se {100 * d['se']:.2f})" if d else ""
+        # the error of exp(x) is exp(x) times that of x
+        return f"{d['percent']:+.2f} % ± {(100 + d['percent']) * max(d['se'], d['se_window']):.2f}" if d else ""
 
     for name in ("fp16", "w4", "w4kv4"):
         against_w4 = cell("w4kv4_vs_w4") if name == "w4kv4" else ""
         table.add_row(name.upper(), f"{result[f'{name}_ppl']:.3f}", cell(f"{name}_vs_fp16"), against_w4)
     console = Console()
     console.print(table)
-    console.print(f"KL(W4 || W4KV4) {result['kl_w4']:.4f}, {result['kv_bits_per_element']} bits per KV element")
+    kl = f"{result['kl_w4']:.4f} ± {result['kl_w4_se']:.4f}"
+    console.print(f"KL(W4 || W4KV4) {kl}, {result['kv_bits_per_element']} bits per KV element")
     return 0

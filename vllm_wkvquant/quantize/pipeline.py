@@ -148,8 +148,10 @@ def tune_all(
 
 
 def mean_and_se(x: torch.Tensor) -> dict[str, float]:
-    """Of a divergence [N, T]."""
-    return {"kl": x.mean().item(), "kl_se": x.std().item() / math.sqrt(x.numel())}
+    """Of a divergence [N, T]. The error is the larger of that over tokens and that over windows, whose tokens have a
+    text in common."""
+    se, se_window = (part.std().item() / math.sqrt(part.numel()) for part in (x, x.mean(1)))
+    return {"kl": x.mean().item(), "kl_se": max(se, se_window)}
 
 
 def finish(
