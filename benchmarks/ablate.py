@@ -37,6 +37,7 @@ import vllm_wkvquant
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.device import device_name
 from vllm_wkvquant.quantize.calibration import held_out_of
+from vllm_wkvquant.quantize.estimate import Estimate
 from vllm_wkvquant.quantize.pipeline import quantize
 from vllm_wkvquant.quantize.plan import Settings
 from vllm_wkvquant.quantize.recipes import ALL, BEST, PAPER, RTN, SLOW, STATIC, Recipe, Smoothing
@@ -197,6 +198,12 @@ def summary(settings: Settings, report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def check_whole(estimate: Estimate) -> None:
+    """Raise ConfigError where a part of the recipe is left out, which makes it another variant than it is called."""
+    if estimate.left_out:
+        raise ConfigError(f"{estimate.left_out} does not fit in memory and would be left out; free some memory")
+
+
 def make(settings: Settings) -> dict[str, Any]:
     """Make one checkpoint, or go on with it; its row. Raises ConfigError as `quantize`."""
     name = settings.out.name
@@ -206,6 +213,7 @@ def make(settings: Settings) -> dict[str, Any]:
     report = quantize(
         replace(settings, resume=True),
         lambda done, total, note: print(f"{name}: block {done}/{total} {note}", file=sys.stderr),
+        check_whole,
     )
     return summary(settings, report) | {
         "seconds": round(before + time.perf_counter() - start, 1),

@@ -14,7 +14,7 @@ from models import save_text, tiny_model
 
 from vllm_wkvquant.checkpoint import Checkpoint
 from vllm_wkvquant.config import ConfigError, KVCacheConfig
-from vllm_wkvquant.quantize import blocks, pipeline
+from vllm_wkvquant.quantize import blocks, estimate, pipeline
 from vllm_wkvquant.quantize.recipes import RTN, Recipe
 from vllm_wkvquant.reference import KVParams, key_shift_at
 
@@ -254,6 +254,16 @@ def test_one_that_fails_does_not_stop_the_others(folder: Path, tmp_path: Path, m
     assert [row["variant"] for row in read(tmp_path)] == ["rtn"]
     assert "--checkpoint rtn-0=" in printed.out
     assert "--checkpoint static-0=" not in printed.out
+
+
+def test_one_that_lacks_memory_for_a_part_fails(folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """It would be another variant under its name."""
+    monkeypatch.setattr(estimate, "tuning_bytes", lambda plan: 10**15 if plan.recipe.tuning else 0)
+    assert ablate.main(arguments(folder, tmp_path, "--variants", "best")) == 1
+    assert cells(capsys.readouterr().out)["best"][-1].startswith("tuning all blocks together does not fit in memory")
+    assert not (tmp_path / "best-0").exists()
+    monkeypatch.undo()
+    assert ablate.main(arguments(folder, tmp_path, "--variants", "best")) == 0
 
 
 def test_an_interrupted_one_goes_on(folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:

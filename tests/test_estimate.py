@@ -7,15 +7,18 @@ from typing import Any
 import pytest
 import torch
 from models import save_text, tiny_model
+from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from vllm_wkvquant import cli
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.quantize import blocks, estimate, tune
 from vllm_wkvquant.quantize.attention import QKV
+from vllm_wkvquant.quantize.pipeline import quantize
 from vllm_wkvquant.quantize.plan import Plan, Settings, Storage, preflight
 from vllm_wkvquant.quantize.recipes import RECIPES, Tuning
 from vllm_wkvquant.quantize.runner import Ahead
+from vllm_wkvquant.quantize.writer import PAGE_FILE
 
 SAMPLES, SEQ_LEN, LAYERS = 12, 48, 3
 
@@ -181,6 +184,59 @@ def test_tuning_that_does_not_fit_is_left_out(
     assert "tuning all blocks together is left out, which costs accuracy" in caplog.text
     with pytest.raises(ConfigError, match="this run needs about"):
         placed(bare // 100)
+    assert [placed(n * bare).left_out for n in (5, 3)] == ["", estimate.lighter(p.recipe)[1][0]]
+
+
+GOES_ON = "to go on as it began, this run needs about .* GB of memory, --memory-budget is .*; free some memory or give"
+
+
+@pytest.mark.parametrize(("lacking", "lacked_before"), [(0, 2), (1, 0), (2, 1)])
+def test_a_resumed_run_leaves_out_what_it_did(
+    lacking: int,
+    lacked_before: int,
+    files: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Also where more fits now; where less does, it is refused. lacking: how many of codes and tuning do not fit."""
+    model, text = files
+    out, budget, best, now = tmp_path / "out", 10**12, RECIPES["best"], lacked_before
+    assert best.learning
+    assert best.tuning
+    learning = dataclasses.replace(best.learning, epochs=1, few=0)
+    recipe = dataclasses.replace(best, learning=learning, tuning=dataclasses.replace(best.tuning, epochs=1, few=0))
+    lighter = [lighter for _, lighter in estimate.lighter(recipe)]
+
+    def tuning_bytes(p: Plan) -> int:
+        return 2 * budget if p.recipe in lighter[:now] else 0
+
+    monkeypatch.setattr(estimate, "tuning_bytes", tuning_bytes)
+    settings = Settings(model, out, text, recipe=recipe, samples=4, seq_len=32, memory_budget=budget)
+
+    def stop(done: int, total: int, note: str) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(settings, stop)
+    now, again = lacking, dataclasses.replace(settings, resume=True)
+    if lacking > lacked_before:
+        with pytest.raises(ConfigError, match=GOES_ON):
+            quantize(again)
+        now = lacked_before
+    told: list[estimate.Estimate] = []
+    report = quantize(again, announce=told.append)
+    shown = ["", "moving codes when all blocks are tuned together", "tuning all blocks together"][lacked_before]
+    assert (told[0].left_out, report["left_out"]) == (shown, shown or None)
+    assert report["recipe"] == dataclasses.asdict(lighter[lacked_before])
+    assert bool(report["tuning"]) == (lacked_before < 2)
+    assert (f"want of memory, which costs accuracy: {shown}." in (out / PAGE_FILE).read_text()) == bool(shown)
+    capsys.readouterr()
+    Console().print(cli.estimate_table(told[0]))
+    assert ("left out" in capsys.readouterr().out) == bool(shown)
+    assert cli.main(["inspect", str(out)]) == 0
+    assert ("best, without " in capsys.readouterr().out) == bool(shown)
 
 
 def test_free_memory_is_the_budget(plan, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,8 @@ def estimate_table(estimate: "Estimate") -> Table:
     whose = f" of the first of {estimate.workers} workers" if estimate.workers > 1 else ""
     table.add_row(f"memory{whose}", f"{on_device}{estimate.host_bytes / 1e9:.3g} GB{where}")
     table.add_row("written", f"{estimate.written / 1e9:.3g} GB")
+    if estimate.left_out:
+        table.add_row("left out", f"{estimate.left_out}: too little memory; this costs accuracy")
     return table
 
 
@@ -218,7 +220,8 @@ def run_quantize(args: argparse.Namespace) -> int:
             f"{c['kl']:.5f}, KL(16-bit || 4-bit weights and cache) {b['kl']:.5f}",
             highlight=False,
         )
-    Console().print(f"{settings.out}: {report['smoothing']} chosen", highlight=False, soft_wrap=True)
+    without = f", without {report['left_out']}, which did not fit in memory" if report["left_out"] else ""
+    Console().print(f"{settings.out}: {report['smoothing']} chosen{without}", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -115,6 +115,7 @@ def _report(path: Path) -> dict[str, Any]:
     report = json.loads(file.read_text())
     return {k: report[k] for k in ("settings", "smoothing", "candidates", "layers")} | {
         "tuning": report.get("tuning"),  # older ones have none
+        "left_out": report.get("left_out"),
         "recipe": report["recipe"]["name"],
         "version": report["version"],
     }
@@ -148,7 +149,8 @@ def main(args: argparse.Namespace) -> int:
     }
     if "recipe" in result:
         chosen = result["tuning"]["cache"] if result["tuning"] else result["candidates"][result["smoothing"]]
-        rows["recipe"] = f"{result['recipe']}, smoothing {result['smoothing']}"
+        without = f", without {result['left_out']}" if result["left_out"] else ""
+        rows["recipe"] = f"{result['recipe']}{without}, smoothing {result['smoothing']}"
         rows["KL on calibration text"] = f"{chosen['kl']:.5f} (se {chosen['kl_se']:.5f})"
     for name, value in rows.items():
         table.add_row(name, value)

@@ -34,7 +34,7 @@ class Estimate:
     tell each other but in the rehearsal. rate: FLOP a second of a block's forward pass in the rehearsal. device_bytes,
     host_bytes: peaks of what worker 0 holds on its device and on the host, where the CPU is no device; Python and
     libraries are not in it. written: bytes that are written, most of them hidden states after each block, for
-    `--resume`.
+    `--resume`. left_out: of `Plan`.
     """
 
     flop: float
@@ -45,6 +45,7 @@ class Estimate:
     storage: Storage
     written: int
     workers: int
+    left_out: str = ""
 
 
 def estimate(plan: Plan) -> Estimate:
@@ -71,6 +72,7 @@ def estimate(plan: Plan) -> Estimate:
         storage=plan.storage,
         written=len(layers) * all_hidden_bytes(plan) + 2 * packed_bytes(plan.adapter) + outer_bytes(plan),
         workers=plan.workers.size,
+        left_out=plan.left_out,
     )
 
 
@@ -324,14 +326,14 @@ def host_bytes(plan: Plan) -> int:
     return staged + max(computed, hidden + targets + gathered, hidden + outer + shard)
 
 
-def place(plan: Plan) -> Plan:
+def place(plan: Plan, left_out: str | None = None) -> Plan:
     """The run with what is kept between its uses on the device, or as much of it as fits in the budget: first what is
     captured, last the targets.
 
     The budget is `--memory-budget`, or the memory that is free on the device (the CPU's is the host's, an equal part of
     it for each worker). Tuning alone needs the codes of the whole model at once, and several times that where it moves
-    them: where that does not fit, codes stay, or it is left out of the recipe, and that is said. Raises ConfigError
-    where no placement fits.
+    them: where that does not fit, codes stay, or it is left out of the recipe, and that is said. left_out: what an
+    interrupted run that goes on has left out, neither more nor less. Raises ConfigError where no placement fits.
     """
     device, given = plan.settings.device, plan.settings.memory_budget
     own = free_bytes(device) // (plan.workers.size if device == "cpu" else 1) if given is None else given
@@ -343,21 +345,28 @@ def place(plan: Plan) -> Plan:
     what = "memory" if device == "cpu" else "GPU memory"
     placements = [(device, device, device), (device, "cpu", device), ("cpu", "cpu", device), ("cpu", "cpu", "cpu")]
     least: list[int] = []  # bytes that each recipe needs
-    for left_out, recipe in lighter(plan.recipe):
+    for without, recipe in lighter(plan.recipe):
+        if left_out not in (None, without):
+            continue
         for storage in [Storage(*devices) for devices in dict.fromkeys(placements)]:
-            placed = replace(plan, recipe=recipe, storage=storage)
+            placed = replace(plan, recipe=recipe, storage=storage, left_out=without)
             needed = int(plan.workers.amax([torch.tensor(device_bytes(placed))]))
             if needed <= budget:
-                if left_out:
+                if least and plan.workers.rank == 0:
                     logger.warning(
                         "%s is left out, which costs accuracy: it needs about %.3g GB of %s, and %s",
-                        left_out,
+                        without,
                         least[-1] / 1e9,
                         what,
                         limit,
                     )
                 return placed
         least.append(needed)
+    if left_out is not None:
+        raise ConfigError(
+            f"to go on as it began, this run needs about {least[-1] / 1e9:.3g} GB of {what}, {limit}; free some memory "
+            f"or give --memory-budget"
+        )
     raise ConfigError(
         f"this run needs about {least[-1] / 1e9:.3g} GB of {what}, {limit}; lower --samples or --seq-len, or calibrate "
         f"in --dtype bfloat16"

@@ -26,13 +26,13 @@ from vllm_wkvquant.quantize.blocks import (
     of_this_worker,
     quantize_block,
 )
-from vllm_wkvquant.quantize.estimate import Estimate, estimate, place
+from vllm_wkvquant.quantize.estimate import Estimate, estimate, lighter, place
 from vllm_wkvquant.quantize.files import WriteError
 from vllm_wkvquant.quantize.head import Comparison, compare
 from vllm_wkvquant.quantize.plan import Plan, Settings, fingerprint, preflight
 from vllm_wkvquant.quantize.report import BlockDetail, render
 from vllm_wkvquant.quantize.runner import Ahead
-from vllm_wkvquant.quantize.state import RunState, partial_directory
+from vllm_wkvquant.quantize.state import RunState, left_out_before, partial_directory
 from vllm_wkvquant.quantize.storage import stage
 from vllm_wkvquant.quantize.tune import Tuned, tune
 from vllm_wkvquant.quantize.workers import ALONE, Workers
@@ -53,13 +53,15 @@ def quantize(
 
     Raises ConfigError on bad input and a full disk.
     """
-    plan = place(preflight(settings, workers))
+    asked = preflight(settings, workers)
+    begun_with = fingerprint(asked)
+    plan = place_again(asked, left_out_before(settings.out, begun_with) if workers.rank == 0 else None)
     layers = plan.adapter.num_layers
     if settings.dry_run:
         announce(estimate(plan))
         return {}
     try:
-        state = RunState(settings.out, fingerprint(plan), stage(plan)) if workers.rank == 0 else None
+        state = RunState(settings.out, begun_with, stage(plan), plan.left_out) if workers.rank == 0 else None
         done = workers.total(state.blocks_done if state else 0)
         estimated = estimate(plan)
         announce(estimated)
@@ -86,6 +88,12 @@ def quantize(
             f"{error}; {partial_directory(settings.out)} keeps the finished blocks: free some space, then run again "
             f"with --resume"
         ) from error
+
+
+def place_again(plan: Plan, left_out: str | None) -> Plan:
+    """`place`. left_out: what an interrupted run has left out, which worker 0 knows; None where it knows of none."""
+    known = [None, *(name for name, _ in lighter(plan.recipe))]
+    return place(plan, known[plan.workers.total(known.index(left_out))])
 
 
 def judge(plan: Plan, hidden: dict[str, torch.Tensor]) -> tuple[dict[str, Comparison], dict[str, Comparison]]:
@@ -191,6 +199,7 @@ def finish(
     report = {
         "version": vllm_wkvquant.__version__,
         "recipe": asdict(plan.recipe),
+        "left_out": plan.left_out or None,
         "settings": {
             "samples": plan.all_windows.tokens.shape[0],
             "own_samples": settings.own_samples,

@@ -69,7 +69,8 @@ class Storage:
 class Plan:
     """A run that has passed every check, as one of its workers sees it.
 
-    windows: this worker's; all_windows: of all workers.
+    windows: this worker's; all_windows: of all workers. left_out: what the recipe that was asked for has beyond this
+    one, for want of memory, in words (estimate.py, `place`).
     """
 
     settings: Settings
@@ -81,6 +82,7 @@ class Plan:
     kv: KVCacheConfig
     workers: Workers = ALONE
     storage: Storage = Storage()
+    left_out: str = ""
 
 
 def check_arguments(recipe: str | Recipe, samples: int, device: str) -> Recipe:
@@ -161,7 +163,8 @@ def _digest(path: Path) -> str:
 
 
 def fingerprint(plan: Plan) -> dict[str, Any]:
-    """What the bytes of the result depend on; a resumed run must agree with the interrupted one in all of it."""
+    """What the bytes of the result depend on, but for what is left out of the recipe; a resumed run must agree with the
+    interrupted one in all of it. plan: as it was asked for, before `place`."""
     settings, model = plan.settings, plan.settings.model
     files = sorted({*plan.adapter.tensors.files.values()})
     stats = [(f, (model / f).stat().st_size, (model / f).stat().st_mtime_ns) for f in files]

@@ -230,6 +230,8 @@ def quality(report: dict[str, Any]) -> str:
         rows.append(["these weights with the 4-bit cache", plus_minus(tuned["cache"]), number(ppl["both"], 5)])
     text = "On the held-out windows of the calibration text. The divergence of the weights is from the 16-bit model, "
     text += "that of a cache from the same weights with a 16-bit cache. The row in bold was chosen."
+    if report["left_out"]:
+        text += f" Left out for want of memory, which costs accuracy: {escape(report['left_out'])}."
     return f"<h2>Quality</h2><p>{text}</p>" + table(rows, ("", "KL divergence", "perplexity"), chosen)
 
 

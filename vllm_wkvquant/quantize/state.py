@@ -2,7 +2,7 @@
 written while the next one is computed, the one before.
 
     OUT.wkvquant-partial/
-      run.json                    settings; how many blocks are done
+      run.json                    settings; what is left out for want of memory; how many blocks are done
       block-00000.safetensors     tensors of a finished block, KV parameters of every candidate among them
       block-00000.json            its report
       hidden-00001.safetensors    hidden states of all windows before block 1
@@ -44,20 +44,28 @@ def check_output(out: Path, resume: bool) -> None:
         raise ConfigError(f"{partial} holds an interrupted run; continue it with --resume or delete it")
 
 
+def left_out_before(out: Path, settings: dict[str, Any]) -> str | None:
+    """What an interrupted run towards `out` with these settings goes on without, "" for nothing; None where there is no
+    such run."""
+    file = partial_directory(out) / "run.json"
+    run = json.loads(file.read_text()) if file.is_file() else {}
+    return run.get("left_out") if run.get("settings") == settings else None
+
+
 class RunState:
     """The state of one run; holds a lock on its directory as long as the process lives."""
 
-    def __init__(self, out: Path, settings: dict[str, Any], stage: Stage | None = None) -> None:
+    def __init__(self, out: Path, settings: dict[str, Any], stage: Stage | None = None, left_out: str = "") -> None:
         """Open the state of a run towards `out`, or begin one. Raises ConfigError where `settings` differ from it.
 
         stage: copies hidden states to where they remain until it is called again. With it, blocks are written while the
-        caller goes on.
+        caller goes on. left_out: of `Plan`, for `left_out_before`.
         """
         self._stage, self._writing = stage, Future[None]()
         self._writing.set_result(None)
         self._writer = ThreadPoolExecutor(1)
         self.directory = partial_directory(out)
-        self._settings = settings
+        self._settings, self._left_out = settings, left_out
         self.blocks_done = 0
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -119,7 +127,8 @@ class RunState:
         write_tensors(self._file("block", layer), tensors)
         write_json(self._file("block", layer, "json"), report)
         write_tensors(self._file("hidden", layer + 1), hidden)
-        write_json(self.directory / "run.json", {"settings": self._settings, "blocks_done": layer + 1})
+        run = {"settings": self._settings, "left_out": self._left_out, "blocks_done": layer + 1}
+        write_json(self.directory / "run.json", run)
         self._file("hidden", layer).unlink(missing_ok=True)
 
     def close(self) -> None:
