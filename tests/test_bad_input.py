@@ -270,6 +270,27 @@ def test_little_disk(refused: Callable[..., str], model: Path, tmp_path: Path, m
     )
 
 
+def test_disk_that_an_interrupted_run_has_taken(
+    refused: Callable[..., str], model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on with as much less, and hidden states of 16 bits take half as much."""
+    from vllm_wkvquant.quantize import plan
+
+    def needed(*arguments: str) -> float:
+        with monkeypatch.context() as patch:
+            patch.setattr(plan.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+            found = re.search(r"this run needs about (\S+) GB", refused(model, *arguments))
+        assert found
+        return 1e9 * float(found[1])
+
+    whole, halved = needed(), needed("--dtype", "bfloat16")
+    assert whole - halved == pytest.approx(2 * 2 * (4 + 3 * 2) * 32 * 128, rel=0.1)
+    interrupt(model, text, tmp_path / "out")
+    held = sum(file.stat().st_size for file in (tmp_path / "out.wkvquant-partial").rglob("*"))
+    assert needed("--resume") == pytest.approx(whole - held, rel=0.02)
+    assert held > 0.2 * whole
+
+
 # -- wkvquant quantize, on the way
 
 

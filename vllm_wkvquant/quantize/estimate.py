@@ -16,7 +16,7 @@ from vllm_wkvquant.quantize.blocks import first_hidden, quantize_block
 from vllm_wkvquant.quantize.calibration import FIRST_TOKENS
 from vllm_wkvquant.quantize.head import LOGIT_ROWS
 from vllm_wkvquant.quantize.learn import replays, together
-from vllm_wkvquant.quantize.plan import Plan, Storage, packed_bytes
+from vllm_wkvquant.quantize.plan import Plan, Storage, itemsize, packed_bytes
 from vllm_wkvquant.quantize.recipes import NEEDED, Recipe
 from vllm_wkvquant.quantize.runner import Ahead
 from vllm_wkvquant.quantize.storage import free_bytes, pinned_bytes
@@ -174,11 +174,6 @@ def tuning_flop(plan: Plan, blocks: int | None = None) -> float:
 
 
 # -- memory
-
-
-def itemsize(plan: Plan) -> int:
-    """Bytes of an element of the calibration's type."""
-    return getattr(torch, plan.settings.dtype).itemsize
 
 
 def hidden_bytes(plan: Plan, taken: Callable[[int], int] = int) -> int:

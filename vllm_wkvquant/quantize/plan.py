@@ -16,7 +16,7 @@ from vllm_wkvquant.quantize.adapters import ModelAdapter
 from vllm_wkvquant.quantize.attention import ATTENTION, CalibrationAttention
 from vllm_wkvquant.quantize.calibration import SKIPPED, Windows, read_windows, samples_for
 from vllm_wkvquant.quantize.recipes import DEFAULT, RECIPES, Recipe, find_recipe
-from vllm_wkvquant.quantize.state import check_output
+from vllm_wkvquant.quantize.state import check_output, held_bytes
 from vllm_wkvquant.quantize.workers import ALONE, Workers
 
 DEFAULT_SEQ_LEN = 2048
@@ -142,18 +142,26 @@ def packed_bytes(adapter: ModelAdapter) -> int:
     return int(block * (0.5 + 2.5 / min(adapter.group_sizes.values())))
 
 
+def itemsize(plan: Plan) -> int:
+    """Bytes of an element of the calibration's type."""
+    return getattr(torch, plan.settings.dtype).itemsize
+
+
 def check_disk(plan: Plan) -> None:
-    """Raise ConfigError unless the file system has room for the checkpoint and the state of the run."""
+    """Raise ConfigError unless the file system has room for the checkpoint and the state of the run, beside what an
+    interrupted run has there already."""
     adapter, windows = plan.adapter, plan.all_windows
     checkpoint = 2 * packed_bytes(adapter) + 2 * adapter.numel(adapter.outer_names())  # blocks as state and as shards
     runs = windows.tokens.shape[0] * (2 if plan.recipe.learning else 1)
     runs += windows.held_out * len(plan.recipe.candidates)
-    hidden = 2 * 4 * runs * windows.tokens.shape[1] * adapter.config.hidden_size
+    # one state of them is written before the last one is deleted
+    hidden = 2 * itemsize(plan) * runs * windows.tokens.shape[1] * adapter.config.hidden_size
+    needed = checkpoint + hidden - held_bytes(plan.settings.out)
     existing = next(p for p in (plan.settings.out.absolute(), *plan.settings.out.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(existing).free
-    if free < checkpoint + hidden:
+    if free < needed:
         raise ConfigError(
-            f"{existing} has {free / 1e9:.2g} GB free, this run needs about {(checkpoint + hidden) / 1e9:.2g} GB; "
+            f"{existing} has {free / 1e9:.2g} GB free, this run needs about {needed / 1e9:.2g} GB; "
             f"free some space, choose another output directory, or lower --samples or --seq-len"
         )
 

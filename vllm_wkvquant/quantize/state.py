@@ -35,6 +35,11 @@ def partial_directory(out: Path) -> Path:
     return out.with_name(out.name + SUFFIX)
 
 
+def held_bytes(out: Path) -> int:
+    """Bytes of the files that an interrupted run towards `out` has left."""
+    return sum(file.stat().st_size for file in partial_directory(out).rglob("*") if file.is_file())
+
+
 def check_output(out: Path, resume: bool) -> None:
     """Raise ConfigError unless a run may write to `out`."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
