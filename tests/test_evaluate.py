@@ -5,16 +5,17 @@ import math
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 from vllm_wkvquant import cli, reference
 from vllm_wkvquant import evaluate as evaluation
-from vllm_wkvquant.checkpoint import Checkpoint
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.evaluate import SimulatedCache, difference, evaluate, read_windows
 from vllm_wkvquant.layout import token_bytes
+from vllm_wkvquant.plugin.eval_engine import kv_cache_bytes
 
 
 def layer(heads: int, head_size: int, shift: float) -> reference.KVParams:
@@ -112,17 +113,6 @@ def test_the_table_has_the_larger_error(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "0.2500 ± 0.1250" in shown
 
 
-def test_the_error_of_a_divergence_is_the_larger(smollm2) -> None:
-    result = evaluate(smollm2.checkpoint, smollm2.path, smollm2.test_text, window=64, windows=4)
-    tokens = read_windows(smollm2.path, smollm2.test_text, 64, 4)
-    scores = evaluation.score_transformers(
-        Checkpoint(smollm2.checkpoint), smollm2.path, tokens, 1, "cpu", torch.float32
-    )
-    errors = evaluation.standard_errors(scores["kl_w4_w4kv4"], tokens)
-    assert result["kl_w4_se"] == pytest.approx(max(errors))
-    assert errors[0] != pytest.approx(errors[1], rel=0.05)
-
-
 def test_windows_cover_the_text(smollm2) -> None:
     whole = read_windows(smollm2.checkpoint, smollm2.test_text, 512, 0)
     some = read_windows(smollm2.checkpoint, smollm2.test_text, 512, 3)
@@ -158,9 +148,35 @@ def test_engine_measures_what_the_specification_says(smollm2) -> None:
     assert result["se"]["w4kv4_vs_w4"] > 0
 
 
+def test_the_engine_has_the_memory_of_a_window(tmp_path: Path) -> None:
+    """Of Llama-2-7B's 16-bit cache, of which a token takes half a megabyte; and of fp32."""
+    config = {"num_attention_heads": 32, "hidden_size": 4096, "num_hidden_layers": 32, "torch_dtype": "float16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    window = 2049 << 19
+    assert window < kv_cache_bytes(tmp_path, 2049) < 1.3 * window
+    config |= {"num_key_value_heads": 8, "head_dim": 64, "dtype": "float32"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert kv_cache_bytes(tmp_path, 2050) - kv_cache_bytes(tmp_path, 2049) == 32 * 2 * 8 * 64 * 4
+
+
+def test_a_gpu_is_given_back_before_the_engine_starts(smollm2, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(evaluation, "check_run", lambda *_: None)
+    monkeypatch.setattr(evaluation, "device_name", lambda _: "a GPU")
+    scores = {f"nll_{name}": torch.rand(62, dtype=torch.float64) for name in ("fp16", "w4", "w4kv4")}
+    scores |= {"kl_w4_w4kv4": scores["nll_w4"], "top1_w4_w4kv4": scores["nll_w4"]}
+    monkeypatch.setattr(evaluation, "score_transformers", lambda *_: done.append("transformers") or scores)
+    monkeypatch.setattr(evaluation, "score_vllm", lambda *_: done.append("vllm") or scores)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("freed"))
+    evaluate(smollm2.checkpoint, smollm2.path, smollm2.test_text, 32, 2, device="cuda", engine="vllm")
+    assert done == ["transformers", "freed", "vllm"]
+
+
 def test_bad_arguments_are_refused(smollm2) -> None:
     with pytest.raises(ConfigError, match=r"is outside 2 \.\. 8192"):
         evaluate(smollm2.checkpoint, smollm2.path, smollm2.test_text, window=9000)
+    with pytest.raises(ConfigError, match=r"is outside 2 \.\. 8191, .* but the one of the token that --engine vllm"):
+        evaluate(smollm2.checkpoint, smollm2.path, smollm2.test_text, window=8192, engine="vllm")
     with pytest.raises(ConfigError, match="is not a wkvquant checkpoint"):
         evaluate(smollm2.path, smollm2.path, smollm2.test_text)
     with pytest.raises(ConfigError, match="does not exist"):

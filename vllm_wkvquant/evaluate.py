@@ -120,11 +120,13 @@ def read_windows(tokenizer_path: Path, text: Path, window: int, count: int) -> l
     return [w for w in (prefix + ids[i : min(i + own, stop)] for i in range(0, stop, own)) if len(w) > 1]
 
 
-def check_run(window: int, device: str, models: list[dict[str, Any]]) -> None:
+def check_run(window: int, device: str, models: list[dict[str, Any]], engine: str = "transformers") -> None:
     """Raise ConfigError where this window does not fit the models of these config.json, or the device is not here."""
-    limit = min(c.get("max_position_embeddings", window) for c in models)
+    generated = int(engine == "vllm")
+    limit = min(c.get("max_position_embeddings", window + generated) for c in models) - generated
     if not 2 <= window <= limit:
-        raise ConfigError(f"--window {window} is outside 2 .. {limit}, the positions that the model knows")
+        less = " but the one of the token that --engine vllm generates" if generated else ""
+        raise ConfigError(f"--window {window} is outside 2 .. {limit}, the positions that the model knows{less}")
     check_device(device)
 
 
@@ -175,6 +177,13 @@ def concatenate(windows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tenso
     return {name: torch.cat([w[name] for w in windows]) for name in windows[0]}
 
 
+def free_memory(device: str) -> None:
+    """Give back the memory of models that are gone."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
+
+
 def score_transformers(
     ckpt: Checkpoint, baseline: Path, windows: list[list[int]], chunk: int, device: str, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
@@ -182,7 +191,7 @@ def score_transformers(
     model: Any = load_baseline(baseline, dtype, device)
     fp16 = [score({"fp16": (model.lm_head, last_hidden(model, w))}, w) for w in progress(windows, "FP16")]
     del model
-    gc.collect()
+    free_memory(device)
     cache = SimulatedCache(chunk=chunk)
     model = load_quantized(ckpt, cache, dtype, device)
     params = [ckpt.kv_params(i).to(device) for i in range(ckpt.kv.num_hidden_layers)]
@@ -260,7 +269,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """The JSON object that `wkvquant eval --json` prints (docs/algorithm.md). Raises ConfigError on bad input."""
     ckpt = Checkpoint(ckpt_path)
-    check_run(window, device, [ckpt.config, read_config(baseline)])
+    check_run(window, device, [ckpt.config, read_config(baseline)], engine)
     chunk = chunk or (64 if engine == "vllm" else 1)
     tokens = read_windows(baseline, text, window, windows)
     scores = score_transformers(ckpt, baseline, tokens, chunk, device, dtype)
@@ -282,6 +291,7 @@ def evaluate(
     reference["top1_agreement"] = scores["top1_w4_w4kv4"].mean().item()
     if engine == "transformers":
         return result | reference
+    free_memory(device)  # for vLLM, which takes most of a GPU's
     # the engine gives no full distribution, so the divergence is the specification's
     measured = summarize(score_vllm(ckpt, baseline, tokens, chunk), tokens)
     return result | measured | {k: reference[k] for k in ("kl_w4", "kl_w4_se")} | {"reference": reference}

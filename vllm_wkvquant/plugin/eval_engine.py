@@ -1,8 +1,13 @@
 """Prompt log-probabilities from a real engine, prefilled in chunks of a known size."""
 
+from pathlib import Path
 from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
+
+from vllm_wkvquant.checkpoint import read_config
+
+SPARE_TOKENS = 4 * 128  # a few pages: a window need not fill its last one, and vLLM keeps one for itself
 
 
 class ExactChunkScheduler(Scheduler):
@@ -22,6 +27,16 @@ class ExactChunkScheduler(Scheduler):
         return output
 
 
+def kv_cache_bytes(ckpt: Path, tokens: int) -> int:
+    """Cache for so many tokens of a model in its own type, and a few pages more."""
+    config = read_config(ckpt)
+    heads = config["num_attention_heads"]
+    size = config.get("head_dim") or config["hidden_size"] // heads
+    element = 4 if config.get("dtype", config.get("torch_dtype")) == "float32" else 2
+    of_token = 2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * size * element
+    return (tokens + SPARE_TOKENS) * of_token
+
+
 def prompt_logprobs(
     ckpt: str,
     windows: list[list[int]],
@@ -39,12 +54,13 @@ def prompt_logprobs(
     """
     from vllm import LLM, SamplingParams
 
+    length = max(len(w) for w in windows) + 1  # a token is generated
     options: dict[str, Any] = {
         "quantization": quantization,
         "dtype": dtype,
         "kv_cache_dtype": kv_cache_dtype,
-        "max_model_len": max(len(w) for w in windows) + 1,
-        "kv_cache_memory_bytes": 512 << 20,
+        "max_model_len": length,
+        "kv_cache_memory_bytes": kv_cache_bytes(Path(ckpt), length),
         "enforce_eager": True,
         "skip_tokenizer_init": True,
         **engine_options,
