@@ -51,6 +51,7 @@ from vllm_wkvquant.evaluate import (
     Scored,
     SimulatedCache,
     check_run,
+    check_same,
     concatenate,
     difference,
     last_hidden,
@@ -64,7 +65,6 @@ from vllm_wkvquant.evaluate import (
 
 REFERENCES = ("FP16", "W4")
 TABLE_WIDTH = 240  # columns; a table that is cut is of no use
-SAME = ("vocab_size", "hidden_size", "num_hidden_layers")  # of a model and its checkpoint
 
 
 @functools.cache
@@ -114,7 +114,8 @@ class Quantized:
         Raises ConfigError where it is none of this model (its config.json) or too short for the window.
         """
         ckpt = Checkpoint(path)
-        check_same(path, ckpt.config, model, window, device)
+        check_run(window, device, [model, ckpt.config])
+        check_same(path, ckpt.config, model)
         made = {"weight_bits": weight_bits(ckpt), "seconds": None}
         return cls(name, path, ckpt, variants(ckpt, window, device), made, files_digest(path))
 
@@ -122,7 +123,8 @@ class Quantized:
     def open_plain(cls, name: str, path: Path, model: dict[str, Any], window: int, device: str) -> "Quantized":
         """A plain model with what weight_peers.py says of it, if it does. Raises ConfigError as `open`."""
         config = read_config(path)
-        check_same(path, config, model, window, device)
+        check_run(window, device, [model, config])
+        check_same(path, config, model)
         if "quantization_config" in config:
             raise ConfigError(f"{path} is not a plain model; --weights takes what weight_peers.py writes")
         file = path / PEER_FILE
@@ -135,14 +137,6 @@ class Quantized:
         if self.ckpt is None:
             return load_baseline(self.path, dtype, device)
         return load_quantized(self.ckpt, cache, dtype, device)
-
-
-def check_same(path: Path, config: dict[str, Any], model: dict[str, Any], window: int, device: str) -> None:
-    """Raise ConfigError where `config` is not of this model or too short for the window."""
-    check_run(window, device, [model, config])
-    differing = [key for key in SAME if config.get(key) != model.get(key)]
-    if differing:
-        raise ConfigError(f"{path} is not a checkpoint of this model: its {differing[0]} differs")
 
 
 @dataclass(frozen=True)

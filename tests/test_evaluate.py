@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import tiny_model
 
 from vllm_wkvquant import cli, reference
 from vllm_wkvquant import evaluate as evaluation
@@ -172,11 +173,16 @@ def test_a_gpu_is_given_back_before_the_engine_starts(smollm2, monkeypatch: pyte
     assert done == ["transformers", "freed", "vllm"]
 
 
-def test_bad_arguments_are_refused(smollm2) -> None:
+def test_bad_arguments_are_refused(smollm2, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is outside 2 \.\. 8192"):
         evaluate(smollm2.checkpoint, smollm2.path, smollm2.test_text, window=9000)
     with pytest.raises(ConfigError, match=r"is outside 2 \.\. 8191, .* but the one of the token that --engine vllm"):
         evaluate(smollm2.checkpoint, smollm2.path, smollm2.test_text, window=8192, engine="vllm")
+    with pytest.raises(ConfigError, match=f"{smollm2.checkpoint} is not a checkpoint of this model: its vocab_size"):
+        evaluate(smollm2.checkpoint, tiny_model(tmp_path / "other"), smollm2.test_text, window=128)
+    (tmp_path / "empty").touch()
+    with pytest.raises(ConfigError, match="empty has 0 tokens, of which none can be scored; give a longer text"):
+        evaluate(smollm2.checkpoint, smollm2.path, tmp_path / "empty", window=128, windows=0)
     with pytest.raises(ConfigError, match="is not a wkvquant checkpoint"):
         evaluate(smollm2.path, smollm2.path, smollm2.test_text)
     with pytest.raises(ConfigError, match="does not exist"):

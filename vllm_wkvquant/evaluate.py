@@ -38,6 +38,7 @@ from vllm_wkvquant.reference import Simulation, fake_quantize
 from vllm_wkvquant.text import read_tokens
 
 ATTENTION = "wkvquant_past_only"
+SAME = ("vocab_size", "hidden_size", "num_hidden_layers")  # of a model and its checkpoint
 LOGIT_ROWS = 512  # rows of logits held at once: 512 x 152k vocabulary x fp32 is 0.3 GB
 # a model's head, and its last hidden states [n - 1, hidden] in a window of n tokens
 Scored = tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]
@@ -117,7 +118,10 @@ def read_windows(tokenizer_path: Path, text: Path, window: int, count: int) -> l
             f"{text} has {len(ids)} tokens, fewer than {count} windows of {window}; give a longer text or --windows 0"
         )
     stop = count * own if count else len(ids)
-    return [w for w in (prefix + ids[i : min(i + own, stop)] for i in range(0, stop, own)) if len(w) > 1]
+    windows = [w for w in (prefix + ids[i : min(i + own, stop)] for i in range(0, stop, own)) if len(w) > 1]
+    if not windows:
+        raise ConfigError(f"{text} has {len(ids)} tokens, of which none can be scored; give a longer text")
+    return windows
 
 
 def check_run(window: int, device: str, models: list[dict[str, Any]], engine: str = "transformers") -> None:
@@ -128,6 +132,13 @@ def check_run(window: int, device: str, models: list[dict[str, Any]], engine: st
         less = " but the one of the token that --engine vllm generates" if generated else ""
         raise ConfigError(f"--window {window} is outside 2 .. {limit}, the positions that the model knows{less}")
     check_device(device)
+
+
+def check_same(path: Path, config: dict[str, Any], model: dict[str, Any]) -> None:
+    """Raise ConfigError where the config.json of the checkpoint at `path` is not of this model."""
+    differing = [key for key in SAME if config.get(key) != model.get(key)]
+    if differing:
+        raise ConfigError(f"{path} is not a checkpoint of this model: its {differing[0]} differs")
 
 
 def progress(items: list[list[int]], what: str) -> Iterator[list[int]]:
@@ -269,7 +280,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """The JSON object that `wkvquant eval --json` prints (docs/algorithm.md). Raises ConfigError on bad input."""
     ckpt = Checkpoint(ckpt_path)
-    check_run(window, device, [ckpt.config, read_config(baseline)], engine)
+    model = read_config(baseline)
+    check_run(window, device, [ckpt.config, model], engine)
+    check_same(ckpt_path, ckpt.config, model)
     chunk = chunk or (64 if engine == "vllm" else 1)
     tokens = read_windows(baseline, text, window, windows)
     scores = score_transformers(ckpt, baseline, tokens, chunk, device, dtype)
