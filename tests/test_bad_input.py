@@ -1,5 +1,6 @@
 """Bad input: one clear line on stderr, exit status 2, and nothing half-written."""
 
+import errno
 import json
 import re
 import resource
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from vllm_wkvquant import cli
 from vllm_wkvquant.checkpoint import INDEX_FILE, KV_PARAMS, kv_tensor_name
+from vllm_wkvquant.quantize.files import WriteError
 from vllm_wkvquant.quantize.state import RunState
 
 WHOLE = "a whole number of at least 1"
@@ -239,6 +241,32 @@ def test_output_not_empty(refused: Callable[..., str], model: Path, tmp_path: Pa
     assert refused(model, "--resume", out=out) == f"output directory {out} is not empty; give a new one or delete it"
 
 
+def test_output_that_nothing_can_be_renamed_to(
+    refused: Callable[..., str], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in (Path("."), Path("/"), Path("..")):
+        assert refused(model, out=path) == (
+            f"output directory {path} has no name of its own; give the path of a new directory"
+        )
+    link, empty = tmp_path / "link", tmp_path / "empty"
+    empty.mkdir()
+    link.symlink_to(empty)
+    symbolic = f"output directory {link} is a symbolic link; give the directory that it leads to, or a new one"
+    assert refused(model, out=link) == symbolic
+    empty.rmdir()
+    assert refused(model, out=link) == symbolic
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == empty)
+    empty.mkdir()
+    assert refused(model, out=empty) == f"output directory {empty} is a mount point; give a new directory in it"
+
+
+def test_gpu_that_is_not_here(refused: Callable[..., str], model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    message = "--device cuda:2: torch sees 2 GPUs here, the first is cuda:0"
+    assert refused(model, "--device", "cuda:2") == message
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -246,7 +274,9 @@ def test_output_not_empty(refused: Callable[..., str], model: Path, tmp_path: Pa
         (["--samples", "3"], "--samples 3 is too few: at least 4, of which 2 are held out"),
         (["--seq-len", "513"], "--seq-len 513 is outside 8 .. 512, the positions that the model knows"),
         (["--seq-len", "0"], "--seq-len 0 is outside 8 .. 512, the positions that the model knows"),
-        (["--device", "tpu"], "--device tpu is neither cpu nor cuda"),
+        (["--device", "tpu"], "--device tpu is neither cpu nor cuda nor a GPU by its number, as cuda:1"),
+        (["--device", "cpu:0"], "--device cpu:0 is neither cpu nor cuda nor a GPU by its number, as cuda:1"),
+        (["--device", "cuda:x"], "--device cuda:x is neither cpu nor cuda nor a GPU by its number, as cuda:1"),
     ],
 )
 def test_arguments(arguments: list[str], message: str, refused: Callable[..., str], model: Path) -> None:
@@ -434,6 +464,26 @@ def test_disk_full(where: str, model: Path, checkpoint: Path, text: Path, tmp_pa
     assert limited(0, [*arguments, "--resume"]).returncode == 0
     assert not partial.exists()
     assert contents(out) == contents(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OSError(errno.EACCES, "Permission denied"), "put that right"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "free some space"),
+        (RuntimeError("I/O error: Input/output error (os error 5)"), "put that right"),
+    ],
+)
+def test_only_want_of_space_is_called_so(
+    error: Exception, advice: str, stopped: Callable[..., str], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_wkvquant.quantize import state
+
+    def fail(path: Path, tensors: object) -> None:
+        raise WriteError(path, error)
+
+    monkeypatch.setattr(state, "write_tensors", fail)
+    assert stopped(model).endswith(f"keeps the finished blocks: {advice}, then run again with --resume")
 
 
 # -- damaged checkpoints

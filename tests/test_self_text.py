@@ -131,7 +131,7 @@ def test_a_model_is_quantized_on_both(tmp_path: Path, capsys) -> None:
     [
         (["--length", "100000"], "--length 100000 is more than the "),
         (["--tokens", "0"], "--tokens 0 must be at least 1"),
-        (["--device", "tpu"], "--device tpu is neither cpu nor cuda"),
+        (["--device", "tpu"], "--device tpu is neither cpu nor cuda nor a GPU by its number, as cuda:1"),
     ],
 )
 def test_bad_input_is_refused(

@@ -1,5 +1,7 @@
 """Where work runs: what `--device` may say, and what results call it."""
 
+import re
+
 import torch
 
 from vllm_wkvquant.config import ConfigError
@@ -7,10 +9,15 @@ from vllm_wkvquant.config import ConfigError
 
 def check_device(device: str) -> None:
     """Raise ConfigError unless there is such a device here."""
-    if device.partition(":")[0] not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {device} is neither cpu nor cuda")
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    if found is None:
+        raise ConfigError(f"--device {device} is neither cpu nor cuda nor a GPU by its number, as cuda:1")
+    if device == "cpu":
+        return
+    if not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu")
+    if int(found[1] or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {device}: torch sees {torch.cuda.device_count()} GPUs here, the first is cuda:0")
 
 
 def device_name(device: str) -> str:

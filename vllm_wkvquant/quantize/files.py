@@ -1,5 +1,6 @@
 """Files that are whole or absent: written beside their place, flushed to the disk, renamed."""
 
+import errno
 import json
 import os
 import re
@@ -12,12 +13,15 @@ from safetensors.torch import save_file
 
 
 class WriteError(Exception):
-    """A file that could not be written, most often for want of space."""
+    """A file that could not be written, most often for want of space, which `full` says."""
 
     def __init__(self, path: Path, error: Exception) -> None:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        code = re.search(r"\(os error (\d+)\)", reason)  # safetensors' writer is Rust and wraps the reason in prose
-        reason = os.strerror(int(code[1])) if code else reason
+        number = error.errno if isinstance(error, OSError) else None
+        if code := re.search(r"\(os error (\d+)\)", reason):  # safetensors' writer is Rust and wraps it in prose
+            number = int(code[1])
+            reason = os.strerror(number)
+        self.full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         super().__init__(f"cannot write {path}: {reason}")
 
 

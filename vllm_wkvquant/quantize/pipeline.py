@@ -84,9 +84,10 @@ def quantize(
         tuned = tune_all(plan, state, hidden, chosen, progress) if plan.recipe.tuning else None
         return finish(plan, state, runs, of_weights, chosen, tuned, estimated) if state else {}
     except WriteError as error:
+        first = "free some space" if error.full else "put that right"
         raise ConfigError(
-            f"{error}; {partial_directory(settings.out)} keeps the finished blocks: free some space, then run again "
-            f"with --resume"
+            f"{error}; {partial_directory(settings.out)} keeps the finished blocks: {first}, then run again with "
+            f"--resume"
         ) from error
 
 

@@ -41,7 +41,15 @@ def held_bytes(out: Path) -> int:
 
 
 def check_output(out: Path, resume: bool) -> None:
-    """Raise ConfigError unless a run may write to `out`."""
+    """Raise ConfigError unless a run may write to `out`, and a directory can be renamed to it."""
+    if out.name in ("", ".."):
+        raise ConfigError(f"output directory {out} has no name of its own; give the path of a new directory")
+    if out.is_symlink():
+        raise ConfigError(
+            f"output directory {out} is a symbolic link; give the directory that it leads to, or a new one"
+        )
+    if out.is_mount():
+        raise ConfigError(f"output directory {out} is a mount point; give a new directory in it")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"output directory {out} is not empty; give a new one or delete it")
     partial = partial_directory(out)
