@@ -532,6 +532,12 @@ def test_nan_in_a_scale(inspect_refused: Callable[[Path], str], damaged: Path) -
     assert inspect_refused(damaged) == f"tensor {name} contains NaN or infinity; the checkpoint is damaged"
 
 
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj", "model.layers.0.input_layernorm", "lm_head"])
+def test_missing_weight(name: str, inspect_refused: Callable[[Path], str], damaged: Path) -> None:
+    edit_tensors(damaged, lambda tensors: [tensors.pop(n) for n in [*tensors] if n.startswith(f"{name}.")])
+    assert inspect_refused(damaged) == (f"{damaged} lacks 1 weights, {name}.weight first; quantize the model again")
+
+
 def test_missing_part_of_a_weight(inspect_refused: Callable[[Path], str], damaged: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight_zero_point"
     edit_tensors(damaged, lambda tensors: tensors.pop(name))

@@ -16,6 +16,10 @@ from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.layout import PageLayout, token_bytes
 
 REPORT_FILE = "wkvquant.json"
+BLOCKS = "model.layers."
+IN_BLOCK = [f"self_attn.{name}_proj.weight" for name in "qkvo"]
+IN_BLOCK += [f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+IN_BLOCK += [f"{name}_layernorm.weight" for name in ("input", "post_attention")]
 BLOCK_SIZE = 64  # tokens of the page whose bytes are shown
 
 
@@ -42,7 +46,22 @@ def inspect(path: Path) -> dict[str, Any]:
     }
 
 
+def _check_names(ckpt: Checkpoint) -> None:
+    """Raise ConfigError where a weight is missing: what all models have, and in every block what any of them has, which
+    biases are among. transformers would know all of it, but takes seconds to import."""
+    found = {name for name, _ in ckpt.weight_names()}
+    of_blocks = {name.removeprefix(BLOCKS).partition(".")[2] for name in found if name.startswith(BLOCKS)}
+    expected = {f"{BLOCKS}{i}.{name}" for i in range(ckpt.kv.num_hidden_layers) for name in of_blocks.union(IN_BLOCK)}
+    expected |= {"model.embed_tokens.weight", "model.norm.weight"}
+    if not ckpt.config.get("tie_word_embeddings"):
+        expected.add("lm_head.weight")
+    missing = sorted(expected - found)
+    if missing:
+        raise ConfigError(f"{ckpt.path} lacks {len(missing)} weights, {missing[0]} first; quantize the model again")
+
+
 def _weights(ckpt: Checkpoint) -> dict[str, Any]:
+    _check_names(ckpt)
     shapes = ckpt.tensors.shapes()
     quantized_elements = quantized_bytes = other_bytes = 0
     groups: dict[str, int] = {}
