@@ -247,6 +247,28 @@ def test_free_memory_is_the_budget(plan, monkeypatch: pytest.MonkeyPatch) -> Non
         estimate.place(p)
 
 
+def test_what_is_gathered_and_written_must_fit_on_the_host(plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU in the budget, on a GPU in what is free beside it."""
+    p = plan("rtn")
+    device = estimate.device_bytes(p)
+    assert estimate.host_bytes(p) >= device
+    monkeypatch.setattr(estimate, "host_bytes", lambda plan: 3 * device)
+
+    def placed(budget: int, on: str) -> Plan:
+        settings = dataclasses.replace(p.settings, device=on, memory_budget=budget)
+        return estimate.place(dataclasses.replace(p, settings=settings))
+
+    placed(3 * device, "cpu")
+    with pytest.raises(ConfigError, match=r"needs about .* GB of memory, --memory-budget is .* or --shard-size"):
+        placed(3 * device - 1, "cpu")
+    monkeypatch.setattr(estimate, "free_bytes", lambda device: 3 * device_bytes)
+    device_bytes = device
+    placed(10 * device, "cuda")
+    device_bytes = device - 1
+    with pytest.raises(ConfigError, match=r"needs about .* GB of the host's memory, .* GB are free; lower --samples"):
+        placed(10 * device, "cuda")
+
+
 def test_dry_run_prints_the_estimate_and_writes_nothing(
     files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -176,3 +176,22 @@ def test_windows_are_taken_to_the_device(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [how for _, how in copies] == 2 * [{"non_blocking": True}]
     for (window, _), i in zip(copies, [2, 0], strict=True):
         assert window.data_ptr() == run[i].data_ptr()  # the pinned memory itself, no copy of it
+
+
+@pytest.mark.parametrize("group", ["/", "/docker/0123"])
+def test_a_container_limits_what_is_free(group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the group is seen as the root, and where it has a path; files that the kernel keeps are as good as free."""
+    machine = storage.free_bytes("cpu")
+    (tmp_path / "own").write_text(f"4:memory:/elsewhere\n0::{group}\n")
+    monkeypatch.setattr(storage, "OWN_GROUP", tmp_path / "own")
+    monkeypatch.setattr(storage, "GROUPS", tmp_path / "groups")
+    for limit, folder in (("10000", "groups"), ("max", "groups/docker")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / folder / "memory.current").write_text("9000\n")
+        (tmp_path / folder / "memory.stat").write_text("anon 3000\ninactive_file 5000\nactive_file 500\n")
+    assert list(storage.left_by_groups()) == [6500]
+    assert storage.free_bytes("cpu") == 6500
+    (tmp_path / "groups" / "memory.max").write_text("max\n")
+    assert list(storage.left_by_groups()) == []
+    assert storage.free_bytes("cpu") > machine / 2

@@ -326,9 +326,10 @@ def place(plan: Plan, left_out: str | None = None) -> Plan:
     captured, last the targets.
 
     The budget is `--memory-budget`, or the memory that is free on the device (the CPU's is the host's, an equal part of
-    it for each worker). Tuning alone needs the codes of the whole model at once, and several times that where it moves
-    them: where that does not fit, codes stay, or it is left out of the recipe, and that is said. left_out: what an
-    interrupted run that goes on has left out, neither more nor less. Raises ConfigError where no placement fits.
+    it for each worker); a GPU's host must have room for the rest. Tuning alone needs the codes of the whole model at
+    once, and several times that where it moves them: where that does not fit, codes stay, or it is left out of the
+    recipe, and that is said. left_out: what an interrupted run that goes on has left out, neither more nor less. Raises
+    ConfigError where no placement fits.
     """
     device, given = plan.settings.device, plan.settings.memory_budget
     own = free_bytes(device) // (plan.workers.size if device == "cpu" else 1) if given is None else given
@@ -345,8 +346,10 @@ def place(plan: Plan, left_out: str | None = None) -> Plan:
             continue
         for storage in [Storage(*devices) for devices in dict.fromkeys(placements)]:
             placed = replace(plan, recipe=recipe, storage=storage, left_out=without)
-            needed = int(plan.workers.amax([torch.tensor(device_bytes(placed))]))
+            own = host_bytes(placed) if device == "cpu" else device_bytes(placed)
+            needed = int(plan.workers.amax([torch.tensor(own)]))
             if needed <= budget:
+                check_host(placed)
                 if least and plan.workers.rank == 0:
                     logger.warning(
                         "%s is left out, which costs accuracy: it needs about %.3g GB of %s, and %s",
@@ -363,9 +366,19 @@ def place(plan: Plan, left_out: str | None = None) -> Plan:
             f"or give --memory-budget"
         )
     raise ConfigError(
-        f"this run needs about {least[-1] / 1e9:.3g} GB of {what}, {limit}; lower --samples or --seq-len, or calibrate "
-        f"in --dtype bfloat16"
+        f"this run needs about {least[-1] / 1e9:.3g} GB of {what}, {limit}; lower --samples, --seq-len or "
+        f"--shard-size, or calibrate in --dtype bfloat16"
     )
+
+
+def check_host(plan: Plan) -> None:
+    """Raise ConfigError where worker 0 computes on a GPU and its host has too little memory for the rest."""
+    needed, free = host_bytes(plan), free_bytes("cpu")
+    if plan.workers.rank == 0 and plan.settings.device != "cpu" and needed > free:
+        raise ConfigError(
+            f"this run needs about {needed / 1e9:.3g} GB of the host's memory, {free / 1e9:.3g} GB are free; lower "
+            f"--samples, --seq-len or --shard-size"
+        )
 
 
 def lighter(recipe: Recipe) -> list[tuple[str, Recipe]]:

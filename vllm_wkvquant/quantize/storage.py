@@ -6,6 +6,8 @@ needs it and not waited for. Copies back are, so that what is read on the host i
 
 import functools
 import logging
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -13,6 +15,8 @@ from vllm_wkvquant.quantize.plan import Plan
 from vllm_wkvquant.quantize.state import Stage
 
 PINNED_SHARE = 0.5  # of what is free on the host, at most: what is pinned cannot be given to anyone else
+
+OWN_GROUP, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 logger = logging.getLogger("vllm.wkvquant")
 
@@ -72,4 +76,19 @@ def free_bytes(device: str) -> int:
         return torch.cuda.mem_get_info(device)[0]
     with open("/proc/meminfo") as f:
         fields = dict(line.split(":") for line in f)
-    return 1024 * int(fields["MemAvailable"].split()[0])
+    return min([1024 * int(fields["MemAvailable"].split()[0]), *left_by_groups()])
+
+
+def left_by_groups() -> Iterator[int]:
+    """Memory that each of this process's control groups (version 2) with a limit leaves it, which a container's is one
+    of. What the kernel keeps there of files it gives up for others."""
+    own = [line.removeprefix("0::/") for line in OWN_GROUP.read_text().splitlines() if line.startswith("0::/")]
+    folders = [folder for path in own for folder in (GROUPS / path, *(GROUPS / path).parents)]
+    for folder in folders:
+        if not folder.is_relative_to(GROUPS) or not (folder / "memory.max").is_file():
+            continue
+        limit = (folder / "memory.max").read_text().strip()
+        if limit != "max":
+            used = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            files = int(used["inactive_file"]) + int(used["active_file"])
+            yield max(0, int(limit) - int((folder / "memory.current").read_text()) + files)
