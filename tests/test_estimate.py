@@ -103,6 +103,12 @@ def test_time_is_that_of_the_rehearsal_in_proportion(plan, monkeypatch: pytest.M
         if name:
             known[name] = rehearsed[name]
         seconds[name] = estimate.estimate(p).seconds
+    known = dict.fromkeys((*rehearsed, "statistics", "rounded", "targets", "reference", "search"), 1.0)
+    whole, rest = estimate.estimate(p), estimate.estimate(p, LAYERS - 1)
+    assert rest.seconds == pytest.approx(whole.seconds / LAYERS, rel=0.1)  # later blocks have no other targets here
+    assert rest.flop == pytest.approx(whole.flop / LAYERS, rel=0.1)
+    hidden = estimate.all_hidden_bytes(p) * (LAYERS - 1)
+    assert hidden < whole.written - rest.written < hidden + estimate.packed_bytes(p.adapter)
     expected = {"load": 1, "clips": 1, "round": 1, "exact": 12, "learn": 10 * 9 * 100, "candidates": 3}
     for name, of_block in expected.items():
         assert seconds[name] - seconds[""] == pytest.approx(LAYERS * of_block, rel=1e-6), name

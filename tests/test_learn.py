@@ -237,7 +237,7 @@ def test_learning_beats_rounding_and_each_part_helps(model, tmp_path, monkeypatc
 @pytest.mark.parametrize("paper", [False, True])
 def test_windows_may_go_through_the_block_together(model, tmp_path, monkeypatch, paper: bool) -> None:
     """As they do on a GPU: losses are those of one after the other, under a simulated cache as well."""
-    monkeypatch.setattr(pipeline, "estimate", lambda plan: ESTIMATE)
+    monkeypatch.setattr(pipeline, "estimate", lambda *_: ESTIMATE)
     learning = dataclasses.replace(PAPER.learning if paper else LEARNING, batch=4, epochs=2)
     losses = []
     for size in (1, 3):
@@ -280,7 +280,7 @@ def test_the_paper_learns(model, tmp_path, monkeypatch) -> None:
         return losses
 
     monkeypatch.setattr(blocks, "learn", spy)
-    monkeypatch.setattr(pipeline, "estimate", lambda plan: ESTIMATE)
+    monkeypatch.setattr(pipeline, "estimate", lambda *_: ESTIMATE)
     report = run(model, tmp_path / "out", monkeypatch, dataclasses.replace(PAPER.learning, followers=1), paper=True)
     assert seen == [2, 1]
     assert report["smoothing"] == "learned"
@@ -309,7 +309,7 @@ def test_targets_are_the_16_bit_models_wherever_a_run_begins(tmp_path, monkeypat
         return load(adapter, layer, *rest)
 
     monkeypatch.setattr(blocks, "learn", spy)
-    monkeypatch.setattr(pipeline, "estimate", lambda plan: ESTIMATE)
+    monkeypatch.setattr(pipeline, "estimate", lambda *_: ESTIMATE)
     plan = preflight(settings(model, tmp_path / "plan", recipe="paper"))
     with torch.no_grad():
         exact = [blocks.first_hidden(plan)[blocks.EXACT][: plan.windows.statistics]]
@@ -349,7 +349,7 @@ def test_inputs_are_squared_only_for_a_searched_clip(model, tmp_path, monkeypatc
         seen.append(len(squares))
 
     monkeypatch.setattr(blocks, "input_squares", spy)
-    monkeypatch.setattr(pipeline, "estimate", lambda plan: ESTIMATE)
+    monkeypatch.setattr(pipeline, "estimate", lambda *_: ESTIMATE)
     pipeline.quantize(settings(model, tmp_path / "out", recipe=recipe))
     assert seen == [summed, summed]
 

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from vllm_wkvquant.quantize import report
 from vllm_wkvquant.quantize.calibration import read_windows
+from vllm_wkvquant.quantize.estimate import Estimate
 from vllm_wkvquant.quantize.pipeline import quantize
-from vllm_wkvquant.quantize.plan import Settings
+from vllm_wkvquant.quantize.plan import Settings, Storage
 from vllm_wkvquant.quantize.writer import PAGE_FILE
 
 SAMPLES, SEQ_LEN, LAYERS = 4, 48, 2
@@ -85,6 +86,17 @@ def test_the_page_has_what_the_run_found(made: tuple[dict[str, Any], Path, str])
     parts = ["load", "round", "reference", "search", "candidates"]
     for part in parts + ["learn", "clips", "targets", "exact"] * learned:
         assert f">{part}, block 1: " in page
+
+
+def test_seconds_are_those_that_the_estimate_is_of() -> None:
+    """Of blocks, what follows them, and nothing that was done before the run was resumed."""
+    maxima = torch.ones(1, 64)
+    blocks = [report.BlockDetail({"learn": 2.0**i, "load": 0.0}, *[maxima] * 5) for i in range(4)]
+    estimated = Estimate(1e15, 77.0, 1.0, 0, 10**9, Storage(), 1, 1)
+    for done, shown in ((0, "20"), (2, "17"), (3, "13")):
+        page = report.costs(blocks, estimated, report.Took(done, {"logits": 2.0, "tuning": 3.0}, {"host": 10**9}))
+        assert f"<td>77</td><td>{shown}</td>" in page
+        assert (f"from block {done} on" in page) == bool(done)
 
 
 def test_perplexity_is_the_whole_models(made: tuple[dict[str, Any], Path, str]) -> None:

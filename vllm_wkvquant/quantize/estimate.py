@@ -48,16 +48,18 @@ class Estimate:
     left_out: str = ""
 
 
-def estimate(plan: Plan) -> Estimate:
-    """The estimate of a run whose storage is settled (`place`). It takes about one learning step twice."""
+def estimate(plan: Plan, done: int = 0) -> Estimate:
+    """The estimate of a run whose storage is settled (`place`), from its first `done` blocks on. It takes about one
+    learning step twice."""
     small = rehearsal(plan)
     hidden = first_hidden(small)
     for _ in range(2):  # the first time, libraries set themselves up
         _, report = quantize_block(small, 0, hidden, Ahead(small))
     seconds, known = report["seconds"], block_flop(small, 0)
     rate = known["reference"] / seconds["reference"]
-    layers = range(plan.adapter.num_layers)
+    layers = range(done, plan.adapter.num_layers)
     blocks = [block_flop(plan, layer) for layer in layers]
+    packed = packed_bytes(plan.adapter)  # of blocks, each of which is written twice: as state, and in the checkpoint
     fixed = len(layers) * sum(seconds.get(name, 0.0) for name in FIXED)
     scaled = sum(seconds[name] * flop / known[name] for block in blocks for name, flop in block.items() if flop)
     head, tuning = head_flop(plan), tuning_flop(plan)
@@ -70,7 +72,7 @@ def estimate(plan: Plan) -> Estimate:
         device_bytes=0 if plan.settings.device == "cpu" else device_bytes(plan),
         host_bytes=host_bytes(plan),
         storage=plan.storage,
-        written=len(layers) * all_hidden_bytes(plan) + 2 * packed_bytes(plan.adapter) + outer_bytes(plan),
+        written=len(layers) * (all_hidden_bytes(plan) + packed // plan.adapter.num_layers) + packed + outer_bytes(plan),
         workers=plan.workers.size,
         left_out=plan.left_out,
     )

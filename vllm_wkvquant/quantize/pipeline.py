@@ -30,8 +30,8 @@ from vllm_wkvquant.quantize.estimate import Estimate, estimate, lighter, place
 from vllm_wkvquant.quantize.files import WriteError
 from vllm_wkvquant.quantize.head import Comparison, compare
 from vllm_wkvquant.quantize.plan import Plan, Settings, fingerprint, preflight
-from vllm_wkvquant.quantize.report import BlockDetail, render
-from vllm_wkvquant.quantize.runner import Ahead
+from vllm_wkvquant.quantize.report import BlockDetail, Took, render
+from vllm_wkvquant.quantize.runner import Ahead, Clock
 from vllm_wkvquant.quantize.state import RunState, left_out_before, partial_directory
 from vllm_wkvquant.quantize.storage import stage
 from vllm_wkvquant.quantize.tune import Tuned, tune
@@ -63,7 +63,7 @@ def quantize(
     try:
         state = RunState(settings.out, begun_with, stage(plan), plan.left_out) if workers.rank == 0 else None
         done = workers.total(state.blocks_done if state else 0)
-        estimated = estimate(plan)
+        estimated = estimate(plan, done)
         announce(estimated)
         hidden = of_this_worker(plan, state.hidden() if state else {}) if done else first_hidden(plan)
         progress(done, layers, "")
@@ -79,10 +79,14 @@ def quantize(
         del ahead
         if state:
             state.wait()
+        clock = Clock(settings.device)
         runs, of_weights = judge(plan, hidden)
         chosen = choose(plan, runs)
+        clock.lap("logits")
         tuned = tune_all(plan, state, hidden, chosen, progress) if plan.recipe.tuning else None
-        return finish(plan, state, runs, of_weights, chosen, tuned, estimated) if state else {}
+        clock.lap("tuning")
+        took = Took(done, clock.seconds, peak_memory(settings.device))
+        return finish(plan, state, runs, of_weights, chosen, tuned, estimated, took) if state else {}
     except WriteError as error:
         first = "free some space" if error.full else "put that right"
         raise ConfigError(
@@ -171,6 +175,7 @@ def finish(
     chosen: str,
     tuned: TunedRuns | None,
     estimated: Estimate,
+    took: Took,
 ) -> dict[str, Any]:
     """Write the checkpoint, clean up. runs, of_weights: of `judge`."""
     adapter, settings = plan.adapter, plan.settings
@@ -220,7 +225,7 @@ def finish(
         "layers": layers,
     }
     config = adapter.output_config(quantization_config(plan.kv, adapter.group_sizes))
-    page = render(settings.out.name, report, details, estimated, peak_memory(settings.device))
+    page = render(settings.out.name, report, details, estimated, took)
     writer.close(settings.model, config, report, page)
     state.close()
     return report

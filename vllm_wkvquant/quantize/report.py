@@ -78,6 +78,16 @@ class BlockDetail:
     k_cached: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Took:
+    """What a run took. done: blocks that were there when it was resumed; seconds: of what comes after the last block;
+    peaks: bytes of "host" and, if any, "device"."""
+
+    done: int
+    seconds: dict[str, float]
+    peaks: dict[str, int]
+
+
 def number(x: float, digits: int = 3) -> str:
     """With so many significant digits."""
     return f"{x:.{digits}g}"
@@ -304,14 +314,13 @@ def outliers(blocks: list[BlockDetail]) -> str:
     return section("Outlier channels of keys", text, *figures) + f'<div class="small">{small}</div>'
 
 
-def costs(blocks: list[BlockDetail], estimate: Estimate, peaks: dict[str, int]) -> str:
+def costs(blocks: list[BlockDetail], estimate: Estimate, took: Took) -> str:
     """Time and memory, estimated and taken."""
+    seconds = sum(sum(b.seconds.values()) for b in blocks[took.done :]) + sum(took.seconds.values())
+    since = f"from block {took.done} on, where it was resumed" if took.done else "all blocks, logits, tuning"
+    peaks = took.peaks
     rows = [
-        [
-            "seconds, all blocks, files not counted",
-            number(estimate.seconds),
-            number(sum(sum(b.seconds.values()) for b in blocks)),
-        ],
+        [f"seconds, {since}, files not counted", number(estimate.seconds), number(seconds)],
         ["PFLOP", number(estimate.flop / 1e15), ""],
         ["GB on the host", number(estimate.host_bytes / 1e9), number(peaks["host"] / 1e9)],
     ]
@@ -334,10 +343,8 @@ def flatten(values: dict[str, Any], prefix: str = "") -> list[list[str]]:
     return rows
 
 
-def render(
-    name: str, report: dict[str, Any], blocks: list[BlockDetail], estimate: Estimate, peaks: dict[str, int]
-) -> str:
-    """The page. name: of the result; report: as in `wkvquant.json`; peaks: bytes of "host" and, if any, "device"."""
+def render(name: str, report: dict[str, Any], blocks: list[BlockDetail], estimate: Estimate, took: Took) -> str:
+    """The page. name: of the result; report: as in `wkvquant.json`."""
     model, settings, layers = report["model"], report["settings"], report["layers"]
     versions = {
         "vllm-wkvquant": report["version"],
@@ -352,7 +359,7 @@ def render(
         clipping(layers) if report["recipe"]["learning"] else "",
         transform(layers, blocks),
         outliers(blocks),
-        costs(blocks, estimate, peaks),
+        costs(blocks, estimate, took),
         "<h2>Recipe</h2>" + table(flatten(report["recipe"])),
         "<h2>Settings</h2>" + table(flatten(settings)),
         "<h2>Versions</h2>" + table(flatten(versions)),
