@@ -9,7 +9,7 @@ import torch
 from models import save_text, tiny_model
 
 from vllm_wkvquant import reference
-from vllm_wkvquant.checkpoint import Checkpoint
+from vllm_wkvquant.checkpoint import Checkpoint, unpack_weight
 from vllm_wkvquant.quantize import blocks, learn, pipeline
 from vllm_wkvquant.quantize.adapters import ModelAdapter
 from vllm_wkvquant.quantize.estimate import Estimate
@@ -354,27 +354,46 @@ def test_inputs_are_squared_only_for_a_searched_clip(model, tmp_path, monkeypatc
     assert seen == [summed, summed]
 
 
-def test_folding_learned_smoothing_keeps_the_function(model, tmp_path, monkeypatch) -> None:
-    """Without rounding, weights folded with any smoothing of V give the block's own output."""
-    s = settings(model, tmp_path / "out", recipe="paper")
-    plan = preflight(s)
-    block = plan.adapter.load_block(0, torch.float32, "cpu")
-    runner = blocks.BlockRunner(plan, block, 48)
-    monkeypatch.setattr(FakeQuantize, "apply", lambda weight, *_: weight)
-    family = plan.adapter.family
+@pytest.fixture
+def smoothed(model, tmp_path) -> tuple[blocks.BlockRunner, ModelAdapter, learn.LearnedBlock]:
+    """The first block's runner, and what `paper` learns of it, with some smoothing of V."""
+    plan = preflight(settings(model, tmp_path / "out", recipe="paper"))
+    adapter, family = plan.adapter, plan.adapter.family
+    block = adapter.load_block(0, torch.float32, "cpu")
     assert PAPER.learning
     weights = {
         name: learn.LearnedWeight(block.get_submodule(name).weight, 64, torch.float16, PAPER.learning, torch.ones(1))
         for name in family.linears
     }
-    heads, size = plan.adapter.num_kv_heads, plan.adapter.head_size
-    ones = torch.ones(heads, size)
+    ones = torch.ones(adapter.num_kv_heads, adapter.head_size)
     cache = learn.LearnedCache(reference.KVParams(ones, 0 * ones, 0 * ones, False, None))
-    learned = learn.LearnedBlock(weights, cache, block, family.v_proj, family.o_proj)
-    window = torch.randn(48, plan.adapter.config.hidden_size)
     with torch.no_grad():
-        cache.log_v.copy_(torch.randn(heads, size))
-        torch.testing.assert_close(runner.run(block, learned.fake(), window), runner(window), rtol=1e-4, atol=1e-4)
+        cache.log_v.copy_(torch.randn(ones.shape, generator=torch.Generator().manual_seed(0)))
+    learned = learn.LearnedBlock(weights, cache, block, family.v_proj, family.o_proj)
+    return blocks.BlockRunner(plan, block, 48), adapter, learned
+
+
+def test_folding_learned_smoothing_keeps_the_function(smoothed, monkeypatch) -> None:
+    """Without rounding, weights folded with any smoothing of V give the block's own output."""
+    runner, adapter, learned = smoothed
+    monkeypatch.setattr(FakeQuantize, "apply", lambda weight, *_: weight)
+    window = torch.randn(48, adapter.config.hidden_size)
+    with torch.no_grad():
+        found = runner.run(runner.block, learned.fake(), window)
+        torch.testing.assert_close(found, runner(window), rtol=1e-4, atol=1e-4)
+
+
+def test_errors_are_those_of_folded_weights(smoothed) -> None:
+    """Which the codes are of: all are small."""
+    runner, adapter, learned = smoothed
+    with torch.no_grad():
+        folded = learned._folded()
+        tensors, errors = blocks.quantize_weights(adapter, 0, runner.block, learned)
+    assert 0 < max(errors.values()) < 0.15
+    for name in (adapter.family.v_proj, adapter.family.o_proj):
+        prefix = f"{adapter.block_prefix(0)}{name}."
+        stored = unpack_weight({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+        assert errors[name] == pytest.approx(blocks.relative_error(stored, folded[name]), rel=1e-5)
 
 
 def test_same_seed_same_bytes(model, tmp_path) -> None:

@@ -83,6 +83,7 @@ def test_the_page_has_what_the_run_found(made: tuple[dict[str, Any], Path, str])
             assert f"learned, block {layer}: {report.number(block['output_error']['learned'])}<" in page
             assert f"last epoch, block {layer}: {report.number(block['loss'][-1])}<" in page
     assert ("Clipping" in page) == learned
+    assert page.count("before all of them were tuned together") == 2 * learned
     parts = ["load", "round", "reference", "search", "candidates"]
     for part in parts + ["learn", "clips", "targets", "exact"] * learned:
         assert f">{part}, block 1: " in page

@@ -65,6 +65,15 @@ def test_inspect_says_what_the_cache_costs_after_tuning(
         assert cli.main(["inspect", str(root / name)]) == 0
         shown = capsys.readouterr().out
         assert cost is None or f"{cost['kl']:.5f} (se {cost['kl_se']:.5f})" in shown
+        assert ("before all blocks were tuned" in " ".join(shown.split())) == (cost is not None)
+
+
+def test_what_is_reported_of_shifts_is_what_is_written(made: tuple[Path, dict[str, Any]]) -> None:
+    root, report = made
+    for layer, block in enumerate(report["layers"]):
+        found, before = (Checkpoint(root / n).kv_params(layer).k_shift.abs().max().item() for n in ("tuned", "plain"))
+        assert block["k_shift_max"] == pytest.approx(found)
+        assert found != pytest.approx(before, rel=1e-6)
 
 
 TUNED = ("weight_scale", "layernorm.weight", "q_proj.bias", "k_proj.bias", "v_proj.bias")

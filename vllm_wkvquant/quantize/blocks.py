@@ -308,8 +308,8 @@ def quantize_weights(
     prefix = adapter.block_prefix(layer)
     codes = {}
     if learned:
-        learned.fold()
         codes = learned.quantize()
+        learned.fold()
     tensors, errors = {}, {}
     quantized_names = {f"{name}.weight" for name in adapter.family.linears}
     for name, parameter in block.named_parameters():

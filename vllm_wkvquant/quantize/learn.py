@@ -208,6 +208,7 @@ class LearnedBlock:
     ) -> None:
         self.weights, self.cache, self.v_proj, self.o_proj = weights, cache, v_proj, o_proj
         self.v_linear: torch.nn.Linear = block.get_submodule(v_proj)  # type: ignore[assignment]
+        self.o_linear: torch.nn.Linear = block.get_submodule(o_proj)  # type: ignore[assignment]
         self.dtype = self.v_linear.weight.dtype  # that the block runs in; what is learned is fp32
         self.losses: list[float] = []
 
@@ -250,7 +251,10 @@ class LearnedBlock:
         return fake if bias is None else {**fake, f"{self.v_proj}.bias": bias}
 
     def fold(self) -> None:
-        """Give v_proj its bias, once learning is over."""
+        """Give v_proj and o_proj the weights that `quantize` rounds, and v_proj its bias, once codes are taken."""
+        for name, folded in self._folded().items():
+            linear = self.v_linear if name == self.v_proj else self.o_linear
+            linear.weight.data = folded.detach().to(self.dtype)
         bias = self._bias()
         if bias is not None:
             self.v_linear.bias.data = bias.detach().to(self.dtype)

@@ -201,7 +201,8 @@ def finish(
         writer.add(dict(sorted({**own, **{kv_tensor_name(layer, p): t for p, t in params.items()}}.items())))
         seconds = block.pop("seconds")  # not in wkvquant.json, which is the same whenever it is made
         details.append(BlockDetail(seconds, params["k_smooth"], params["k_shift"], params["v_shift"], raw, cached))
-        layers.append({**block, "hidden_error": block["hidden_error"][chosen]})
+        written = {"k_shift_max": params["k_shift"].abs().max().item()}
+        layers.append({**block, **written, "hidden_error": block["hidden_error"][chosen]})
     report = {
         "version": vllm_wkvquant.__version__,
         "recipe": asdict(plan.recipe),

@@ -32,6 +32,7 @@ COLORS = (
     "#c2185b",
 )
 WIDTH, HEIGHT, LEFT, BOTTOM = 560, 210, 52, 24  # of a chart, and of its margins for labels
+BEFORE_TUNING = ", before all of them were tuned together"  # of what is not taken again after that
 CHANNELS = 256  # points of a line of channels; more are joined, the largest of each group is shown
 
 PAGE = Template("""<!doctype html>
@@ -254,12 +255,16 @@ def errors(report: dict[str, Any]) -> str:
     """Of weights, of a block's output before and after learning, and of the hidden states under the cache."""
     layers, learning = report["layers"], report["recipe"]["learning"]
     figures, text = [], "Of what is written, block by block."
+    if report["tuning"]:
+        text = f"Block by block{BEFORE_TUNING}."
     if learning:
         of_output = {k: [layer["output_error"][k] for layer in layers] for k in ("rounded", "learned")}
         losses = {"first epoch": [x["loss"][0] for x in layers], "last epoch": [x["loss"][-1] for x in layers]}
         figures.append(lines("output of a block, squared relative error", of_output, log=True))
         figures.append(lines(f"loss while learning ({learning['loss']})", losses, log=True))
-        text = "The output of a block is compared with that of the 16-bit model, on held-out windows: with the weights "
+        text += (
+            " The output of a block is compared with that of the 16-bit model, on held-out windows: with the weights "
+        )
         text += "learned, and with the same weights rounded to nearest on the same input."
     of_weights = {n: [layer["weight_error"][n] for layer in layers] for n in layers[0]["weight_error"]}
     figures.append(lines("weights, relative error", of_weights))
@@ -293,7 +298,7 @@ def transform(layers: list[dict[str, Any]], blocks: list[BlockDetail]) -> str:
     return section("Smoothing and shift", text, *figures)
 
 
-def outliers(blocks: list[BlockDetail]) -> str:
+def outliers(blocks: list[BlockDetail], tuned: bool) -> str:
     """The largest key of every channel before and after the cache's transform."""
     peaked = {
         "cached": [peakedness(b.k_cached) for b in blocks],
@@ -306,6 +311,7 @@ def outliers(blocks: list[BlockDetail]) -> str:
     scale = Scale([x for b in blocks for k in (b.k_raw, b.k_cached) for x in k.flatten().tolist()], 58, 2, log=True)
     small = "".join(channels(i, b.k_raw, b.k_cached, scale) for i, b in enumerate(blocks))
     text = "The largest |key| of a channel: raw, as attention has it, and cached, after shift, smoothing and rotation. "
+    text += f"Of all blocks{BEFORE_TUNING}. " if tuned else ""
     text += "Last, every channel of all heads of a block, on one logarithmic scale for all, with the largest of each."
     figures = (
         lines("largest channel over the median, worst head", peaked, log=True),
@@ -358,7 +364,7 @@ def render(name: str, report: dict[str, Any], blocks: list[BlockDetail], estimat
         errors(report),
         clipping(layers) if report["recipe"]["learning"] else "",
         transform(layers, blocks),
-        outliers(blocks),
+        outliers(blocks, bool(report["tuning"])),
         costs(blocks, estimate, took),
         "<h2>Recipe</h2>" + table(flatten(report["recipe"])),
         "<h2>Settings</h2>" + table(flatten(settings)),
