@@ -9,7 +9,8 @@ written to the disk. So every measured block has all its followers, as most bloc
 weights and text cost what real ones do, but their losses say nothing.
 
 Where the recipe tunes all blocks together, the measured ones are. That is projected by FLOP, since the head's part of
-it does not grow with the blocks.
+it does not grow with the blocks. Where --limit-seconds leaves blocks out, nothing is tuned, which is said, and the next
+command measures them all again.
 
 projected: minutes for all blocks of the shape at the mean time of those measured, and for tuning them; the comparison
 of the logits and the writing of the checkpoint are not in it. PFLOP: of the measured blocks, without their tuning,
@@ -43,7 +44,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 import vllm_wkvquant
 from vllm_wkvquant.config import ConfigError
-from vllm_wkvquant.device import device_name
+from vllm_wkvquant.device import check_device, device_name
 from vllm_wkvquant.quantize.blocks import EXACT, first_hidden, of_all_workers, quantize_block
 from vllm_wkvquant.quantize.estimate import block_flop, device_bytes, host_bytes, place, tuning_flop
 from vllm_wkvquant.quantize.pipeline import peak_memory
@@ -212,7 +213,11 @@ def run_shape(args: argparse.Namespace) -> dict[str, Any]:
         with torch.no_grad():
             plan = place(preflight(settings))
             blocks, tuning_seconds = measure(plan, args.blocks, args.limit_seconds)
-        return summarize(plan, shape, blocks, tuning_seconds, peak_memory(args.device))
+        lacking = {
+            "left_out": plan.left_out or None,
+            "without_tuning": find_recipe(args.recipe).tuning is not None and tuning_seconds is None,
+        }
+        return summarize(plan, shape, blocks, tuning_seconds, peak_memory(args.device)) | lacking
 
 
 def print_row(row: dict[str, Any]) -> None:
@@ -225,7 +230,11 @@ def print_row(row: dict[str, Any]) -> None:
     Console(width=TABLE_WIDTH).print(table, highlight=False)
     if "tuning_seconds" in row:
         print(f"tuned together in {row['tuning_seconds']:.1f} s, {row['projected_tuning_minutes']:.1f} minutes in all")
-    print(f"projected: {row['projected_minutes']:.1f} minutes for {SHAPES[row['shape']].layers} blocks")
+    # of older rows nothing is known
+    without = ", without tuning, which was not measured" if row.get("without_tuning") else ""
+    print(f"projected: {row['projected_minutes']:.1f} minutes for {SHAPES[row['shape']].layers} blocks{without}")
+    if row.get("left_out"):
+        print(f"left out for want of memory: {row['left_out']}")
     print(f"{row['pflop']:.4g} PFLOP measured, {row['projected_pflop']:.4g} in all, {row['tflops']} TFLOP/s")
     for where, peak in row["peak_bytes"].items():
         print(f"peak on {where}: {peak / 1e9:.2f} GB, {row['expected_bytes'][where] / 1e9:.2f} expected")
@@ -263,8 +272,7 @@ def run(args: argparse.Namespace) -> None:
     if args.blocks < 1:
         raise ConfigError(f"--blocks {args.blocks} must be positive")
     find_recipe(args.recipe)
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu")
+    check_device(args.device)
     if args.write_model:
         if args.write_model.exists():
             raise ConfigError(f"{args.write_model} is there already; --write-model makes a new directory")
@@ -275,7 +283,8 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"{args.output.absolute().parent} is not a directory; --output needs one that exists")
     key = key_of(args)
     lines = args.output.read_text().splitlines() if args.output and args.output.is_file() else []
-    row = next((row for row in map(json.loads, lines) if row.items() >= key.items()), None)
+    rows = [row for row in map(json.loads, lines) if row.items() >= key.items()]
+    row = next((row for row in rows if row["blocks_measured"] == args.blocks), None)  # --limit-seconds may leave fewer
     if row is None:
         row = key | run_shape(args)
         if args.output:

@@ -72,6 +72,7 @@ def test_tuning_is_measured(tmp_path: Path) -> None:
     assert calibration.main(arguments("--recipe", "best", "--output", out)) == 0
     row = measured(out)
     assert row["tuning_seconds"] > 0
+    assert (row["without_tuning"], row["left_out"]) == (False, None)
     assert row["tuning_pflop"] > 0
     assert row["projected_pflop"] == pytest.approx(row["pflop"] + row["tuning_pflop"])
 
@@ -89,14 +90,27 @@ def test_projection_of_tuning(monkeypatch) -> None:
 
 
 def test_limit_and_rows_that_are_there(tmp_path: Path, monkeypatch, capsys) -> None:
+    """A row of all blocks is shown again; one that the limit has cut is measured anew."""
     out = tmp_path / "out.jsonl"
-    command = arguments("--recipe", "rtn", "--output", out, "--limit-seconds", 0)
-    assert calibration.main(command) == 0
+    command = arguments("--recipe", "rtn", "--output", out)
+    assert calibration.main([*command, "--limit-seconds", "0"]) == 0
     assert measured(out)["blocks_measured"] == 1
+    assert calibration.main(command) == 0
+    assert [json.loads(line)["blocks_measured"] for line in out.read_text().splitlines()] == [1, 2]
     monkeypatch.setattr(calibration, "run_shape", None)
     capsys.readouterr()
     assert calibration.main(command) == 0
-    assert "1 blocks, 4 x 32" in capsys.readouterr().out
+    assert "2 blocks, 4 x 32" in capsys.readouterr().out
+
+
+def test_a_projection_without_tuning_is_called_so(tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out.jsonl"
+    command = arguments("--recipe", "best", "--output", out, "--limit-seconds", 0)
+    assert calibration.main(command) == 0
+    row = measured(out)
+    assert row["without_tuning"]
+    assert "tuning_seconds" not in row
+    assert "blocks, without tuning, which was not measured" in capsys.readouterr().out
 
 
 def test_the_model_alone(tmp_path: Path) -> None:
