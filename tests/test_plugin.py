@@ -25,7 +25,7 @@ import vllm_wkvquant
 from vllm_wkvquant import checkpoint, layout, ops, plugin, reference
 from vllm_wkvquant.config import ConfigError, KVCacheConfig, RopeConfig
 from vllm_wkvquant.plugin import attention, prefill, quantization
-from vllm_wkvquant.quantize.adapters import rope_config
+from vllm_wkvquant.rope import rope_config
 
 PACKAGE = Path(vllm_wkvquant.__file__).parent
 

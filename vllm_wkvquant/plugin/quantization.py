@@ -24,8 +24,8 @@ from vllm_wkvquant.checkpoint import KV_PARAMS, KV_PREFIX, QUANT_METHOD, check_k
 from vllm_wkvquant.config import ConfigError, KVCacheConfig, RopeConfig
 from vllm_wkvquant.layout import PageLayout
 from vllm_wkvquant.plugin.attention import WKVQuantBackend
-from vllm_wkvquant.quantize.adapters import check_rope, rope_config
 from vllm_wkvquant.reference import KVParams
+from vllm_wkvquant.rope import check_rope, rope_config
 
 logger = init_logger("vllm.wkvquant")
 

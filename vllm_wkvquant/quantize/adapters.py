@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from vllm_wkvquant.checkpoint import ShardedTensors, read_config
-from vllm_wkvquant.config import ConfigError, RopeConfig
+from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.layout import HEAD_SIZES
+from vllm_wkvquant.rope import check_rope, rope_config
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 GROUP_SIZES = (128, 64, 32)  # what vLLM's 4-bit kernels take, largest first
 
 
@@ -58,31 +57,6 @@ def check_supported(path: Path, config: dict[str, Any]) -> Family:
     for key in ("rope_parameters", "rope_scaling"):  # of transformers 5, and before it
         check_rope(config.get(key) or {})
     return FAMILIES[architecture]
-
-
-def check_rope(rope: dict[str, Any]) -> None:
-    """Raise ConfigError for a rotary embedding whose angle is no fixed multiple of the index in the sequence."""
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if "mrope_section" in rope or kind == "mrope":
-        raise ConfigError(
-            "rotary embedding with mrope_section (M-RoPE) is not supported: positions are not indices in the sequence"
-        )
-    if kind == "dynamic":
-        raise ConfigError(
-            "rotary embedding 'dynamic' (dynamic NTK) is not supported: its frequencies change with the length"
-        )
-    if kind == "longrope":
-        raise ConfigError("rotary embedding 'longrope' is not supported: its frequencies change with the length")
-    if kind not in ROPE_TYPES:
-        raise ConfigError(f"rotary embedding {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
-
-
-def rope_config(config: PreTrainedConfig) -> RopeConfig:
-    """Frequencies and scaling that a model of this transformers config uses; all families compute them as Llama."""
-    with torch.device("cpu"):
-        rotary = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]
-    inv_freq = rotary.get_buffer("inv_freq")
-    return RopeConfig(tuple(inv_freq.double().tolist()), 2 * inv_freq.numel(), float(rotary.attention_scaling))
 
 
 def not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
