@@ -176,7 +176,7 @@ def main(args: argparse.Namespace) -> int:
     console = Console()
     console.print(table)
     if "layers" in result:
-        before = ", before all blocks were tuned together" if result["tuning"] else ""
+        before = ", before all blocks were tuned together; shifts as written" if result["tuning"] else ""
         errors = Table(title=f"relative errors{before}")
         for column in ("layer", "weights", "hidden states, from the KV cache", "largest |k_shift|"):
             errors.add_column(column, justify="right")
