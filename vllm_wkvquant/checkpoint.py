@@ -188,6 +188,13 @@ def read_config(path: Path) -> dict[str, Any]:
     return _read_object(file)
 
 
+def kv_elements(config: dict[str, Any]) -> int:
+    """Elements of K and V that a token has in all layers of a model with this config.json."""
+    heads = config["num_attention_heads"]
+    head_size = config.get("head_dim") or config["hidden_size"] // heads
+    return 2 * int(config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * head_size)
+
+
 def _read_object(file: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text())

@@ -18,6 +18,7 @@ import torch
 from rich.progress import track
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from vllm_wkvquant.checkpoint import kv_elements, read_config
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.device import check_device
 from vllm_wkvquant.hub import find_model
@@ -53,10 +54,7 @@ def batch_for(model: Path, length: int, device: str) -> int:
     """Texts at a time, where nothing else is said."""
     if not device.startswith("cuda"):
         return BATCH
-    config = load(AutoConfig, model)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    of_text = length * 4 * config.num_hidden_layers * heads * size
+    of_text = length * 2 * kv_elements(read_config(model))
     fit = CACHE_SHARE * torch.cuda.get_device_properties(device).total_memory / of_text
     return int(min(MAX_BATCH, 2 ** math.floor(math.log2(max(1, fit)))))
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from vllm_wkvquant.checkpoint import read_config
+from vllm_wkvquant.checkpoint import kv_elements, read_config
 
 SPARE_TOKENS = 4 * 128  # a few pages: a window need not fill its last one, and vLLM keeps one for itself
 
@@ -30,11 +30,8 @@ class ExactChunkScheduler(Scheduler):
 def kv_cache_bytes(ckpt: Path, tokens: int) -> int:
     """Cache for so many tokens of a model in its own type, and a few pages more."""
     config = read_config(ckpt)
-    heads = config["num_attention_heads"]
-    size = config.get("head_dim") or config["hidden_size"] // heads
     element = 4 if config.get("dtype", config.get("torch_dtype")) == "float32" else 2
-    of_token = 2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * size * element
-    return (tokens + SPARE_TOKENS) * of_token
+    return (tokens + SPARE_TOKENS) * kv_elements(config) * element
 
 
 def prompt_logprobs(
