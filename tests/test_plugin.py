@@ -399,6 +399,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
         (YARN, "quantize the model with this rope, or serve with an explicit"),
         ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, "dynamic NTK.*; serve with an explicit --kv-"),
         ({"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0}, "longrope.*; serve with an explicit --kv-"),
+        ({"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     ],
 )
 def test_another_rope_is_refused(method, rope: dict, message: str) -> None:

@@ -12,7 +12,8 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 def check_rope(rope: dict[str, Any]) -> None:
-    """Raise ConfigError for a rotary embedding whose angle is no fixed multiple of the index in the sequence."""
+    """Raise ConfigError for one whose angles are no fixed multiples of the index in the sequence, or that leaves a part
+    of a head as it is."""
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if "mrope_section" in rope or kind == "mrope":
         raise ConfigError(
@@ -24,6 +25,8 @@ def check_rope(rope: dict[str, Any]) -> None:
         )
     if kind == "longrope":
         raise ConfigError("rotary embedding 'longrope' is not supported: its frequencies change with the length")
+    if (share := rope.get("partial_rotary_factor") or 1) != 1:  # which vLLM heeds, and transformers' modules do not
+        raise ConfigError(f"partial_rotary_factor {share} is not supported: these models rotate all of a head")
     if kind not in ROPE_TYPES:
         raise ConfigError(f"rotary embedding {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
 
