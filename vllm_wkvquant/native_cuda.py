@@ -1,9 +1,8 @@
 """The `cuda` variants: the shared library of csrc/cuda through ctypes.
 
-Nothing reaches a pointer before its tensor's shape, dtype, strides and device are checked here; values on the device
-(slots, lengths, block tables) are not read, so that calls can be captured into a graph. What a call needs besides its
-arguments (tables of a layer's parameters, a workspace for each stream) is made on first use, or by `reserve`, which
-must come before a capture. A `Planner` does once a step what is the same in all of its layers.
+Nothing reaches a pointer before its tensor's shape, dtype, strides and device are checked (gpu_arguments.py). What a
+call needs besides its arguments (tables of a layer's parameters, a workspace for each stream) is made on first use, or
+by `reserve`, which must come before a capture. A `Planner` does once a step what is the same in all of its layers.
 """
 
 import functools
@@ -17,12 +16,22 @@ from typing import Any
 
 import torch
 
-from vllm_wkvquant.layout import TILE, token_bytes
+from vllm_wkvquant.gpu_arguments import (
+    DTYPES,
+    Served,
+    check,
+    check_attention,
+    check_gather,
+    check_heads,
+    check_ints,
+    check_lengths,
+    check_params,
+    check_write,
+)
 from vllm_wkvquant.native import LibraryError, open_library
 from vllm_wkvquant.reference import STEP_PAIRS, KVParams, hadamard_block, slow_pairs
 
 LIBRARY = Path(__file__).with_name("_wkvquant_cuda.so")
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 HEAD_SIZES = (64, 96, 128, 256)
 SHARED_256 = 160 << 10  # sm_80 and sm_90 have more, sm_86 and sm_89 99 KiB; the tables of a usual layer fit
 CHUNK = 256  # csrc/cuda/common.cuh
@@ -31,7 +40,6 @@ CHEBYSHEV = 16
 # the scores' standard error is 2e-3 then; rounding the keys to bf16, as a bf16 cache does, makes one of 1.6e-2.
 PLAIN = 96.0
 MOST_ROWS = 16  # kMaxRows, of a tile
-MOST_STRIDE = 1 << 30  # elements; the kernels count the bytes of up to four in 32 bits
 TABLED = 4  # steps whose tables the kernels keep in shared memory; csrc/cuda/api.h
 
 
@@ -133,15 +141,6 @@ def library() -> Any:
 def load(path: Path) -> Any:
     """The library of a build of this version's interface. Raises LibraryError for another."""
     return open_library(path, FUNCTIONS, STRUCTS, BUILD)
-
-
-@dataclass(frozen=True)
-class Served:
-    """What tensors of a call must fit: the layer that its params are of."""
-
-    device: torch.device
-    num_kv_heads: int
-    head_size: int
 
 
 @dataclass(frozen=True)
@@ -291,7 +290,7 @@ def renew(params: KVParams) -> None:
     if entry is None or entry[0]() is not params:
         return
     old, new = entry[1], _make(params)
-    _check(
+    check(
         _constants(old) == _constants(new),
         "the new shift of keys has other rotary pairs than the kernels are prepared for; restart the engine",
     )
@@ -390,7 +389,7 @@ def reserve(params: KVParams, max_seqs: int) -> None:
     addresses of the tables: `params` must outlive it.
     """
     device, most = prepare(params).device, library().wkvquant_cuda_max_seqs()
-    _check(
+    check(
         max_seqs <= most,
         f"the CUDA kernels take {most} sequences at once, not {max_seqs}; allow fewer (--max-num-seqs) or serve with "
         "an explicit --kv-cache-dtype",
@@ -402,203 +401,6 @@ def reserve(params: KVParams, max_seqs: int) -> None:
 @functools.cache
 def _num_sms(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _describe(tensor: torch.Tensor) -> str:
-    return f"{tensor.dtype} {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
-
-
-def check_params(params: KVParams, head_sizes: tuple[int, ...], kernels: str) -> None:
-    """Raise ValueError where kernels of some head sizes do not take `params`."""
-    heads, head_size = params.k_smooth.shape
-    device = params.k_smooth.device
-    _check(
-        head_size in head_sizes,
-        f"head size {head_size} is not supported by the {kernels} kernels; supported: {list(head_sizes)}",
-    )
-    _check((params.k_first is None) == (params.v_first is None), "params.k_first and params.v_first go together")
-    for name in ("k_smooth", "k_shift", "v_shift", "k_first", "v_first"):
-        tensor = getattr(params, name)
-        _check(
-            tensor is None or (tensor.shape == (heads, head_size) and tensor.device == device),
-            f"params.{name} must be [{heads}, {head_size}] on {device}",
-        )
-    pairs = 0 if params.rope_turns is None else params.rope_turns.shape[0]
-    _check(2 * pairs <= head_size, f"{pairs} rotary pairs do not fit the head size {head_size}")
-
-
-def _check_rows(name: str, tensor: torch.Tensor, rows: int, like: Served, heads: int, dtype: torch.dtype) -> None:
-    shape = tensor.shape
-    if not (
-        len(shape) == 3
-        and shape[0] >= rows
-        and shape[1] == heads
-        and shape[2] == like.head_size
-        and tensor.dtype == dtype
-        and tensor.stride(2) == 1
-        and tensor.stride(0) % 4 == tensor.stride(1) % 4 == 0
-        and max(tensor.stride()) < MOST_STRIDE
-        and tensor.data_ptr() % (4 * tensor.element_size()) == 0
-        and tensor.device == like.device
-    ):
-        raise ValueError(
-            f"{name} must be {dtype} [>= {rows}, {heads}, {like.head_size}] on {like.device} with a contiguous last "
-            f"dimension and rows aligned to 4 elements, less than 2^30 apart, got {_describe(tensor)}"
-        )
-
-
-def _check_ints(name: str, tensor: torch.Tensor, dtype: torch.dtype, rows: int, device: torch.device) -> None:
-    if not (
-        tensor.ndim == 1
-        and tensor.shape[0] >= rows
-        and tensor.dtype == dtype
-        and tensor.is_contiguous()
-        and tensor.device == device
-    ):
-        raise ValueError(f"{name} must be contiguous {dtype} [>= {rows}] on {device}, got {_describe(tensor)}")
-
-
-def _check_cache(kv_cache: torch.Tensor, like: Served) -> None:
-    expected = token_bytes(like.head_size)
-    shape = kv_cache.shape
-    if not (
-        kv_cache.dtype == torch.uint8
-        and len(shape) == 4
-        and shape[1] == like.num_kv_heads
-        and shape[2] > 0
-        and shape[2] % TILE == 0
-        and shape[3] == expected
-        and kv_cache.stride()[1:] == (shape[2] * expected, expected, 1)
-        and kv_cache.stride(0) % 16 == 0
-        and kv_cache.stride(0) < 1 << 32
-        and kv_cache.data_ptr() % 16 == 0
-        and kv_cache.device == like.device
-    ):
-        raise ValueError(
-            f"kv_cache must be uint8 [num_blocks, {like.num_kv_heads}, block_size, {expected}] on {like.device} with "
-            f"contiguous blocks at multiples of 16 bytes and a block_size that is a multiple of {TILE}, got "
-            f"{_describe(kv_cache)}"
-        )
-
-
-def _check_dtype(name: str, tensor: torch.Tensor) -> None:
-    if tensor.dtype not in DTYPES:
-        raise ValueError(f"{name} has dtype {tensor.dtype}; supported: {[str(d) for d in DTYPES]}")
-
-
-def check_write(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    kv_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    positions: torch.Tensor,
-    like: Served,
-) -> None:
-    """Raise ValueError where arguments of `cache_write` do not fit each other."""
-    tokens = slot_mapping.shape[0]
-    _check_dtype("key", key)
-    _check_rows("key", key, tokens, like, like.num_kv_heads, key.dtype)
-    _check_rows("value", value, tokens, like, like.num_kv_heads, key.dtype)
-    _check_ints("slot_mapping", slot_mapping, torch.int64, tokens, like.device)
-    _check_ints("positions", positions, torch.int64, tokens, like.device)
-    _check_cache(kv_cache, like)
-
-
-def _check_lengths(seq_lens: torch.Tensor, query_start_loc: torch.Tensor, like: Served) -> None:
-    _check_ints("seq_lens", seq_lens, torch.int32, seq_lens.shape[0], like.device)
-    _check_ints("query_start_loc", query_start_loc, torch.int32, seq_lens.shape[0] + 1, like.device)
-
-
-def _check_heads(heads: int, kv_heads: int) -> None:
-    _check(heads > 0 and heads % kv_heads == 0, f"{heads} query heads do not share {kv_heads} KV heads evenly")
-
-
-def _check_sequences(
-    block_table: torch.Tensor, seq_lens: torch.Tensor, query_start_loc: torch.Tensor, like: Served
-) -> None:
-    seqs = seq_lens.shape[0]
-    _check_lengths(seq_lens, query_start_loc, like)
-    if not (
-        block_table.ndim == 2
-        and block_table.shape[0] >= seqs
-        and block_table.dtype == torch.int32
-        and block_table.stride(1) == 1
-        and block_table.stride(0) < MOST_STRIDE
-        and block_table.device == like.device
-    ):
-        raise ValueError(
-            f"block_table must be int32 [>= {seqs}, max_blocks] on {like.device} with a contiguous last dimension and "
-            f"rows less than 2^30 apart, got {_describe(block_table)}"
-        )
-
-
-def check_gather(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    first: torch.Tensor,
-    key_start_loc: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    like: Served,
-) -> None:
-    """Raise ValueError where arguments of `gather_kv` do not fit each other."""
-    _check_dtype("key", key)
-    _check_rows("key", key, key.shape[0], like, like.num_kv_heads, key.dtype)
-    _check_rows("value", value, key.shape[0], like, like.num_kv_heads, key.dtype)
-    for name, tensor in (("keys", keys), ("values", values)):
-        _check_rows(name, tensor, keys.shape[0], like, like.num_kv_heads, torch.float16)
-        _check(tensor.is_contiguous(), f"{name} must be contiguous, got {_describe(tensor)}")
-    _check_cache(kv_cache, like)
-    _check_sequences(block_table, seq_lens, query_start_loc, like)
-    _check_ints("first", first, torch.int32, seq_lens.shape[0], like.device)
-    _check_ints("key_start_loc", key_start_loc, torch.int32, seq_lens.shape[0] + 1, like.device)
-
-
-def check_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    out: torch.Tensor,
-    sliding_window: int,
-    lse: torch.Tensor | None,
-    like: Served,
-) -> int:
-    """The rows that a call has. Raises ValueError where its arguments do not fit each other."""
-    kv_heads = like.num_kv_heads
-    _check_dtype("query", query)
-    _check(query.ndim == 3, f"query must be [T, num_heads, head_size], got {_describe(query)}")
-    rows, heads = query.shape[:2]
-    _check_heads(heads, kv_heads)
-    _check_rows("query", query, rows, like, heads, query.dtype)
-    rows = min(rows, out.shape[0], key.shape[0], value.shape[0])
-    _check_rows("key", key, rows, like, kv_heads, query.dtype)
-    _check_rows("value", value, rows, like, kv_heads, query.dtype)
-    _check_rows("out", out, rows, like, heads, query.dtype)
-    _check_cache(kv_cache, like)
-    _check_sequences(block_table, seq_lens, query_start_loc, like)
-    _check(sliding_window >= 0, f"sliding_window {sliding_window} is negative")
-    if lse is not None and not (
-        lse.ndim == 2
-        and lse.shape[0] >= rows
-        and lse.shape[1] == heads
-        and lse.dtype == torch.float32
-        and lse.device == like.device
-    ):
-        raise ValueError(f"lse must be fp32 [>= {rows}, {heads}] on {like.device}, got {_describe(lse)}")
-    return int(rows)
 
 
 def _raise(op: str, status: int) -> None:
@@ -712,9 +514,9 @@ class Planner:
     ) -> None:
         tables = [prepare(params) for params in layers]
         served = {Served(x.device, x.num_kv_heads, x.head_size) for x in tables}
-        _check(len(served) == 1, "layers of one plan must have the same heads and device")
+        check(len(served) == 1, "layers of one plan must have the same heads and device")
         self.like = served.pop()
-        _check_heads(num_heads, self.like.num_kv_heads)
+        check_heads(num_heads, self.like.num_kv_heads)
         self.num_heads, self.sliding_window = num_heads, sliding_window
         self.tensor = _new_plan(self.like.device) if tensor is None else tensor
         self._fields = [x.fields for x in tables]
@@ -737,11 +539,11 @@ class Planner:
         """
         like, lib = self.like, library()
         seqs, most = seq_lens.shape[0], lib.wkvquant_cuda_max_seqs()
-        _check(0 <= num_planned <= seqs, f"{num_planned} of {seqs} sequences cannot be planned")
-        _check(num_planned <= most, f"{num_planned} sequences are more than the {most} that the CUDA kernels take")
-        _check_lengths(seq_lens, query_start_loc, like)
+        check(0 <= num_planned <= seqs, f"{num_planned} of {seqs} sequences cannot be planned")
+        check(num_planned <= most, f"{num_planned} sequences are more than the {most} that the CUDA kernels take")
+        check_lengths(seq_lens, query_start_loc, like)
         if positions is not None:
-            _check_ints("positions", positions, torch.int64, 0, like.device)
+            check_ints("positions", positions, torch.int64, 0, like.device)
         queries = -(-num_tokens // max(num_planned, 1))
         with torch.cuda.device(like.device):
             teams = self._teams_for(queries)
@@ -777,7 +579,7 @@ class Planner:
         if queries not in self._teams:
             most = _shared_memory(self.like.device)
             of_layers = [library().wkvquant_cuda_teams(byref(x), self.num_heads, queries, most) for x in self._fields]
-            _check(min(of_layers) > 0, f"{most} bytes of shared memory on {self.like.device} are too few")
+            check(min(of_layers) > 0, f"{most} bytes of shared memory on {self.like.device} are too few")
             self._teams[queries] = min(of_layers)
         return self._teams[queries]
 
@@ -785,11 +587,11 @@ class Planner:
 def _check_plan(plan: Plan, like: Served, heads: int, sliding_window: int, rows: int, most_past: int) -> None:
     wanted = (like.device, like.num_kv_heads, like.head_size, heads, sliding_window)
     has = (plan.device, plan.num_kv_heads, plan.head_size, plan.num_heads, plan.sliding_window)
-    _check(
+    check(
         has == wanted,
         f"a plan for (device, KV heads, head size, heads, window) {has} does not fit a layer that has {wanted}",
     )
-    _check(
+    check(
         plan.num_tokens <= rows and plan.most_past <= most_past,
         f"a plan of {plan.num_tokens} tokens over at most {plan.most_past} does not fit {rows} rows and a block table "
         f"of {most_past} tokens",
