@@ -16,7 +16,7 @@ import torch
 from ckpt import VOCAB, write_checkpoint
 from engine import RecordingScheduler, Result, engine, generate, in_subprocess
 from llama import ReferenceLlama
-from test_plugin import flash_stand_in
+from test_attention_backend import flash_stand_in
 from transformers import AutoTokenizer
 from vllm.model_executor.models.utils import extract_layer_index
 

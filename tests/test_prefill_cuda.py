@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import cases
 import pytest
 import torch
+from test_attention_backend import common
 from test_ops_cuda import to_gpu
-from test_plugin import common
 
 from vllm_wkvquant import native_cuda, ops, reference
 from vllm_wkvquant.plugin import attention, prefill
