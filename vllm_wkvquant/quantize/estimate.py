@@ -348,8 +348,8 @@ def place(plan: Plan, left_out: str | None = None) -> Plan:
             continue
         for storage in [Storage(*devices) for devices in dict.fromkeys(placements)]:
             placed = replace(plan, recipe=recipe, storage=storage, left_out=without)
-            own = host_bytes(placed) if device == "cpu" else device_bytes(placed)
-            needed = int(plan.workers.amax([torch.tensor(own)]))
+            taken = host_bytes(placed) if device == "cpu" else device_bytes(placed)
+            needed = int(plan.workers.amax([torch.tensor(taken)]))
             if needed <= budget:
                 check_host(placed)
                 if least and plan.workers.rank == 0:
