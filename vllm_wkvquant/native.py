@@ -7,7 +7,6 @@ one OpenMP runtime. WKVQUANT_CPU_ISA=scalar|avx2|avx512 forces an instruction se
 import ctypes
 import functools
 import os
-import weakref
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from vllm_wkvquant.layout import HEAD_SIZES, TILE, token_bytes
+from vllm_wkvquant.prepared import PreparedTables
 from vllm_wkvquant.reference import KVParams
 
 LIBRARY = Path(__file__).with_name("_wkvquant_cpu.so")
@@ -171,34 +171,6 @@ def use_isa(name: str | None) -> None:
     _choose(library(), name)
 
 
-# id(params) -> (reference that says whether it is still that object, handle)
-_prepared: dict[int, tuple[weakref.ref[KVParams], int]] = {}
-
-
-def _release(key: int) -> None:
-    library().wkvquant_release(_prepared.pop(key)[1])
-
-
-def _handle(params: KVParams) -> int:
-    """The kernels' tables of `params`, made once per object: `renew` them when its tensors have changed."""
-    entry = _prepared.get(id(params))
-    if entry is not None and entry[0]() is params:
-        return entry[1]
-    handle = _make(params)
-    key = id(params)
-    _prepared[key] = (weakref.ref(params), handle)
-    weakref.finalize(params, _release, key).atexit = False
-    return handle
-
-
-def renew(params: KVParams) -> None:
-    """Make the tables of `params` again, if they were made."""
-    entry = _prepared.get(id(params))
-    if entry is not None and entry[0]() is params:
-        library().wkvquant_release(entry[1])
-        _prepared[id(params)] = (entry[0], _make(params))
-
-
 def _make(params: KVParams) -> int:
     heads, head_size = params.k_smooth.shape
     _check(head_size in HEAD_SIZES, f"head size {head_size} is not supported; supported: {list(HEAD_SIZES)}")
@@ -238,6 +210,18 @@ def _make(params: KVParams) -> int:
         key_hadamard=params.key_hadamard,
     )
     return int(library().wkvquant_prepare(byref(fields)))
+
+
+def _release(handle: int) -> None:
+    library().wkvquant_release(handle)
+
+
+_prepared = PreparedTables(_make, _release)
+
+
+def renew(params: KVParams) -> None:
+    """Make the tables of `params` again, if they were made."""
+    _prepared.make_again(params)
 
 
 def _check(condition: bool, message: str) -> None:
@@ -317,7 +301,7 @@ def cache_write(
     params: KVParams,
 ) -> None:
     """`ops.cache_write` on the CPU."""
-    handle = _handle(params)
+    handle = _prepared.of(params)
     heads, head_size = params.k_smooth.shape
     tokens = slot_mapping.shape[0]
     dtype = _dtype("key", key)
@@ -360,7 +344,7 @@ def paged_attention(
     lse: torch.Tensor | None = None,
 ) -> None:
     """`ops.paged_attention` on the CPU."""
-    handle = _handle(params)
+    handle = _prepared.of(params)
     kv_heads, head_size = params.k_smooth.shape
     dtype = _dtype("query", query)
     _check(query.ndim == 3, f"query must be [T, num_heads, head_size], got {_describe(query)}")

@@ -7,7 +7,6 @@ by `reserve`, which must come before a capture. A `Planner` does once a step wha
 
 import functools
 import math
-import weakref
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from vllm_wkvquant.gpu_arguments import (
     check_write,
 )
 from vllm_wkvquant.native import LibraryError, open_library
+from vllm_wkvquant.prepared import PreparedTables
 from vllm_wkvquant.reference import STEP_PAIRS, KVParams, hadamard_block, slow_pairs
 
 LIBRARY = Path(__file__).with_name("_wkvquant_cuda.so")
@@ -265,20 +265,12 @@ def _make(params: KVParams) -> Prepared:
     return Prepared(device, heads, head_size, fields, tensors)
 
 
-# id(params) -> (reference that says whether it is still that object, tables)
-_prepared: dict[int, tuple[weakref.ref[KVParams], Prepared]] = {}
+_prepared = PreparedTables(_make)
 
 
 def prepare(params: KVParams) -> Prepared:
     """The kernels' tables of `params`, made once per object: `renew` them when its tensors have changed."""
-    entry = _prepared.get(id(params))
-    if entry is not None and entry[0]() is params:
-        return entry[1]
-    made = _make(params)
-    key = id(params)
-    _prepared[key] = (weakref.ref(params), made)
-    weakref.finalize(params, _prepared.pop, key, None).atexit = False
-    return made
+    return _prepared.of(params)
 
 
 def renew(params: KVParams) -> None:
@@ -286,10 +278,10 @@ def renew(params: KVParams) -> None:
 
     Raises ValueError where a graph would not fit the new ones.
     """
-    entry = _prepared.get(id(params))
-    if entry is None or entry[0]() is not params:
+    old = _prepared.find(params)
+    if old is None:
         return
-    old, new = entry[1], _make(params)
+    new = _make(params)
     check(
         _constants(old) == _constants(new),
         "the new shift of keys has other rotary pairs than the kernels are prepared for; restart the engine",

@@ -9,7 +9,6 @@ taken and the kernels run in Triton's interpreter.
 
 import contextlib
 import math
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ import triton.language as tl
 from vllm_wkvquant import triton_kernels
 from vllm_wkvquant.gpu_arguments import Served, check_attention, check_gather, check_params, check_write
 from vllm_wkvquant.layout import HEAD_SIZES, PageLayout
+from vllm_wkvquant.prepared import PreparedTables
 from vllm_wkvquant.reference import KVParams, hadamard_block
 
 BASIS = 64  # tokens whose angles are tabulated, the most keys of a turn of attention's loops
@@ -100,27 +100,19 @@ def _halves(x: torch.Tensor) -> torch.Tensor:
     return torch.stack([high, (x - high.double()).half()])
 
 
-# id(params) -> (reference that says whether it is still that object, tables)
-_prepared: dict[int, tuple[weakref.ref[KVParams], Prepared]] = {}
+_prepared = PreparedTables(_make)
 
 
 def prepare(params: KVParams) -> Prepared:
     """The kernels' tables of `params`, made once per object: `renew` them when its tensors have changed."""
-    entry = _prepared.get(id(params))
-    if entry is not None and entry[0]() is params:
-        return entry[1]
-    made = _make(params)
-    key = id(params)
-    _prepared[key] = (weakref.ref(params), made)
-    weakref.finalize(params, _prepared.pop, key, None).atexit = False
-    return made
+    return _prepared.of(params)
 
 
 def renew(params: KVParams) -> None:
     """Make the tables of `params` again, if they were made, where they are: graphs have their addresses."""
-    entry = _prepared.get(id(params))
-    if entry is not None and entry[0]() is params:
-        old, new = entry[1], _make(params)
+    old = _prepared.find(params)
+    if old is not None:
+        new = _make(params)
         for tensor, other in zip(old.write + old.attend, new.write + new.attend, strict=True):
             tensor.copy_(other)
 
