@@ -441,8 +441,10 @@ def test_renewed_tables():
 def test_tables_of_another_shape_are_refused():
     params = cases.make_params(2, 64).to("cuda")
     native_cuda.prepare(params)
+    smooth = params.k_smooth.clone()
     with pytest.raises(ValueError, match="other rotary pairs"):
-        ops.renew(params, replace(params, k_shift=torch.zeros_like(params.k_shift)))
+        ops.renew(params, replace(params, k_smooth=2 * smooth, k_shift=torch.zeros_like(params.k_shift)))
+    assert torch.equal(params.k_smooth, smooth)
 
 
 def test_capture_without_a_reserved_workspace_is_refused(monkeypatch):

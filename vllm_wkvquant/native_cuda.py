@@ -273,21 +273,21 @@ def prepare(params: KVParams) -> Prepared:
     return _prepared.of(params)
 
 
-def renew(params: KVParams) -> None:
-    """Make the tables of `params` again, if they were made, where they are: graphs and planners have their addresses.
+def renew(params: KVParams, new: KVParams) -> None:
+    """Put the tables of `new` where those of `params` are, if they were made: graphs and planners have their addresses.
 
-    Raises ValueError where a graph would not fit the new ones.
+    Raises ValueError, with nothing changed, where a graph would not fit the new ones.
     """
     old = _prepared.find(params)
     if old is None:
         return
-    new = _make(params)
+    made = _make(new)
     check(
-        _constants(old) == _constants(new),
+        _constants(old) == _constants(made),
         "the new shift of keys has other rotary pairs than the kernels are prepared for; restart the engine",
     )
     for name, tensor in old.tensors.items():
-        tensor.copy_(new.tensors[name])
+        tensor.copy_(made.tensors[name])
 
 
 def _constants(tables: Prepared) -> tuple[list[int], dict[str, torch.Size]]:

@@ -85,13 +85,13 @@ def reserve(params: KVParams, max_seqs: int) -> None:
 def renew(params: KVParams, new: KVParams) -> None:
     """Give `params` the numbers of `new`, of the same layer, wherever they are: addresses stay, for captured graphs.
 
-    Raises ValueError where such a graph would not fit them.
+    Raises ValueError, with nothing changed, where such a graph would not fit them.
     """
+    native_cuda.renew(params, new)
     for name, tensor in vars(params).items():
         if isinstance(tensor, torch.Tensor):
             tensor.copy_(getattr(new, name))
     native.renew(params)
-    native_cuda.renew(params)
     if native_triton is not None:
         native_triton.renew(params)
 
