@@ -204,7 +204,11 @@ def flash_stand_in(
 def gpu_builder(monkeypatch):
     """The builder as with the CUDA kernels, but with a stand-in for FlashAttention and the ops of the CPU."""
 
-    def make(draft_tokens: int | None = None, room: int = 4096, window: int = 0) -> attention.WKVQuantMetadataBuilder:
+    def make(
+        draft_tokens: int | None = None, room: int = 4096, windows: tuple = (0,)
+    ) -> attention.WKVQuantMetadataBuilder:
+        """windows: of the layers, each with its own params; 0 is none."""
+        layers = {f"layer{i}": window for i, window in enumerate(windows)}
         monkeypatch.setattr(attention, "_captures", lambda device_type, head_size: True)
         monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape: self.new_full(shape, torch.nan))
         monkeypatch.setattr(prefill, "flash_attention", lambda head_size, dtype: flash_stand_in)
@@ -215,11 +219,19 @@ def gpu_builder(monkeypatch):
             scheduler_config=SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=5),
             parallel_config=SimpleNamespace(decode_context_parallel_size=1),
             speculative_config=speculative if draft_tokens else None,
-            compilation_config=SimpleNamespace(max_cudagraph_capture_size=8),
+            compilation_config=SimpleNamespace(
+                max_cudagraph_capture_size=8,
+                static_forward_context={
+                    name: SimpleNamespace(
+                        wkv_params=cases.make_params(2, 64), num_heads=8, impl=SimpleNamespace(sliding_window=w)
+                    )
+                    for name, w in layers.items()
+                },
+            ),
         )
         sizes = {"block_size": 32, "num_kv_heads": 2, "head_size": 64, "dtype": torch.uint8}
-        spec = SlidingWindowSpec(**sizes, sliding_window=window) if window else FullAttentionSpec(**sizes)
-        return attention.WKVQuantMetadataBuilder(spec, [], vllm_config, torch.device("cpu"))
+        spec = SlidingWindowSpec(**sizes, sliding_window=windows[0]) if all(windows) else FullAttentionSpec(**sizes)
+        return attention.WKVQuantMetadataBuilder(spec, list(layers), vllm_config, torch.device("cpu"))
 
     return make
 
@@ -256,7 +268,7 @@ def test_long_chunks_are_the_op(gpu_builder, lengths: list, window: int, all_lay
         case.kv_cache[null] = 0  # as vLLM's, which nothing writes
         for row, (past, _) in zip(case.block_table, lengths, strict=True):
             row[: max(0, past - window + 1) // 32] = null
-    metadata = gpu_builder(room=room, window=window if all_layers else 0).build(0, common_metadata)
+    metadata = gpu_builder(room=room, windows=(window,) if all_layers else (window, 0)).build(0, common_metadata)
     assert (metadata.chunks is not None) == any(n > 16 for _, n in lengths)
     out = torch.full(case.query.shape, 7.0, dtype=torch.bfloat16)
     impl = attention.WKVQuantImpl(8, 64, case.scale, 2, sliding_window=window)
@@ -306,7 +318,7 @@ def test_lengths_that_count_rejected_drafts(gpu_builder) -> None:
     case, common_metadata = chunked_case(lengths, torch.float16)
     common_metadata.seq_lens_cpu_upper_bound = common_metadata.seq_lens_cpu_upper_bound + torch.tensor([0, 5])
     for window in (0, 40):
-        metadata = gpu_builder(room=128, window=window).build(0, common_metadata)
+        metadata = gpu_builder(room=128, windows=(window,)).build(0, common_metadata)
         out = torch.zeros_like(case.query)
         impl = attention.WKVQuantImpl(8, 64, case.scale, 2, sliding_window=window)
         layer = SimpleNamespace(wkv_params=case.params)

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import LlamaConfig
+from vllm.config import KVTransferConfig
 from vllm.model_executor.layers.quantization import get_quantization_config
-from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backend import AttentionBackend, AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -252,7 +253,7 @@ class FakeLayer(torch.nn.Module):
 def method(monkeypatch):
     """A KV method for kv_config() in a fake world of `rank` and `world_size`."""
 
-    def make(rank: int = 0, world_size: int = 1, load_format: str = "auto", **model):
+    def make(rank: int = 0, world_size: int = 1, load_format: str = "auto", transfer=None, **model):
         monkeypatch.setattr(quantization, "get_tensor_model_parallel_rank", lambda: rank)
         monkeypatch.setattr(quantization, "get_tensor_model_parallel_world_size", lambda: world_size)
         vllm_config = SimpleNamespace(
@@ -260,6 +261,7 @@ def method(monkeypatch):
             parallel_config=SimpleNamespace(decode_context_parallel_size=1),
             load_config=SimpleNamespace(load_format=load_format),
             cache_config=SimpleNamespace(block_size=32),
+            kv_transfer_config=transfer,
         )
         monkeypatch.setattr(quantization, "get_current_vllm_config", lambda: vllm_config)
         return quantization.WKVQuantKVCacheMethod(quantization.WKVQuantConfig.from_config(section()))
@@ -371,6 +373,38 @@ def test_sleep_that_drops_tables_is_refused(method, monkeypatch) -> None:
     with pytest.raises(NotImplementedError, match=r"sleep mode of this vLLM.* explicit --kv-cache-dtype"):
         kv.create_weights(FakeLayer())
     method().create_weights(FakeLayer())
+
+
+def test_nixl_is_refused(method) -> None:
+    """Alone or among others; what moves whole pages is not."""
+    both = {"connectors": [{"kv_connector": "ExampleConnector"}, {"kv_connector": "NixlConnector"}]}
+    for transfer in (
+        KVTransferConfig(kv_connector="NixlConnector", kv_role="kv_both"),
+        KVTransferConfig(kv_connector="MultiConnector", kv_role="kv_both", kv_connector_extra_config=both),
+    ):
+        with pytest.raises(NotImplementedError, match="KV transfer by NIXL is not supported"):
+            method(transfer=transfer).create_weights(FakeLayer())
+    method(transfer=KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")).create_weights(FakeLayer())
+
+
+def test_batch_invariance_is_refused(method, monkeypatch) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(NotImplementedError, match=r"VLLM_BATCH_INVARIANT.* is not supported"):
+        method().create_weights(FakeLayer())
+
+
+def test_windowed_pages_before_vllm_028(method, monkeypatch) -> None:
+    """vLLM would size them at a byte an element, twice what the backend's shape has."""
+    kv = method()
+    for window in (None, 128):
+        layer = FakeLayer(sliding_window=window)
+        kv.create_weights(layer)
+        assert not hasattr(layer, "get_kv_cache_spec")  # vLLM's own stays
+    monkeypatch.delattr(AttentionBackend, "customize_spec")
+    kv.create_weights(layer)
+    spec = layer.get_kv_cache_spec(quantization.get_current_vllm_config())
+    assert (spec.block_size, spec.sliding_window, spec.dtype) == (32, 128, torch.uint8)
+    assert spec.kv_quant_mode.is_per_token_head
 
 
 def test_another_model_is_refused(method, monkeypatch) -> None:

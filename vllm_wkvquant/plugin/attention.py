@@ -15,7 +15,6 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
-from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from vllm_wkvquant import ops, reference
 from vllm_wkvquant.layout import HEAD_SIZES, TILE, PageLayout, token_bytes
@@ -53,22 +52,22 @@ class WKVQuantBackend(AttentionBackend):
     def get_kv_cache_shape(
         num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype_str: str = "auto"
     ) -> tuple[int, ...]:
-        """vLLM 0.26 asks the backend for the shape."""
+        """vLLM before 0.29 asks the backend for the shape."""
         return (num_blocks, num_kv_heads, block_size, token_bytes(head_size))
 
     @staticmethod
     def get_kv_cache_stride_order(include_num_layers_dimension: bool = False) -> tuple[int, ...]:
-        """vLLM 0.26: physical order of the shape above; blocks come first even when layers share one allocation."""
+        """vLLM before 0.29: physical order of that shape; blocks come first even when layers share one allocation."""
         return (1, 0, 2, 3, 4) if include_num_layers_dimension else (0, 1, 2, 3)
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
-        """vLLM 0.32 sizes pages from the spec."""
+        """vLLM from 0.28 on sizes pages from the spec."""
         return replace(spec, state_content_bytes=token_bytes(spec.head_size))
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:
-        """vLLM 0.32: the physical orders in which one (block, head) is contiguous."""
+        """vLLM from 0.29 on: the physical orders in which one (block, head) is contiguous."""
         from vllm.v1.kv_cache_interface import KVCacheLayout
 
         return (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
@@ -102,17 +101,18 @@ class WKVQuantMetadataBuilder(AttentionMetadataBuilder[WKVQuantMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         PageLayout(kv_cache_spec.head_size, kv_cache_spec.block_size)
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        self._flash, self._room, self._planner = None, 0, None
+        self._flash, self._room, self._window, self._planner = None, 0, 0, None
         self._block_size = kv_cache_spec.block_size
-        self._window = kv_cache_spec.sliding_window if isinstance(kv_cache_spec, SlidingWindowSpec) else 0
         if _captures(device.type, kv_cache_spec.head_size):
             compilation = vllm_config.compilation_config
             tokens = max(tokens, compilation.max_cudagraph_capture_size or 0)
             layers = [compilation.static_forward_context[name] for name in layer_names]
             for layer in layers:
                 ops.reserve(layer.wkv_params, vllm_config.scheduler_config.max_num_seqs)
-            # without vLLM's hybrid cache manager, layers with and without a window share a spec that has none
+            # layers with and without a window share a spec without vLLM's hybrid cache manager
             kinds = {(layer.num_heads, layer.impl.sliding_window) for layer in layers}
+            windows = {window for _, window in kinds}
+            self._window = 0 if 0 in windows else max(windows)
             if len(kinds) == 1:  # else every call plans for itself
                 self._planner = ops.planner([x.wkv_params for x in layers], *kinds.pop())
             self._flash = prefill.flash_attention(kv_cache_spec.head_size, vllm_config.model_config.dtype)
@@ -235,7 +235,8 @@ class WKVQuantImpl(AttentionImpl[WKVQuantMetadata]):
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("wkvquant: fused output quantization is not supported by the 4-bit KV cache")
         if attn_metadata is None:  # a profiling run has no pages yet
-            prefill.profile(output, self.num_kv_heads)
+            if prefill.flash_attention(self.head_size, output.dtype) is not None:
+                prefill.profile(output, self.num_kv_heads)
             return output.fill_(0)
         m = attn_metadata
         # first: a sequence may be given another's prefix from the cache in the very step that computes it

@@ -1,5 +1,6 @@
 """The `wkvquant` quantization method: compressed-tensors weights, and the KV parameters of each attention layer."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +17,9 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
-from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backend import AttentionBackend, AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_interface import FullAttentionSpec, get_kv_quant_mode
 
 from vllm_wkvquant import ops
 from vllm_wkvquant.checkpoint import KV_PARAMS, KV_PREFIX, QUANT_METHOD, check_kv_tensor, missing_kv_tensor
@@ -80,7 +82,9 @@ def takes_4_bits(layer: Attention, prefix: str, cache_config: Any) -> bool:
     # subclasses bring their own cache spec and backend
     if type(layer) is not Attention or layer.attn_type != AttentionType.DECODER or cache_config.cache_dtype != "auto":
         return False
-    skip = getattr(cache_config, "kv_cache_dtype_skip_layers", None) or []
+    skip = getattr(cache_config, "kv_cache_dtype_skip_layers", None)
+    if not skip:
+        return True
     windowed = layer.sliding_window is not None and "sliding_window" in skip
     return not windowed and str(extract_layer_index(prefix)) not in skip
 
@@ -114,6 +118,28 @@ def _sleep_is_safe() -> bool:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # too much to import where no one sleeps
 
     return "kv_cache_allocation_context" in inspect.signature(GPUModelRunner.initialize_kv_cache).parameters
+
+
+def _uses_nixl(transfer: Any) -> bool:
+    """Whether pages are sent by NIXL, alone or among others: for another block size it cuts them token by token."""
+    return transfer is not None and "nixl" in f"{transfer.kv_connector} {transfer.kv_connector_extra_config}".lower()
+
+
+def _sizes_windowed_pages() -> bool:
+    """Whether vLLM asks the backend for the bytes of a page, which came with 0.28."""
+    return hasattr(AttentionBackend, "customize_spec")
+
+
+def _full_attention_spec(layer: Any, vllm_config: Any) -> FullAttentionSpec:
+    """The spec of a layer whose pages stay allocated behind its window, in place of vLLM's SlidingWindowSpec."""
+    return FullAttentionSpec(
+        block_size=vllm_config.cache_config.block_size,
+        num_kv_heads=layer.num_kv_heads,
+        head_size=layer.head_size,
+        dtype=layer.kv_cache_torch_dtype,
+        kv_quant_mode=get_kv_quant_mode(layer.kv_cache_dtype),
+        sliding_window=layer.sliding_window,
+    )
 
 
 def _check_rope(rope: RopeConfig, hf_config: Any) -> None:
@@ -168,6 +194,9 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
             layer.kv_sharing_target_layer_name,
             sinks=getattr(chosen, "sinks", None),
         )
+        if layer.sliding_window is not None and not _sizes_windowed_pages():
+            # its SlidingWindowSpec would have a byte for each of our 4 bits
+            layer.get_kv_cache_spec = functools.partial(_full_attention_spec, layer)
 
     def _check(self, layer: Any, vllm_config: Any) -> None:
         kv, model, parallel = self.quant_config.kv, vllm_config.model_config, vllm_config.parallel_config
@@ -188,6 +217,8 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
             "decode context parallelism": parallel.decode_context_parallel_size > 1,
             "sleep mode of this vLLM, which keeps the weights alone,": model.enable_sleep_mode and not _sleep_is_safe(),
             "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+            "KV transfer by NIXL": _uses_nixl(vllm_config.kv_transfer_config),
+            "batch invariance (VLLM_BATCH_INVARIANT)": envs.VLLM_BATCH_INVARIANT,
         }
         for what, present in unsupported.items():
             if present:
