@@ -41,6 +41,22 @@ def section(**changes) -> dict:
 # --- imports and registration
 
 
+def test_model_that_is_not_quantized_is_refused() -> None:
+    """`--quantization wkvquant` for a model without a section: vLLM constructs the config without arguments."""
+    with pytest.raises(ConfigError, match="no quantization_config: give a directory that `wkvquant quantize` wrote"):
+        quantization.WKVQuantConfig()
+
+
+def test_dtypes_are_those_of_the_kernel(monkeypatch) -> None:
+    """vLLM's kernel for CPUs has no float32; where ours stands in for it, it has."""
+    for lacks, expected in (
+        (False, {torch.float16, torch.bfloat16}),
+        (True, {torch.float16, torch.bfloat16, torch.float32}),
+    ):
+        monkeypatch.setattr(quantization, "lacks_w4_kernel", lambda lacks=lacks: lacks)
+        assert set(quantization.WKVQuantConfig.from_config(section()).get_supported_act_dtypes()) == expected
+
+
 def test_vllm_is_imported_in_plugin_alone() -> None:
     for file in PACKAGE.rglob("*.py"):
         if file.is_relative_to(PACKAGE / "plugin"):

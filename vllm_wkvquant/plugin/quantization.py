@@ -25,6 +25,7 @@ from vllm_wkvquant import ops
 from vllm_wkvquant.checkpoint import KV_PARAMS, KV_PREFIX, QUANT_METHOD, check_kv_tensor, missing_kv_tensor
 from vllm_wkvquant.config import ConfigError, KVCacheConfig, RopeConfig
 from vllm_wkvquant.layout import PageLayout
+from vllm_wkvquant.plugin import lacks_w4_kernel
 from vllm_wkvquant.plugin.attention import WKVQuantBackend
 from vllm_wkvquant.reference import KVParams
 from vllm_wkvquant.rope import check_rope, rope_config
@@ -46,6 +47,14 @@ class WKVQuantConfig(CompressedTensorsConfig):
         *(f".{KV_PREFIX}{param}" for param in KV_PARAMS),
     )
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if not args and not kwargs:  # vLLM found no section to call `from_config` with
+            raise ConfigError(
+                "the model has no quantization_config: give a directory that `wkvquant quantize` wrote, or leave out "
+                "--quantization"
+            )
+        super().__init__(*args, **kwargs)
+
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "WKVQuantConfig":
         kv = KVCacheConfig.from_dict(config.get(QUANT_METHOD))
@@ -55,6 +64,11 @@ class WKVQuantConfig(CompressedTensorsConfig):
 
     def get_name(self) -> Any:
         return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """vLLM's kernel of 4-bit weights for CPUs has no float32."""
+        dtypes: list[torch.dtype] = super().get_supported_act_dtypes()
+        return [d for d in dtypes if d != torch.float32 or not current_platform.is_cpu() or lacks_w4_kernel()]
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         """vLLM asks twice for an attention layer, the second time after loading: the first answer holds."""
