@@ -1,6 +1,7 @@
 """Bad input: one clear line on stderr, exit status 2, and nothing half-written."""
 
 import errno
+import fcntl
 import json
 import re
 import resource
@@ -137,6 +138,27 @@ def test_damaged_index(content: str, message: str, inspect_refused: Callable[[Pa
 def test_model_without_weights(refused: Callable[..., str], copy: Path) -> None:
     (copy / "model.safetensors").unlink()
     assert refused(copy) == f"{copy} has neither {INDEX_FILE} nor model.safetensors"
+
+
+def test_model_in_another_format(refused: Callable[..., str], copy: Path) -> None:
+    for file in copy.glob("*.safetensors"):
+        file.rename(file.with_suffix(".bin"))
+    assert refused(copy) == (
+        f"{copy} has neither {INDEX_FILE} nor model.safetensors; convert its *.bin files to safetensors"
+    )
+
+
+def test_config_of_other_types(refused: Callable[..., str], copy: Path) -> None:
+    edit_config(copy, num_hidden_layers="two")
+    assert refused(copy).startswith(f"{copy}/config.json is not a valid model config: ")
+    edit_config(copy, num_hidden_layers=2, quantization_config="gptq")
+    assert refused(copy) == f"{copy} is already quantized (gptq); give the model with its 16-bit weights"
+
+
+def test_text_that_is_no_file(refused: Callable[..., str], model: Path, tmp_path: Path) -> None:
+    assert refused(model, calib_text=tmp_path) == (
+        f"calibration text {tmp_path} is not a regular file; give a UTF-8 text file"
+    )
 
 
 def test_missing_text(refused: Callable[..., str], model: Path, tmp_path: Path) -> None:
@@ -276,6 +298,7 @@ def test_gpu_that_is_not_here(refused: Callable[..., str], model: Path, monkeypa
         (["--samples", "3"], "--samples 3 is too few: at least 4, of which 2 are held out"),
         (["--seq-len", "513"], "--seq-len 513 is outside 8 .. 512, the positions that the model knows"),
         (["--seq-len", "0"], "--seq-len 0 is outside 8 .. 512, the positions that the model knows"),
+        (["--seed", str(2**64)], f"--seed {2**64} is outside 0 .. 2^63 - 1"),
         (["--device", "tpu"], "--device tpu is neither cpu nor cuda nor a GPU by its number, as cuda:1"),
         (["--device", "cpu:0"], "--device cpu:0 is neither cpu nor cuda nor a GPU by its number, as cuda:1"),
         (["--device", "cuda:x"], "--device cuda:x is neither cpu nor cuda nor a GPU by its number, as cuda:1"),
@@ -408,6 +431,9 @@ def test_interrupted_run_is_not_overwritten(
     interrupt(model, text, tmp_path / "out")
     partial = tmp_path / "out.wkvquant-partial"
     assert refused(model) == f"{partial} holds an interrupted run; continue it with --resume or delete it"
+    with open(partial / "lock") as lock:  # its process lives
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert refused(model) == f"another process is writing {partial}"
 
 
 def test_resume_with_other_settings(
@@ -496,8 +522,38 @@ def test_missing_checkpoint(inspect_refused: Callable[[Path], str], tmp_path: Pa
     assert inspect_refused(path) == f"{path} has no config.json; give the path of a local Hugging Face checkpoint"
 
 
-def test_checkpoint_of_another_kind(inspect_refused: Callable[[Path], str], model: Path) -> None:
+def test_checkpoint_of_another_kind(inspect_refused: Callable[[Path], str], model: Path, copy: Path) -> None:
     assert inspect_refused(model) == f"{model} is not a wkvquant checkpoint (quant_method None)"
+    edit_config(copy, quantization_config="gptq")
+    assert inspect_refused(copy) == f"{copy} is not a wkvquant checkpoint (quant_method 'gptq')"
+    file = model / "config.json"
+    assert inspect_refused(file) == f"{file} is a file; give the directory that it is in"
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"settings": 1}'])
+def test_damaged_report(content: str, inspect_refused: Callable[[Path], str], damaged: Path) -> None:
+    file = damaged / "wkvquant.json"
+    file.write_text(content)
+    assert re.match(f"{re.escape(str(file))} is not (valid JSON|a report of this package)", inspect_refused(damaged))
+
+
+def test_architecture_that_is_not_named(
+    damaged: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM asks for it, `inspect` shows what is there, and a name of `.` is that of the directory."""
+    edit_config(damaged, architectures=None)
+    monkeypatch.chdir(damaged)
+    assert cli.main(["inspect", ".", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["checkpoint"], shown["architecture"]) == (damaged.name, None)
+
+
+def test_output_below_a_file(refused: Callable[..., str], model: Path, tmp_path: Path) -> None:
+    """Nothing is kept where nothing can be written."""
+    (tmp_path / "file").write_text("")
+    message = refused(model, out=tmp_path / "file" / "out")
+    assert "Not a directory" in message
+    assert "--resume" not in message
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -218,10 +218,18 @@ def test_a_lost_worker_ends_the_run(files: tuple[Path, Path], tmp_path: Path) ->
 
 
 def test_a_workers_error_is_the_runs(files: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^--workers 3 is more than the 2 .* raise --samples to 12, or use fewer$"):
-        launch.run(settings(files, tmp_path / "out", samples=4, workers=3))
-    with pytest.raises(ConfigError, match=r"^--workers 17 is more than the 2 .* raise --samples to 272, or use fewer$"):
-        preflight(settings(files, tmp_path / "out", samples=4, workers=17), Workers(0, 17))
+    with pytest.raises(ConfigError, match=r"^calibration text .* has \d+ tokens, 8000 samples of "):
+        launch.run(settings(files, tmp_path / "out", samples=8000, workers=2))
+
+
+def test_more_workers_than_windows(files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "Processes", None)  # none is started
+    for workers, samples in ((3, 12), (17, 272)):
+        message = f"--workers {workers} is more than the 2 windows that are held out; raise --samples to {samples}, or"
+        with pytest.raises(ConfigError, match=f"^{message}"):
+            launch.run(settings(files, tmp_path / "out", samples=4, workers=workers))
+        with pytest.raises(ConfigError, match=f"^{message}"):
+            preflight(settings(files, tmp_path / "out", samples=4, workers=workers), Workers(0, workers))
 
 
 @pytest.mark.parametrize(
@@ -233,7 +241,7 @@ def test_a_workers_error_is_the_runs(files: tuple[Path, Path], tmp_path: Path) -
             "--device cuda:1: workers choose their GPUs themselves; use --device cuda",
         ),
         ({"workers": 1000, "device": "cuda"}, "--workers 1000: torch sees"),
-        ({"workers": 1000, "ray": "local"}, "--workers 1000: the Ray cluster has"),
+        ({"workers": 1000, "samples": 16000, "ray": "local"}, "--workers 1000: the Ray cluster has"),
         ({"ray": "auto"}, "--ray auto: Could not find any running Ray instance"),
         ({"ray": "cluster"}, "--ray cluster is not host:port, auto or local"),
         ({"ray": "127.0.0.1:ray"}, "--ray 127.0.0.1:ray is not host:port, auto or local"),

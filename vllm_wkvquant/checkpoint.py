@@ -126,14 +126,15 @@ class ShardedTensors:
             raise ConfigError(f"{path} is not a directory; give the path of a local Hugging Face checkpoint")
         index = path / INDEX_FILE
         if index.is_file():
-            self.files: dict[str, str] = _read_object(index).get("weight_map", {})
+            self.files: dict[str, str] = read_object(index).get("weight_map", {})
             if not isinstance(self.files, dict) or not all(isinstance(f, str) for f in self.files.values()):
                 raise ConfigError(f"{index}: weight_map must be an object of file names")
         elif (path / "model.safetensors").is_file():
             with self._open("model.safetensors") as f:
                 self.files = dict.fromkeys(f.keys(), "model.safetensors")
         else:
-            raise ConfigError(f"{path} has neither {INDEX_FILE} nor model.safetensors")
+            other = "; convert its *.bin files to safetensors" if any(path.glob("*.bin")) else ""
+            raise ConfigError(f"{path} has neither {INDEX_FILE} nor model.safetensors{other}")
         absent = sorted(f for f in set(self.files.values()) if not (path / f).is_file())
         if absent:
             raise ConfigError(f"{path} lacks the shards {absent} that its index names")
@@ -184,8 +185,10 @@ def read_config(path: Path) -> dict[str, Any]:
     """config.json of a checkpoint directory. Raises ConfigError."""
     file = Path(path) / "config.json"
     if not file.is_file():
+        if Path(path).is_file():
+            raise ConfigError(f"{path} is a file; give the directory that it is in")
         raise ConfigError(f"{path} has no config.json; give the path of a local Hugging Face checkpoint")
-    return _read_object(file)
+    return read_object(file)
 
 
 def kv_elements(config: dict[str, Any]) -> int:
@@ -195,7 +198,8 @@ def kv_elements(config: dict[str, Any]) -> int:
     return 2 * int(config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * head_size)
 
 
-def _read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON file with an object. Raises ConfigError."""
     try:
         data = json.loads(file.read_text())
     except ValueError as error:
@@ -212,8 +216,9 @@ class Checkpoint:
         self.path = Path(path)
         self.config = read_config(self.path)
         section = self.config.get("quantization_config") or {}
-        if section.get("quant_method") != QUANT_METHOD:
-            raise ConfigError(f"{path} is not a wkvquant checkpoint (quant_method {section.get('quant_method')!r})")
+        method = section.get("quant_method") if isinstance(section, dict) else section
+        if method != QUANT_METHOD:
+            raise ConfigError(f"{path} is not a wkvquant checkpoint (quant_method {method!r})")
         self.kv = KVCacheConfig.from_dict(section.get(QUANT_METHOD))
         self.tensors = ShardedTensors(self.path)
 

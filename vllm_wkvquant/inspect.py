@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from vllm_wkvquant.checkpoint import Checkpoint
+from vllm_wkvquant.checkpoint import Checkpoint, read_object
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.layout import PageLayout, token_bytes
 
@@ -30,8 +30,8 @@ def inspect(path: Path) -> dict[str, Any]:
     for layer in range(kv.num_hidden_layers):
         ckpt.kv_tensors(layer)
     return {
-        "checkpoint": path.name,
-        "architecture": ckpt.config["architectures"][0],
+        "checkpoint": path.absolute().name,
+        "architecture": next(iter(ckpt.config.get("architectures") or []), None),
         "format_version": kv.format_version,
         "layout_version": kv.layout_version,
         "weights": _weights(ckpt),
@@ -131,13 +131,18 @@ def _report(path: Path) -> dict[str, Any]:
     file = path / REPORT_FILE
     if not file.is_file():
         return {}
-    report = json.loads(file.read_text())
-    return {k: report[k] for k in ("settings", "smoothing", "candidates", "layers")} | {
-        "tuning": report.get("tuning"),  # older ones have none
-        "left_out": report.get("left_out"),
-        "recipe": report["recipe"]["name"],
-        "version": report["version"],
-    }
+    report = read_object(file)
+    try:
+        return {k: report[k] for k in ("settings", "smoothing", "candidates", "layers")} | {
+            "tuning": report.get("tuning"),  # older ones have none
+            "left_out": report.get("left_out"),
+            "recipe": report["recipe"]["name"],
+            "version": report["version"],
+        }
+    except (KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{file} is not a report of this package; nothing but `inspect` needs it: delete it"
+        ) from error
 
 
 def main(args: argparse.Namespace) -> int:

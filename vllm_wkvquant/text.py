@@ -30,7 +30,8 @@ def read_tokens(model: Path, file: Path, what: str) -> tuple[list[int], list[int
     what: name of the file in errors. Raises ConfigError.
     """
     if not file.is_file():
-        raise ConfigError(f"{what} {file} does not exist; give a UTF-8 text file")
+        fault = "is not a regular file" if file.exists() else "does not exist"
+        raise ConfigError(f"{what} {file} {fault}; give a UTF-8 text file")
     try:
         content = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

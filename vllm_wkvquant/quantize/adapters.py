@@ -51,8 +51,9 @@ def check_supported(path: Path, config: dict[str, Any]) -> Family:
     architecture = next(iter(config.get("architectures") or []), None)
     if architecture not in FAMILIES:
         raise ConfigError(f"architecture {architecture} of {path} is not supported; supported: {', '.join(FAMILIES)}")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method")
+    quantized = config.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise ConfigError(f"{path} is already quantized ({method}); give the model with its 16-bit weights")
     for key in ("rope_parameters", "rope_scaling"):  # of transformers 5, and before it
         check_rope(config.get(key) or {})
@@ -92,8 +93,10 @@ class ModelAdapter:
         self.tensors = ShardedTensors(path)
         try:
             self.config: PreTrainedConfig = AutoConfig.from_pretrained(path)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}/config.json is not a valid model config: {error}") from error
+        except Exception as error:  # transformers and huggingface_hub have many kinds for a field that does not fit
+            raise ConfigError(
+                f"{path}/config.json is not a valid model config: {' '.join(str(error).split())}"
+            ) from error
         config = self.config
         self.num_layers = int(config.num_hidden_layers)
         self.num_heads = int(config.num_attention_heads)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.quantize.pipeline import Announce, Progress, quantize
-from vllm_wkvquant.quantize.plan import Settings
+from vllm_wkvquant.quantize.plan import Settings, check_workers
 from vllm_wkvquant.quantize.workers import Workers
 
 POLL_SECONDS = 1.0
@@ -56,12 +56,11 @@ def run(
 
 def check(settings: Settings) -> None:
     """Raise ConfigError for what several workers cannot be."""
-    if settings.workers < 1:
-        raise ConfigError(f"--workers {settings.workers} is less than one")
     if settings.device not in ("cpu", "cuda"):
         raise ConfigError(f"--device {settings.device}: workers choose their GPUs themselves; use --device cuda")
     if settings.device == "cuda" and settings.ray is None and settings.workers > torch.cuda.device_count():
         raise ConfigError(f"--workers {settings.workers}: torch sees {torch.cuda.device_count()} GPUs here")
+    check_workers(settings.workers, settings.samples + settings.own_samples)
     if settings.ray not in (None, "auto", "local"):
         check_address(settings.ray)
 

@@ -88,11 +88,9 @@ def quantize(
         took = Took(done, clock.seconds, peak_memory(settings.device))
         return finish(plan, state, runs, of_weights, chosen, tuned, estimated, took) if state else {}
     except WriteError as error:
-        first = "free some space" if error.full else "put that right"
-        raise ConfigError(
-            f"{error}; {partial_directory(settings.out)} keeps the finished blocks: {first}, then run again with "
-            f"--resume"
-        ) from error
+        first, partial = "free some space" if error.full else "put that right", partial_directory(settings.out)
+        kept = f"; {partial} keeps the finished blocks: {first}, then run again with --resume"
+        raise ConfigError(f"{error}{kept if partial.is_dir() else ''}") from error
 
 
 def place_again(plan: Plan, left_out: str | None) -> Plan:

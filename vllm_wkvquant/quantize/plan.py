@@ -14,7 +14,7 @@ from vllm_wkvquant.config import ConfigError, KVCacheConfig
 from vllm_wkvquant.device import check_device
 from vllm_wkvquant.quantize.adapters import ModelAdapter
 from vllm_wkvquant.quantize.attention import ATTENTION, CalibrationAttention
-from vllm_wkvquant.quantize.calibration import SKIPPED, Windows, read_windows, samples_for
+from vllm_wkvquant.quantize.calibration import SKIPPED, Windows, held_out_of, read_windows, samples_for
 from vllm_wkvquant.quantize.recipes import DEFAULT, RECIPES, Recipe, find_recipe
 from vllm_wkvquant.quantize.state import check_output, held_bytes
 from vllm_wkvquant.quantize.workers import ALONE, Workers
@@ -85,13 +85,32 @@ class Plan:
     left_out: str = ""
 
 
-def check_arguments(recipe: str | Recipe, samples: int, device: str) -> Recipe:
+def check_arguments(recipe: str | Recipe, samples: int, device: str, seed: int = 0) -> Recipe:
     """What can be refused without the model. Raises ConfigError."""
     found = recipe if isinstance(recipe, Recipe) else find_recipe(recipe)
     check_device(device)
     if samples < 4:
         raise ConfigError(f"--samples {samples} is too few: at least 4, of which 2 are held out")
+    check_seed(seed)
     return found
+
+
+def check_seed(seed: int) -> None:
+    """Raise ConfigError for what torch's generators do not take."""
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"--seed {seed} is outside 0 .. 2^63 - 1")
+
+
+def check_workers(workers: int, windows: int) -> None:
+    """Raise ConfigError unless each of so many workers has one of the windows that are held out."""
+    if workers < 1:
+        raise ConfigError(f"--workers {workers} is less than one")
+    held_out = held_out_of(windows)
+    if held_out < workers:
+        raise ConfigError(
+            f"--workers {workers} is more than the {held_out} windows that are held out; raise --samples to "
+            f"{samples_for(workers)}, or use fewer"
+        )
 
 
 def window_length(seq_len: int | None, limit: int) -> int:
@@ -104,7 +123,8 @@ def window_length(seq_len: int | None, limit: int) -> int:
 
 def preflight(settings: Settings, workers: Workers = ALONE) -> Plan:
     """Everything that can be refused before long work. Raises ConfigError."""
-    recipe = check_arguments(settings.recipe, settings.samples, settings.device)
+    recipe = check_arguments(settings.recipe, settings.samples, settings.device, settings.seed)
+    check_workers(workers.size, settings.samples + settings.own_samples)
     if ":" in settings.device:  # graphs and Triton's kernels run on the current GPU
         torch.cuda.set_device(settings.device)
     if workers.rank == 0:  # who writes
@@ -115,11 +135,6 @@ def preflight(settings: Settings, workers: Workers = ALONE) -> Plan:
     own = settings.own_text, settings.own_samples
     windows = read_windows(settings.model, settings.calib_text, settings.samples, seq_len, settings.seed, *own)
     recipe = recipe.of(windows.statistics)
-    if windows.held_out < workers.size:
-        raise ConfigError(
-            f"--workers {workers.size} is more than the {windows.held_out} windows that are held out; "
-            f"raise --samples to {samples_for(workers.size)}, or use fewer"
-        )
     kv_config = KVCacheConfig(
         head_size=adapter.head_size,
         num_kv_heads=adapter.num_kv_heads,

@@ -2,6 +2,7 @@
 written while the next one is computed, the one before.
 
     OUT.wkvquant-partial/
+      lock                        held while a process writes
       run.json                    settings; what is left out for want of memory; how many blocks are done
       block-00000.safetensors     tensors of a finished block, KV parameters of every candidate among them
       block-00000.json            its report
@@ -17,7 +18,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors.torch import load_file
@@ -26,6 +27,7 @@ from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.quantize.files import WriteError, write_json, write_tensors
 
 SUFFIX = ".wkvquant-partial"
+LOCK = "lock"  # held by the process that writes
 
 Stage = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
@@ -54,7 +56,18 @@ def check_output(out: Path, resume: bool) -> None:
         raise ConfigError(f"output directory {out} is not empty; give a new one or delete it")
     partial = partial_directory(out)
     if not resume and (partial / "run.json").is_file():
+        if (partial / LOCK).is_file():
+            with open(partial / LOCK) as file:
+                _lock(file)
         raise ConfigError(f"{partial} holds an interrupted run; continue it with --resume or delete it")
+
+
+def _lock(file: IO[str]) -> None:
+    """Hold `file`, LOCK of a state's directory, until it is closed. Raises ConfigError where another process does."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(f"another process is writing {Path(file.name).parent}") from error
 
 
 def left_out_before(out: Path, settings: dict[str, Any]) -> str | None:
@@ -82,13 +95,10 @@ class RunState:
         self.blocks_done = 0
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.directory / "lock", "w")  # noqa: SIM115, held until the process ends
+            self._lock = open(self.directory / LOCK, "w")  # noqa: SIM115, held until the process ends
         except OSError as error:
             raise WriteError(self.directory, error) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"another process is writing {self.directory}") from error
+        _lock(self._lock)
         if (self.directory / "run.json").is_file():
             self._resume()
 
