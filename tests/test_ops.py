@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from vllm_wkvquant import layout, native, ops, reference
 from vllm_wkvquant.layout import HEAD_SIZES
+from vllm_wkvquant.prepared import PreparedTables
 from vllm_wkvquant.reference import KVParams
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the compiled library is not built")
@@ -413,6 +415,19 @@ def test_tables_follow_their_params() -> None:
 
     gc.collect()
     assert not native._prepared
+
+
+def test_tables_that_cannot_be_made_again_stay() -> None:
+    """What is handed out has not been released; what it takes the place of has."""
+    released: list[int] = []
+    make = Mock(side_effect=[1, MemoryError, 2])
+    params, tables = make_params(1, 64), PreparedTables(make, released.append)
+    assert tables.of(params) == 1
+    with pytest.raises(MemoryError):
+        tables.make_again(params)
+    assert (tables.of(params), released) == (1, [])
+    tables.make_again(params)
+    assert (tables.of(params), released) == (2, [1])
 
 
 # --- choice of the variant ---

@@ -31,11 +31,11 @@ class PreparedTables(dict[int, tuple[weakref.ref[KVParams], T]]):
         return made
 
     def make_again(self, params: KVParams) -> None:
-        """Release what was made of `params` and make it anew, if it was made."""
-        made = self.find(params)
-        if made is not None:
-            self._release(made)
+        """Make anew what was made of `params`, if it was, and release the old."""
+        old = self.find(params)
+        if old is not None:
             self[id(params)] = weakref.ref(params), self._make(params)
+            self._release(old)
 
     def _drop(self, key: int) -> None:
         entry = self.pop(key, None)
