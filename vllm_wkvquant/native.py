@@ -1,7 +1,8 @@
 """The `cpp` variants: the shared library of csrc/cpu through ctypes.
 
-Nothing reaches a pointer before it is checked here. The library is loaded on first use, after torch, so that both share
-one OpenMP runtime. WKVQUANT_CPU_ISA=scalar|avx2|avx512 forces an instruction set, read once when the library loads.
+Nothing reaches a pointer before it is checked (arguments.py). The library is loaded on first use, after torch, so that
+both share one OpenMP runtime. WKVQUANT_CPU_ISA=scalar|avx2|avx512 forces an instruction set, read once when the library
+loads.
 """
 
 import ctypes
@@ -9,17 +10,18 @@ import functools
 import os
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vllm_wkvquant.layout import HEAD_SIZES, TILE, token_bytes
+from vllm_wkvquant.arguments import DTYPES, Served, check, check_attention, check_params, check_write
+from vllm_wkvquant.layout import HEAD_SIZES
 from vllm_wkvquant.prepared import PreparedTables
 from vllm_wkvquant.reference import KVParams
 
 LIBRARY = Path(__file__).with_name("_wkvquant_cpu.so")
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ERRORS = {
     1: (ValueError, "slot_mapping has a slot beyond the last block of kv_cache"),
     2: (ValueError, "query_start_loc, seq_lens and block_table do not fit each other or the rows of query"),
@@ -171,31 +173,19 @@ def use_isa(name: str | None) -> None:
     _choose(library(), name)
 
 
-def _make(params: KVParams) -> int:
+@dataclass(frozen=True)
+class Prepared(Served):
+    """The library's tables of one layer."""
+
+    handle: int
+    aligned = False
+
+
+def _make(params: KVParams) -> Prepared:
     heads, head_size = params.k_smooth.shape
-    _check(head_size in HEAD_SIZES, f"head size {head_size} is not supported; supported: {list(HEAD_SIZES)}")
-    _check((params.k_first is None) == (params.v_first is None), "params.k_first and params.v_first go together")
-    for name in ("k_smooth", "k_shift", "v_shift", "k_first", "v_first"):
-        tensor = getattr(params, name)
-        if tensor is None:
-            continue
-        _check(
-            tensor.shape == (heads, head_size)
-            and tensor.dtype == torch.float32
-            and tensor.is_contiguous()
-            and tensor.device.type == "cpu",
-            f"params.{name} must be contiguous fp32 [{heads}, {head_size}] on the CPU, got {_describe(tensor)}",
-        )
-    turns = params.rope_turns
-    if turns is not None:
-        _check(
-            turns.ndim == 1
-            and turns.dtype == torch.int64
-            and turns.is_contiguous()
-            and turns.device.type == "cpu"
-            and 2 * turns.shape[0] <= head_size,
-            f"params.rope_turns must be contiguous int64 [rotary_dim / 2] on the CPU, got {_describe(turns)}",
-        )
+    device, turns = params.k_smooth.device, params.rope_turns
+    check(device.type == "cpu", f"params are on {device}; the C++ kernels run on a CPU")
+    check_params(params, HEAD_SIZES, "CPU")
     fields = Params(
         k_smooth=params.k_smooth.data_ptr(),
         k_shift=params.k_shift.data_ptr(),
@@ -209,82 +199,15 @@ def _make(params: KVParams) -> int:
         rotary_pairs=0 if turns is None else turns.shape[0],
         key_hadamard=params.key_hadamard,
     )
-    return int(library().wkvquant_prepare(byref(fields)))
+    return Prepared(device, heads, head_size, int(library().wkvquant_prepare(byref(fields))))
 
 
-def _release(handle: int) -> None:
-    library().wkvquant_release(handle)
-
-
-_prepared = PreparedTables(_make, _release)
+_prepared = PreparedTables(_make, lambda tables: library().wkvquant_release(tables.handle))
 
 
 def renew(params: KVParams) -> None:
     """Make the tables of `params` again, if they were made."""
     _prepared.make_again(params)
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _describe(tensor: torch.Tensor) -> str:
-    return f"{tensor.dtype} {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
-
-
-def _check_rows(name: str, tensor: torch.Tensor, rows: int, heads: int, head_size: int, dtype: torch.dtype) -> None:
-    shape = tensor.shape
-    if not (
-        len(shape) == 3
-        and shape[0] >= rows
-        and shape[1] == heads
-        and shape[2] == head_size
-        and tensor.dtype == dtype
-        and tensor.stride(2) == 1
-        and tensor.device.type == "cpu"
-    ):
-        raise ValueError(
-            f"{name} must be {dtype} [>= {rows}, {heads}, {head_size}] on the CPU with a contiguous last dimension, "
-            f"got {_describe(tensor)}"
-        )
-
-
-def _check_ints(name: str, tensor: torch.Tensor, dtype: torch.dtype, rows: int) -> None:
-    if not (
-        tensor.ndim == 1
-        and tensor.shape[0] >= rows
-        and tensor.dtype == dtype
-        and tensor.is_contiguous()
-        and tensor.device.type == "cpu"
-    ):
-        raise ValueError(f"{name} must be contiguous {dtype} [>= {rows}] on the CPU, got {_describe(tensor)}")
-
-
-def _check_cache(kv_cache: torch.Tensor, heads: int, head_size: int) -> None:
-    expected = token_bytes(head_size)
-    shape = kv_cache.shape
-    if not (
-        kv_cache.dtype == torch.uint8
-        and len(shape) == 4
-        and shape[1] == heads
-        and shape[2] > 0
-        and shape[2] % TILE == 0
-        and shape[3] == expected
-        and kv_cache.stride()[1:] == (shape[2] * expected, expected, 1)
-        and kv_cache.device.type == "cpu"
-    ):
-        raise ValueError(
-            f"kv_cache must be uint8 [num_blocks, {heads}, block_size, {expected}] on the CPU with contiguous blocks "
-            f"and a block_size that is a multiple of {TILE}, got {_describe(kv_cache)}"
-        )
-
-
-def _dtype(name: str, tensor: torch.Tensor) -> int:
-    code = DTYPES.get(tensor.dtype)
-    if code is None:
-        raise ValueError(f"{name} has dtype {tensor.dtype}; supported: {[str(d) for d in DTYPES]}")
-    return code
 
 
 def _raise(status: int) -> None:
@@ -301,15 +224,8 @@ def cache_write(
     params: KVParams,
 ) -> None:
     """`ops.cache_write` on the CPU."""
-    handle = _prepared.of(params)
-    heads, head_size = params.k_smooth.shape
-    tokens = slot_mapping.shape[0]
-    dtype = _dtype("key", key)
-    _check_rows("key", key, tokens, heads, head_size, key.dtype)
-    _check_rows("value", value, tokens, heads, head_size, key.dtype)
-    _check_ints("slot_mapping", slot_mapping, torch.int64, tokens)
-    _check_ints("positions", positions, torch.int64, tokens)
-    _check_cache(kv_cache, heads, head_size)
+    like = _prepared.of(params)
+    check_write(key, value, kv_cache, slot_mapping, positions, like)
     args = CacheWrite(
         key=key.data_ptr(),
         value=value.data_ptr(),
@@ -320,11 +236,11 @@ def cache_write(
         value_stride=value.stride()[:2],
         block_stride=kv_cache.stride(0),
         num_blocks=kv_cache.shape[0],
-        num_tokens=tokens,
+        num_tokens=slot_mapping.shape[0],
         block_size=kv_cache.shape[2],
-        dtype=dtype,
+        dtype=DTYPES[key.dtype],
     )
-    status = library().wkvquant_cache_write(byref(args), handle)
+    status = library().wkvquant_cache_write(byref(args), like.handle)
     if status:
         _raise(status)
 
@@ -344,38 +260,10 @@ def paged_attention(
     lse: torch.Tensor | None = None,
 ) -> None:
     """`ops.paged_attention` on the CPU."""
-    handle = _prepared.of(params)
-    kv_heads, head_size = params.k_smooth.shape
-    dtype = _dtype("query", query)
-    _check(query.ndim == 3, f"query must be [T, num_heads, head_size], got {_describe(query)}")
-    rows, heads = query.shape[:2]
-    _check(heads > 0 and heads % kv_heads == 0, f"{heads} query heads do not share {kv_heads} KV heads evenly")
-    _check_rows("query", query, rows, heads, head_size, query.dtype)
-    rows = min(rows, key.shape[0], value.shape[0], out.shape[0])
-    _check_rows("key", key, rows, kv_heads, head_size, query.dtype)
-    _check_rows("value", value, rows, kv_heads, head_size, query.dtype)
-    _check_rows("out", out, rows, heads, head_size, query.dtype)
-    _check_cache(kv_cache, kv_heads, head_size)
-    seqs = seq_lens.shape[0]
-    _check_ints("seq_lens", seq_lens, torch.int32, seqs)
-    _check_ints("query_start_loc", query_start_loc, torch.int32, seqs + 1)
-    if not (
-        block_table.ndim == 2
-        and block_table.shape[0] >= seqs
-        and block_table.dtype == torch.int32
-        and block_table.stride(1) == 1
-        and block_table.device.type == "cpu"
-    ):
-        raise ValueError(f"block_table must be int32 [>= {seqs}, max_blocks] on the CPU, got {_describe(block_table)}")
-    _check(sliding_window >= 0, f"sliding_window {sliding_window} is negative")
-    if lse is not None and not (
-        lse.ndim == 2
-        and lse.shape[0] >= rows
-        and lse.shape[1] == heads
-        and lse.dtype == torch.float32
-        and lse.device.type == "cpu"
-    ):
-        raise ValueError(f"lse must be fp32 [>= {rows}, {heads}] on the CPU, got {_describe(lse)}")
+    like = _prepared.of(params)
+    rows = check_attention(
+        query, key, value, kv_cache, block_table, seq_lens, query_start_loc, out, sliding_window, lse, like
+    )
     args = PagedAttention(
         query=query.data_ptr(),
         key=key.data_ptr(),
@@ -396,13 +284,13 @@ def paged_attention(
         num_blocks=kv_cache.shape[0],
         num_tokens=rows,
         max_blocks=block_table.shape[1],
-        num_seqs=seqs,
-        num_heads=heads,
+        num_seqs=seq_lens.shape[0],
+        num_heads=query.shape[1],
         block_size=kv_cache.shape[2],
-        dtype=dtype,
+        dtype=DTYPES[query.dtype],
         sliding_window=sliding_window,
         scale=scale,
     )
-    status = library().wkvquant_paged_attention(byref(args), handle)
+    status = library().wkvquant_paged_attention(byref(args), like.handle)
     if status:
         _raise(status)

@@ -1,6 +1,6 @@
 """The `cuda` variants: the shared library of csrc/cuda through ctypes.
 
-Nothing reaches a pointer before its tensor's shape, dtype, strides and device are checked (gpu_arguments.py). What a
+Nothing reaches a pointer before its tensor's shape, dtype, strides and device are checked (arguments.py). What a
 call needs besides its arguments (tables of a layer's parameters, a workspace for each stream) is made on first use, or
 by `reserve`, which must come before a capture. A `Planner` does once a step what is the same in all of its layers.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from vllm_wkvquant.gpu_arguments import (
+from vllm_wkvquant.arguments import (
     DTYPES,
     Served,
     check,

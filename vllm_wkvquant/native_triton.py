@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from vllm_wkvquant import triton_kernels
-from vllm_wkvquant.gpu_arguments import Served, check_attention, check_gather, check_params, check_write
+from vllm_wkvquant.arguments import Served, check_attention, check_gather, check_params, check_write
 from vllm_wkvquant.layout import HEAD_SIZES, PageLayout
 from vllm_wkvquant.prepared import PreparedTables
 from vllm_wkvquant.reference import KVParams, hadamard_block

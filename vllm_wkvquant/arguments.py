@@ -1,26 +1,31 @@
-"""Arguments of the ops on a GPU, checked before kernels of CUDA or Triton get their pointers.
+"""Arguments of the ops, checked before kernels get their pointers.
 
-Values on the device (slots, lengths, block tables) are not read, so that calls can be captured into a graph.
+Values (slots, lengths, block tables) are not read, so that calls on a GPU can be captured into a graph.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from vllm_wkvquant.layout import TILE, token_bytes
 from vllm_wkvquant.reference import KVParams
 
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the numbers are csrc/cuda/api.h's
-MOST_STRIDE = 1 << 30  # elements; the kernels count the bytes of up to four in 32 bits
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the numbers are those of csrc/*/api.h
+MOST_STRIDE = 1 << 30  # elements; kernels of a GPU count the bytes of up to four in 32 bits
 
 
 @dataclass(frozen=True)
 class Served:
-    """What tensors of a call must fit: the layer that its params are of."""
+    """What tensors of a call must fit: the layer that its params are of.
+
+    aligned: whether its kernels want rows and blocks aligned and not too far apart, as those of a GPU do.
+    """
 
     device: torch.device
     num_kv_heads: int
     head_size: int
+    aligned: ClassVar[bool] = True
 
 
 def check(condition: bool, message: str) -> None:
@@ -44,12 +49,19 @@ def check_params(params: KVParams, head_sizes: tuple[int, ...], kernels: str) ->
     check((params.k_first is None) == (params.v_first is None), "params.k_first and params.v_first go together")
     for name in ("k_smooth", "k_shift", "v_shift", "k_first", "v_first"):
         tensor = getattr(params, name)
-        check(
-            tensor is None or (tensor.shape == (heads, head_size) and tensor.device == device),
-            f"params.{name} must be [{heads}, {head_size}] on {device}",
-        )
-    pairs = 0 if params.rope_turns is None else params.rope_turns.shape[0]
-    check(2 * pairs <= head_size, f"{pairs} rotary pairs do not fit the head size {head_size}")
+        if tensor is not None and not (
+            tensor.shape == (heads, head_size)
+            and tensor.dtype == torch.float32
+            and tensor.is_contiguous()
+            and tensor.device == device
+        ):
+            raise ValueError(
+                f"params.{name} must be contiguous fp32 [{heads}, {head_size}] on {device}, got {_describe(tensor)}"
+            )
+    if params.rope_turns is not None:
+        check_ints("params.rope_turns", params.rope_turns, torch.int64, 0, device)
+        pairs = params.rope_turns.shape[0]
+        check(2 * pairs <= head_size, f"{pairs} rotary pairs do not fit the head size {head_size}")
 
 
 def _check_rows(name: str, tensor: torch.Tensor, rows: int, like: Served, heads: int, dtype: torch.dtype) -> None:
@@ -61,15 +73,22 @@ def _check_rows(name: str, tensor: torch.Tensor, rows: int, like: Served, heads:
         and shape[2] == like.head_size
         and tensor.dtype == dtype
         and tensor.stride(2) == 1
-        and tensor.stride(0) % 4 == tensor.stride(1) % 4 == 0
-        and max(tensor.stride()) < MOST_STRIDE
-        and tensor.data_ptr() % (4 * tensor.element_size()) == 0
         and tensor.device == like.device
+        and (not like.aligned or _rows_aligned(tensor))
     ):
+        aligned = " and rows aligned to 4 elements, less than 2^30 apart" if like.aligned else ""
         raise ValueError(
             f"{name} must be {dtype} [>= {rows}, {heads}, {like.head_size}] on {like.device} with a contiguous last "
-            f"dimension and rows aligned to 4 elements, less than 2^30 apart, got {_describe(tensor)}"
+            f"dimension{aligned}, got {_describe(tensor)}"
         )
+
+
+def _rows_aligned(tensor: torch.Tensor) -> bool:
+    return (
+        tensor.stride(0) % 4 == tensor.stride(1) % 4 == 0
+        and max(tensor.stride()) < MOST_STRIDE
+        and tensor.data_ptr() % (4 * tensor.element_size()) == 0
+    )
 
 
 def check_ints(name: str, tensor: torch.Tensor, dtype: torch.dtype, rows: int, device: torch.device) -> None:
@@ -95,16 +114,18 @@ def _check_cache(kv_cache: torch.Tensor, like: Served) -> None:
         and shape[2] % TILE == 0
         and shape[3] == expected
         and kv_cache.stride()[1:] == (shape[2] * expected, expected, 1)
-        and kv_cache.stride(0) % 16 == 0
-        and kv_cache.stride(0) < 1 << 32
-        and kv_cache.data_ptr() % 16 == 0
         and kv_cache.device == like.device
+        and (not like.aligned or _blocks_aligned(kv_cache))
     ):
+        aligned = " at multiples of 16 bytes, less than 2^32 apart," if like.aligned else ""
         raise ValueError(
             f"kv_cache must be uint8 [num_blocks, {like.num_kv_heads}, block_size, {expected}] on {like.device} with "
-            f"contiguous blocks at multiples of 16 bytes and a block_size that is a multiple of {TILE}, got "
-            f"{_describe(kv_cache)}"
+            f"contiguous blocks{aligned} and a block_size that is a multiple of {TILE}, got {_describe(kv_cache)}"
         )
+
+
+def _blocks_aligned(kv_cache: torch.Tensor) -> bool:
+    return kv_cache.stride(0) % 16 == kv_cache.data_ptr() % 16 == 0 and kv_cache.stride(0) < 1 << 32
 
 
 def _check_dtype(name: str, tensor: torch.Tensor) -> None:
@@ -151,12 +172,13 @@ def _check_sequences(
         and block_table.shape[0] >= seqs
         and block_table.dtype == torch.int32
         and block_table.stride(1) == 1
-        and block_table.stride(0) < MOST_STRIDE
         and block_table.device == like.device
+        and (not like.aligned or block_table.stride(0) < MOST_STRIDE)
     ):
+        near = " and rows less than 2^30 apart" if like.aligned else ""
         raise ValueError(
-            f"block_table must be int32 [>= {seqs}, max_blocks] on {like.device} with a contiguous last dimension and "
-            f"rows less than 2^30 apart, got {_describe(block_table)}"
+            f"block_table must be int32 [>= {seqs}, max_blocks] on {like.device} with a contiguous last "
+            f"dimension{near}, got {_describe(block_table)}"
         )
 
 
