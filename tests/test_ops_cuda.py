@@ -367,6 +367,36 @@ def test_a_plan_that_does_not_fit_is_refused():
         native_cuda.Planner([case.params], 3)
 
 
+def test_work_that_cannot_be_counted_is_refused():
+    """What is just less is planned as it is."""
+    planner = native_cuda.Planner([cases.make_params(8, 128).to("cuda")], 64)
+    tokens, items = 16384, 8 * 16384 * 8 // 16
+    units = (1 << 31) // items - 1 - native_cuda.ITEM_WEIGHT
+
+    def plan(past: int) -> None:
+        starts, seq_lens = (torch.tensor(x, dtype=torch.int32).cuda() for x in ([0, tokens], [past + tokens]))
+        planner.plan(starts, seq_lens, 1, tokens, past)
+
+    plan(32 * units)
+    assert planner.tensor[:4].view(torch.int32).item() == units * items
+    with pytest.raises(ValueError, match=r"16384 tokens .* lower --max-num-batched-tokens"):
+        plan(32 * units + 1)
+
+
+@pytest.mark.parametrize("window", [0, 1, 34, 66])
+@pytest.mark.parametrize(("head_size", "group"), [(64, 1), (128, 3), (128, 8), (256, 7)])
+def test_work_is_bounded(window, head_size, group):
+    """No plan's line, teams * each + more, is longer than what is thought to be the most."""
+    planner = native_cuda.Planner([cases.make_params(2, head_size).to("cuda")], 2 * group, window)
+    for lengths in ([(97, 1)] * 40, [(95, 3), (0, 9), (64, 0), (97, 1)], [(2000, 700)], [(0, 2)], [(3000, 1)] * 3):
+        pasts, counts = (torch.tensor(x) for x in zip(*lengths, strict=True))
+        starts = torch.cat([torch.zeros(1), counts.cumsum(0)]).int()
+        call = len(lengths), int(starts[-1]), int(pasts.max())
+        plan = planner.plan(starts.cuda(), (pasts + counts).int().cuda(), *call)
+        _, _, teams, _, each, more = planner.tensor[:24].view(torch.int32).tolist()
+        assert 0 < teams * each + more <= planner._most_work(*call, plan.queries)
+
+
 def test_attention_that_overlaps_the_write_reads_what_it_wrote():
     """A past that the write before the attention stores, a write of many tokens in a graph of many such steps."""
     case = to_gpu(

@@ -131,6 +131,16 @@ def test_a_plan_that_does_not_fit_is_refused(emulated):
     test_ops_cuda.test_a_plan_that_does_not_fit_is_refused()
 
 
+def test_work_that_cannot_be_counted_is_refused(emulated):
+    test_ops_cuda.test_work_that_cannot_be_counted_is_refused()
+
+
+@pytest.mark.parametrize("window", [0, 1, 34, 66])
+@pytest.mark.parametrize(("head_size", "group"), [(64, 1), (128, 3), (128, 8), (256, 7)])
+def test_work_is_bounded(emulated, window, head_size, group):
+    test_ops_cuda.test_work_is_bounded(window, head_size, group)
+
+
 def test_more_sequences_than_threads(emulated):
     test_ops_cuda.test_more_sequences_than_threads()
 

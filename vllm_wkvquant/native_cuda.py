@@ -40,6 +40,7 @@ CHEBYSHEV = 16
 # the scores' standard error is 2e-3 then; rounding the keys to bf16, as a bf16 cache does, makes one of 1.6e-2.
 PLAIN = 96.0
 MOST_ROWS = 16  # kMaxRows, of a tile
+UNIT, ITEM_WEIGHT = 32, 20  # kUnit tokens of the past, kItemWeight units
 TABLED = 4  # steps whose tables the kernels keep in shared memory; csrc/cuda/api.h
 
 
@@ -527,7 +528,8 @@ class Planner:
 
         query_start_loc, seq_lens: as in `ops.paged_attention`, of all sequences of the step. most_past: tokens that a
         row of the block table has room for. positions: int64 [T], written as `reference.token_positions` does.
-        Sequences whose queries lie beyond num_tokens are skipped.
+        Sequences whose queries lie beyond num_tokens are skipped. Raises ValueError where so many tokens, each with a
+        past of most_past, would be more work than the kernels can count.
         """
         like, lib = self.like, library()
         seqs, most = seq_lens.shape[0], lib.wkvquant_cuda_max_seqs()
@@ -537,6 +539,11 @@ class Planner:
         if positions is not None:
             check_ints("positions", positions, torch.int64, 0, like.device)
         queries = -(-num_tokens // max(num_planned, 1))
+        if self._most_work(num_planned, num_tokens, most_past, queries) >= 1 << 31:
+            raise ValueError(
+                f"a step of {num_tokens} tokens that may each have a past of {most_past} is more work than the CUDA "
+                "kernels can count; lower --max-num-batched-tokens or --max-model-len"
+            )
         with torch.cuda.device(like.device):
             teams = self._teams_for(queries)
             args = PlanStep(
@@ -564,6 +571,18 @@ class Planner:
             like.device, like.num_kv_heads, like.head_size, self.tensor, self.num_heads, self.sliding_window,
             num_tokens, most_past, queries, teams,
         )  # fmt: skip
+
+    def _most_work(self, num_planned: int, num_tokens: int, most_past: int, queries: int) -> int:
+        """Upper bound of the length of the plan's line (csrc/cuda/attention_plan.cuh), which is counted in 32 bits."""
+        kv_heads, window = self.like.num_kv_heads, self.sliding_window
+        group = self.num_heads // kv_heads
+        # rows of a tile, as with_shape of attention_kernel.cuh has them
+        rows = 4 if queries * group <= 4 else 8 if queries * group <= 8 or self.like.head_size > 128 else MOST_ROWS
+        tiles = (num_tokens * group + (rows - 1) * min(num_planned, num_tokens)) // rows
+        units = max(-(-most_past // UNIT), 1)
+        if window:
+            units = min(units, (window + UNIT - 3) // UNIT + 1)  # that window - 1 tokens are in, wherever they begin
+        return tiles * kv_heads * (units + ITEM_WEIGHT)
 
     def _teams_for(self, queries: int) -> int:
         """Teams of warps that a CTA has room for in every layer."""
