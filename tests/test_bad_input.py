@@ -91,6 +91,17 @@ def inspect_refused(capsys: pytest.CaptureFixture[str]) -> Callable[[Path], str]
     return run
 
 
+@pytest.fixture
+def eval_refused(text: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[Path, Path], str]:
+    def run(checkpoint: Path, baseline: Path) -> str:
+        capsys.readouterr()
+        arguments = ["--baseline", str(baseline), "--text", str(text), "--window", "32", "--windows", "1"]
+        assert cli.main(["eval", str(checkpoint), *arguments]) == 2
+        return capsys.readouterr().err.splitlines()[-1].removeprefix("error: ")
+
+    return run
+
+
 def edit_config(path: Path, **changes: object) -> None:
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, **changes}))
@@ -649,3 +660,31 @@ def test_unknown_key_in_the_kv_section(inspect_refused: Callable[[Path], str], d
     section = json.loads((damaged / "config.json").read_text())["quantization_config"]
     edit_config(damaged, quantization_config={**section, "wkvquant": {**section["wkvquant"], "surprise": 1}})
     assert inspect_refused(damaged).startswith("quantization_config.wkvquant has unknown keys ['surprise']; known: ")
+
+
+# -- wkvquant eval
+
+
+def test_baseline_that_is_quantized(eval_refused: Callable[[Path, Path], str], checkpoint: Path, copy: Path) -> None:
+    """By us, whose weights transformers does not find, or by others."""
+    advice = "give the model with its 16-bit weights"
+    assert eval_refused(checkpoint, checkpoint) == f"{checkpoint} is already quantized (wkvquant); {advice}"
+    edit_config(copy, quantization_config={"quant_method": "gptq"})
+    assert eval_refused(checkpoint, copy) == f"{copy} is already quantized (gptq); {advice}"
+
+
+def test_baseline_without_all_its_weights(
+    eval_refused: Callable[[Path, Path], str], checkpoint: Path, copy: Path
+) -> None:
+    """transformers draws what is missing."""
+    name, file = "model.layers.1.mlp.up_proj.weight", copy / "model.safetensors"
+    edit_tensors(copy, lambda tensors: tensors.update({name: torch.zeros(3, 128)}))
+    assert eval_refused(checkpoint, copy) == (
+        f"{copy}: tensor {name} has shape (3, 128), its config asks for (256, 128)"
+    )
+    edit_tensors(copy, lambda tensors: tensors.pop(name))
+    assert eval_refused(checkpoint, copy) == f"{copy} lacks 1 tensors of its architecture, {name} first"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert eval_refused(checkpoint, copy).startswith(f"the model in {copy} cannot be loaded: Error while deserializing")
+    file.unlink()
+    assert eval_refused(checkpoint, copy).startswith(f"the model in {copy} cannot be loaded: Error no file named ")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import contents, save_text, tiny_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from vllm_wkvquant import cli, self_text
@@ -151,4 +152,20 @@ def test_bad_files_are_refused(smollm2, tmp_path: Path, capsys: pytest.CaptureFi
     assert run(smollm2.path, tmp_path / "nowhere" / "own.txt") == 2
     assert "does not exist" in capsys.readouterr().err
     assert run(tmp_path / "no-model", tmp_path / "own.txt") == 2
-    assert "cannot be loaded" in capsys.readouterr().err
+    assert "no-model has no config.json" in capsys.readouterr().err
+
+
+def test_a_model_without_all_its_weights_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Or with quantized ones, which transformers does not know: it would draw them."""
+    model, name = tiny_model(tmp_path / "model", num_layers=1), "model.layers.0.mlp.up_proj.weight"
+    file, options = model / "model.safetensors", ["--tokens", 16, "--length", 16]
+    tensors = load_file(file)
+    save_file({n: t for n, t in tensors.items() if n != name}, file, {"format": "pt"})
+    assert run(model, tmp_path / "own.txt", *options) == 2
+    assert capsys.readouterr().err.endswith(f"error: {model} lacks 1 tensors of its architecture, {name} first\n")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "wkvquant"}}))
+    assert run(model, tmp_path / "own.txt", *options) == 2
+    advice = "give the model with its 16-bit weights"
+    assert capsys.readouterr().err == f"error: {model} is already quantized (wkvquant); {advice}\n"
+    assert not (tmp_path / "own.txt").exists()

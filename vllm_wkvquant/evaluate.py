@@ -86,9 +86,39 @@ class SimulatedCache:
         return out.to(query.dtype), None
 
 
+def load(kind: Any, folder: Path, **options: Any) -> Any:
+    """`kind.from_pretrained`. Raises ConfigError."""
+    try:
+        return kind.from_pretrained(folder, **options)
+    except Exception as error:  # transformers, its hub and safetensors have many kinds, which have no common base
+        raise ConfigError(f"the model in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def check_plain(folder: Path) -> None:
+    """Raise ConfigError where the model in this directory is a quantized one."""
+    quantized = read_config(folder).get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise ConfigError(f"{folder} is already quantized ({method}); give the model with its 16-bit weights")
+
+
+def load_plain(folder: Path, device: str, **options: Any) -> Any:
+    """An unquantized model in transformers, which makes up weights that are not there. Raises ConfigError instead."""
+    check_plain(folder)
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, found = load(AutoModelForCausalLM, folder, **options)
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise ConfigError(f"{folder} lacks {len(missing)} tensors of its architecture, {missing[0]} first")
+    if found["mismatched_keys"]:
+        name, shape, expected = min(found["mismatched_keys"])
+        raise ConfigError(f"{folder}: tensor {name} has shape {tuple(shape)}, its config asks for {tuple(expected)}")
+    return model.eval().to(device)
+
+
 def load_baseline(path: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """The unquantized model in transformers."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").eval().to(device)
+    """The unquantized model in transformers. Raises ConfigError."""
+    return load_plain(path, device, dtype=dtype, attn_implementation="sdpa")
 
 
 def load_quantized(ckpt: Checkpoint, cache: SimulatedCache, dtype: torch.dtype, device: str) -> PreTrainedModel:
@@ -333,7 +363,7 @@ def main(args: argparse.Namespace) -> int:
     with stdout_to_stderr():
         result = evaluate(
             args.checkpoint,
-            find_model(args.baseline),
+            find_model(args.baseline, check_plain),
             args.text,
             args.window,
             args.windows,

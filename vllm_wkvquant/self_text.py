@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from vllm_wkvquant.checkpoint import kv_elements, read_config
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.device import check_device
+from vllm_wkvquant.evaluate import check_plain, load, load_plain
 from vllm_wkvquant.hub import find_model
 from vllm_wkvquant.text import load_tokenizer, prefix_of, read_tokens
 
@@ -39,7 +40,8 @@ def check(args: argparse.Namespace) -> None:
     for name in ("tokens", "length", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError(f"--{name} {getattr(args, name)} must be at least 1")
-    args.model = find_model(args.model)
+    args.model = find_model(args.model, check_plain)
+    check_plain(args.model)
     positions = positions_of(args.model)
     if args.length > positions:
         raise ConfigError(f"--length {args.length} is more than the {positions} positions that the model knows")
@@ -59,14 +61,6 @@ def batch_for(model: Path, length: int, device: str) -> int:
     return int(min(MAX_BATCH, 2 ** math.floor(math.log2(max(1, fit)))))
 
 
-def load(kind: Any, folder: Path, **options: Any) -> Any:
-    """`kind.from_pretrained`. Raises ConfigError."""
-    try:
-        return kind.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"the model in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
-
-
 def rows_of(tokens: int, length: int, batch: int) -> list[int]:
     """Texts of each batch, until they have so many tokens."""
     texts = -(-tokens // length)
@@ -77,7 +71,7 @@ def write(folder: Path, length: int, rows: list[int], done: int, seed: int, devi
     """Texts of `length` tokens, rows[i] in batch i, of which `done` are there. On a CPU in float32."""
     tokenizer = load_tokenizer(folder)
     dtype = "auto" if device.startswith("cuda") else torch.float32
-    model = load(AutoModelForCausalLM, folder, dtype=dtype).to(device).eval()
+    model = load_plain(folder, device, dtype=dtype)
     prefix = torch.tensor(prefix_of(tokenizer), dtype=torch.long)
     special = set(tokenizer.all_special_ids)
     first = torch.tensor([i for i in range(len(tokenizer)) if i not in special])
