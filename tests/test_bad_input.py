@@ -688,3 +688,18 @@ def test_baseline_without_all_its_weights(
     assert eval_refused(checkpoint, copy).startswith(f"the model in {copy} cannot be loaded: Error while deserializing")
     file.unlink()
     assert eval_refused(checkpoint, copy).startswith(f"the model in {copy} cannot be loaded: Error no file named ")
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ([256, 0], "has shape (256, 0), its config asks for (256, 128)"),
+        ([256], "cannot be read: tuple index out of range"),
+    ],
+)
+def test_shape_of_a_weight(
+    shape: list[int], message: str, eval_refused: Callable[[Path, Path], str], damaged: Path, model: Path
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_tensors(damaged, lambda tensors: tensors.update({f"{name}_shape": torch.tensor(shape)}))
+    assert eval_refused(damaged, model) == f"{damaged}: weight {name} {message}"
