@@ -124,9 +124,12 @@ def test_windows_cover_the_text(smollm2) -> None:
         read_windows(smollm2.checkpoint, smollm2.test_text, 512, 100000)
 
 
-def test_all_current_costs_nothing(smollm2) -> None:
+def test_all_current_costs_nothing(smollm2, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the whole window in one chunk nothing is past: W4KV4 is W4, to the rounding of fp32."""
-    result = evaluate(smollm2.checkpoint, smollm2.path, smollm2.test_text, window=128, windows=1, chunk=128)
+    path, text = smollm2.path.absolute(), smollm2.test_text.absolute()
+    monkeypatch.chdir(smollm2.checkpoint)
+    result = evaluate(Path("."), path, text, window=128, windows=1, chunk=128)
+    assert result["checkpoint"] == smollm2.checkpoint.name
     assert result["kl_w4"] < 1e-6
     assert result["w4kv4_ppl"] == pytest.approx(result["w4_ppl"], rel=1e-4)
     assert result["w4_ppl"] != pytest.approx(result["fp16_ppl"], rel=1e-3)

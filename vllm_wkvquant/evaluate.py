@@ -330,7 +330,7 @@ def evaluate(
     scores = score_transformers(ckpt, baseline, tokens, chunk, device, dtype)
     result = {
         "engine": engine,
-        "checkpoint": ckpt_path.name,
+        "checkpoint": ckpt_path.absolute().name,
         "text": text.name,
         "window": window,
         "windows": len(tokens),
