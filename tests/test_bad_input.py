@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import os
 import re
 import resource
 import shutil
@@ -703,3 +704,16 @@ def test_shape_of_a_weight(
     name = "model.layers.1.mlp.up_proj.weight"
     edit_tensors(damaged, lambda tensors: tensors.update({f"{name}_shape": torch.tensor(shape)}))
     assert eval_refused(damaged, model) == f"{damaged}: weight {name} {message}"
+
+
+# -- output that nobody reads
+
+
+def test_broken_pipe(checkpoint: Path) -> None:
+    """Neither a traceback nor what Python says at its end of what it could not flush."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "vllm_wkvquant.cli", "inspect", str(checkpoint), "--json"]
+    run = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (run.returncode, run.stderr) == (141, "")

@@ -1,6 +1,7 @@
 """The `wkvquant` command: quantize | write-text | inspect | eval."""
 
 import argparse
+import os
 import re
 import sys
 import time
@@ -308,10 +309,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of the console script; returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    """Entry point of the console script; returns the exit status: 0, 2 for bad input, 130 when interrupted, 141
+    when nobody reads the output any more."""
     args = build_parser().parse_args(argv)
     try:
-        return args.run(args)
+        status = args.run(args)
+        sys.stdout.flush()  # here, where it is known what to do if nobody reads
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+        return 141  # as SIGPIPE ends others
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
