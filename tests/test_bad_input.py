@@ -320,11 +320,12 @@ def test_arguments(arguments: list[str], message: str, refused: Callable[..., st
     assert refused(model, *arguments) == message
 
 
-def test_size_of_shards(model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("size", ["5 apples", "1.2.3GB", "."])
+def test_size_of_shards(size: str, model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["quantize", str(model), str(tmp_path / "out"), "--calib-text", str(text), "--shard-size", "5 apples"])
+        cli.main(["quantize", str(model), str(tmp_path / "out"), "--calib-text", str(text), "--shard-size", size])
     assert stopped.value.code == 2
-    assert "'5 apples' is not a size such as 5GB or 500MB" in capsys.readouterr().err
+    assert f"{size!r} is not a size such as 5GB or 500MB" in capsys.readouterr().err
 
 
 def test_little_disk(refused: Callable[..., str], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

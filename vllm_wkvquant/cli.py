@@ -26,7 +26,7 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**2
 
 def parse_size(text: str) -> int:
     """Bytes of "5GB", "500MB" or "4GiB"."""
-    match = re.fullmatch(r"([\d.]+)\s*([A-Za-z]*)", text.strip())
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)", text.strip())
     if match is None or match[2].upper() not in UNITS:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
     size = int(float(match[1]) * UNITS[match[2].upper()])
@@ -45,7 +45,7 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = f"recipes:\n{recipes}"
     parser.add_argument("model", type=Path, metavar="MODEL", help=MODEL)
-    parser.add_argument("out", type=Path, metavar="OUT", help="directory to create; it must not exist or be empty")
+    parser.add_argument("out", type=Path, metavar="OUT", help="directory to create; it must be new or empty")
     parser.add_argument(
         "--calib-text",
         type=Path,
