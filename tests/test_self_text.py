@@ -1,5 +1,6 @@
 """`wkvquant write-text`: text of the model's own."""
 
+import fcntl
 import json
 import shutil
 import types
@@ -54,17 +55,18 @@ def test_a_gpu_writes_as_many_texts_as_it_holds(tmp_path: Path, monkeypatch: pyt
     assert found == [1, 2, 32, 128]
 
 
+def stopping(*args, write=self_text.write) -> object:
+    """`self_text.write`, interrupted after the first batch."""
+    yield next(write(*args))
+    raise KeyboardInterrupt
+
+
 def test_an_interrupted_run_goes_on(smollm2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """With the text of one that was not interrupted, and not with other settings."""
     options = ["--tokens", 60, "--length", 12, "--batch", 2]
     write, own, partial = self_text.write, tmp_path / "own.txt", tmp_path / "own.txt.partial"
-
-    def interrupted(*args) -> object:
-        yield next(write(*args))
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(self_text, "write", interrupted)
+        patch.setattr(self_text, "write", stopping)
         assert run(smollm2.path, own, *options) == 130
     assert list(tmp_path.iterdir()) == [partial]
     with partial.open("a") as file:
@@ -79,6 +81,21 @@ def test_an_interrupted_run_goes_on(smollm2, tmp_path: Path, monkeypatch: pytest
     assert run(smollm2.path, tmp_path / "whole.txt", *options) == 0
     assert own.read_text() == (tmp_path / "whole.txt").read_text()
     assert len(own.read_text()) > 60
+
+
+def test_two_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second is refused, also where the first has ended just before it looks."""
+    model, own = tiny_model(tmp_path / "model", num_layers=1), tmp_path / "own.txt"
+    options, partial = ["--tokens", 16, "--length", 16], tmp_path / "own.txt.partial"
+    with partial.open("w") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        assert run(model, own, *options) == 2
+    assert capsys.readouterr().err.endswith(f"error: another process is writing {partial}\n")
+    partial.unlink()
+    monkeypatch.setattr(self_text, "lock", lambda _: own.touch())
+    assert run(model, own, *options) == 2
+    assert capsys.readouterr().err == f"error: {own} exists; another process has just written it\n"
+    assert not partial.exists()
 
 
 def test_a_model_is_quantized_on_text_of_its_own(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,4 +185,4 @@ def test_a_model_without_all_its_weights_writes_nothing(tmp_path: Path, capsys: 
     assert run(model, tmp_path / "own.txt", *options) == 2
     advice = "give the model with its 16-bit weights"
     assert capsys.readouterr().err == f"error: {model} is already quantized (wkvquant); {advice}\n"
-    assert not (tmp_path / "own.txt").exists()
+    assert [*tmp_path.iterdir()] == [model]

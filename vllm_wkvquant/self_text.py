@@ -5,6 +5,7 @@ distills quantized models on nothing else.
 """
 
 import argparse
+import fcntl
 import gc
 import hashlib
 import json
@@ -12,7 +13,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.progress import track
@@ -95,35 +96,56 @@ def write(folder: Path, length: int, rows: list[int], done: int, seed: int, devi
         yield tokenizer.batch_decode(out, skip_special_tokens=True)
 
 
-def read_partial(file: Path, settings: dict[str, Any]) -> list[list[str]]:
+def lock(lines: TextIO) -> None:
+    """Hold a file until it is closed. Raises ConfigError where another process does."""
+    try:
+        fcntl.flock(lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(f"another process is writing {lines.name}") from error
+
+
+def read_partial(lines: TextIO, settings: dict[str, Any]) -> list[list[str]]:
     """Batches that an interrupted run with the same settings has written. Raises ConfigError where they are others."""
-    if not file.exists():
-        file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
-    whole = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    if not whole or json.loads(whole[0]) != settings:
-        raise ConfigError(f"{file} is of a run with other settings; repeat those, or delete it")
-    os.truncate(file, sum(len(line.encode()) for line in whole))  # the last line may have been cut
+    first = json.dumps(settings) + "\n"
+    lines.seek(0)
+    content = lines.read()
+    if first.startswith(content):  # a new file, or one of a run that got no further
+        lines.truncate(0)
+        lines.write(first)
+        lines.flush()
+        return []
+    whole = [line for line in content.splitlines(keepends=True) if line.endswith("\n")]
+    if not whole or whole[0] != first:
+        raise ConfigError(f"{lines.name} is of a run with other settings; repeat those, or delete it")
+    lines.truncate(sum(len(line.encode()) for line in whole))  # the last line may have been cut
     return [json.loads(line) for line in whole[1:]]
 
 
 def write_file(file: Path, model: Path, tokens: int, length: int, batch: int, seed: int, device: str) -> int:
     """Texts that `model` wrote, their number. `file` appears whole or not at all.
 
-    FILE.partial keeps the batches that are there, a JSON line each: the same call goes on.
+    FILE.partial keeps the batches that are there, a JSON line each: the same call goes on. Raises ConfigError.
     """
     settings = {"model": str(model), "tokens": tokens, "length": length, "batch": batch, "seed": seed, "device": device}
-    partial = file.with_name(file.name + ".partial")
-    batches, rows = read_partial(partial, settings), rows_of(tokens, length, batch)
-    with partial.open("a", encoding="utf-8") as lines:
-        new = write(model, length, rows, len(batches), seed, device)
-        for texts in track(new, "writing", total=len(rows), completed=len(batches)):
-            batches.append(texts)
-            lines.write(json.dumps(texts) + "\n")
-            lines.flush()
-    whole = partial.with_name(partial.name + ".txt")
-    whole.write_text("\n\n".join(text for texts in batches for text in texts) + "\n", encoding="utf-8")
-    os.replace(whole, file)
-    partial.unlink()
+    partial, rows = file.with_name(file.name + ".partial"), rows_of(tokens, length, batch)
+    with partial.open("a+", encoding="utf-8") as lines:
+        lock(lines)
+        batches = read_partial(lines, settings)
+        try:
+            if file.exists():
+                raise ConfigError(f"{file} exists; another process has just written it")
+            new = write(model, length, rows, len(batches), seed, device)
+            for texts in track(new, "writing", total=len(rows), completed=len(batches)):
+                batches.append(texts)
+                lines.write(json.dumps(texts) + "\n")
+                lines.flush()
+        finally:
+            if not batches:
+                partial.unlink(missing_ok=True)
+        whole = partial.with_name(partial.name + ".txt")
+        whole.write_text("\n\n".join(text for texts in batches for text in texts) + "\n", encoding="utf-8")
+        os.replace(whole, file)
+        partial.unlink(missing_ok=True)
     return sum(rows)
 
 
