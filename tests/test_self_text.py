@@ -2,8 +2,12 @@
 
 import fcntl
 import json
+import resource
 import shutil
+import subprocess
+import sys
 import types
+from functools import partial as partial_of
 from pathlib import Path
 
 import pytest
@@ -98,6 +102,36 @@ def test_two_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert not partial.exists()
 
 
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first of three texts; the same command goes on once there is room."""
+    model, own, partial = (
+        tiny_model(tmp_path / "model", num_layers=1),
+        tmp_path / "own.txt",
+        tmp_path / "own.txt.partial",
+    )
+    options = ["--tokens", 30, "--length", 10, "--batch", 1]
+    assert run(model, tmp_path / "whole.txt", *options) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(self_text, "write", stopping)
+        assert run(model, own, *options) == 130
+    kept = partial.read_text()
+    command = [sys.executable, "-m", "vllm_wkvquant.cli", "write-text", model, own, *options]
+    set_limit = partial_of(resource.setrlimit, resource.RLIMIT_FSIZE, (len(kept) + 5, len(kept) + 5))
+    done = subprocess.run([*map(str, command)], preexec_fn=set_limit, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        f"error: cannot write {partial}: File too large; {partial} keeps the finished texts: free some space, then run "
+        f"the same command again"
+    )
+    assert partial.read_text().startswith(kept)
+    assert run(model, own, *options) == 0
+    assert own.read_text() == (tmp_path / "whole.txt").read_text()
+    own.unlink()
+    partial.write_text('{"model": "')  # where not even the settings had room
+    assert run(model, own, *options) == 0
+    assert [*tmp_path.glob("own*")] == [own]
+
+
 def test_a_model_is_quantized_on_text_of_its_own(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     """The text is enough, is kept, and is used again; the same text given by name makes the same checkpoint."""
     model = tiny_model(tmp_path / "model")
@@ -142,6 +176,12 @@ def test_a_model_is_quantized_on_both(tmp_path: Path, capsys) -> None:
     assert (settings["samples"], settings["own_samples"]) == (9, 5)
     page = (tmp_path / "out" / "report.html").read_text()
     assert "9 windows of 48 tokens, 5 of them written by the model, 2 held out" in page
+
+
+def test_a_place_where_no_text_can_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, file = tiny_model(tmp_path / "model", num_layers=1), save_text(tmp_path / "file")
+    assert cli.main(["quantize", str(model), str(file / "out"), "--recipe", "rtn", "--samples", "4"]) == 2
+    assert capsys.readouterr().err.endswith(f"error: the directory {file} cannot be made: File exists\n")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ distills quantized models on nothing else.
 """
 
 import argparse
+import contextlib
 import fcntl
 import gc
 import hashlib
@@ -24,6 +25,7 @@ from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.device import check_device
 from vllm_wkvquant.evaluate import check_plain, load, load_plain
 from vllm_wkvquant.hub import find_model
+from vllm_wkvquant.quantize.files import WriteError
 from vllm_wkvquant.text import load_tokenizer, prefix_of, read_tokens
 
 BATCH = 16  # texts at a time on a CPU
@@ -96,6 +98,18 @@ def write(folder: Path, length: int, rows: list[int], done: int, seed: int, devi
         yield tokenizer.batch_decode(out, skip_special_tokens=True)
 
 
+@contextlib.contextmanager
+def going_on(partial: Path) -> Iterator[None]:
+    """Turns what cannot be written into a ConfigError, which says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        failed = WriteError(Path(error.filename or partial), error)
+        first = "free some space" if failed.full else "put that right"
+        kept = f"; {partial} keeps the finished texts: {first}, then run the same command again"
+        raise ConfigError(f"{failed}{kept if partial.is_file() else ''}") from error
+
+
 def lock(lines: TextIO) -> None:
     """Hold a file until it is closed. Raises ConfigError where another process does."""
     try:
@@ -128,7 +142,7 @@ def write_file(file: Path, model: Path, tokens: int, length: int, batch: int, se
     """
     settings = {"model": str(model), "tokens": tokens, "length": length, "batch": batch, "seed": seed, "device": device}
     partial, rows = file.with_name(file.name + ".partial"), rows_of(tokens, length, batch)
-    with partial.open("a+", encoding="utf-8") as lines:
+    with going_on(partial), partial.open("a+", encoding="utf-8") as lines:
         lock(lines)
         batches = read_partial(lines, settings)
         try:
@@ -156,7 +170,10 @@ def text_for(out: Path, model: Path, samples: int, seq_len: int, seed: int, devi
         named = json.dumps([str(model.absolute()), texts, length, seed, device])
         file = out.with_name(f"{out.name}.own-{hashlib.sha256(named.encode()).hexdigest()[:8]}.txt")
         if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"the directory {file.parent} cannot be made: {error.strerror}") from error
             write_file(file, model, texts * length, length, batch_for(model, length, device), seed, device)
             gc.collect()
             if device.startswith("cuda"):
