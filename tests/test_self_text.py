@@ -109,7 +109,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         tmp_path / "own.txt",
         tmp_path / "own.txt.partial",
     )
-    options = ["--tokens", 30, "--length", 10, "--batch", 1]
+    options = ["--tokens", 30, "--length", 10, "--batch", 1, "--seed", 2**63 - 1]
     assert run(model, tmp_path / "whole.txt", *options) == 0
     with monkeypatch.context() as patch:
         patch.setattr(self_text, "write", stopping)
@@ -188,7 +188,9 @@ def test_a_place_where_no_text_can_be(tmp_path: Path, capsys: pytest.CaptureFixt
     ("options", "reason"),
     [
         (["--length", "100000"], "--length 100000 is more than the "),
+        (["--length", "1"], "--length 1 must be at least 2"),
         (["--tokens", "0"], "--tokens 0 must be at least 1"),
+        (["--seed", "99999999999999999999"], "--seed 99999999999999999999 is outside 0 .. 2^63 - 1"),
         (["--device", "tpu"], "--device tpu is neither cpu nor cuda nor a GPU by its number, as cuda:1"),
     ],
 )

@@ -26,6 +26,7 @@ from vllm_wkvquant.device import check_device
 from vllm_wkvquant.evaluate import check_plain, load, load_plain
 from vllm_wkvquant.hub import find_model
 from vllm_wkvquant.quantize.files import WriteError
+from vllm_wkvquant.quantize.plan import check_seed
 from vllm_wkvquant.text import load_tokenizer, prefix_of, read_tokens
 
 BATCH = 16  # texts at a time on a CPU
@@ -40,9 +41,10 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError(f"the directory of {args.file} does not exist")
     if args.file.exists():
         raise ConfigError(f"{args.file} exists; give a new name")
-    for name in ("tokens", "length", "batch"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ConfigError(f"--{name} {getattr(args, name)} must be at least 1")
+    for name, least in (("tokens", 1), ("length", 2), ("batch", 1)):  # a text has a token that is given
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise ConfigError(f"--{name} {getattr(args, name)} must be at least {least}")
+    check_seed(args.seed)
     args.model = find_model(args.model, check_plain)
     check_plain(args.model)
     positions = positions_of(args.model)
@@ -79,7 +81,7 @@ def write(folder: Path, length: int, rows: list[int], done: int, seed: int, devi
     special = set(tokenizer.all_special_ids)
     first = torch.tensor([i for i in range(len(tokenizer)) if i not in special])
     for number in range(done, len(rows)):
-        torch.manual_seed((seed << 20) + number)  # so that a batch is the same whoever wrote those before it
+        torch.manual_seed(((seed << 20) + number) % 2**63)  # so that a batch is the same whoever wrote those before it
         starts = first[torch.randint(len(first), (rows[number], 1))]
         prompt = torch.cat([prefix.expand(rows[number], -1), starts], 1).to(device)
         with torch.inference_mode():
