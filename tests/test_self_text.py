@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from vllm_wkvquant import cli, self_text
+from vllm_wkvquant.quantize import launch, plan
 from vllm_wkvquant.text import read_tokens
 
 
@@ -176,6 +177,52 @@ def test_a_model_is_quantized_on_both(tmp_path: Path, capsys) -> None:
     assert (settings["samples"], settings["own_samples"]) == (9, 5)
     page = (tmp_path / "out" / "report.html").read_text()
     assert "9 windows of 48 tokens, 5 of them written by the model, 2 held out" in page
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_what_can_be_refused_is_before_a_text_is_written(
+    given: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether all windows are the model's own or some."""
+    model, out, name = tiny_model(tmp_path / "model"), tmp_path / "out", "model.layers.0.mlp.up_proj.weight"
+    monkeypatch.setattr(self_text, "text_for", None)
+    command = ["quantize", str(model), str(out), "--recipe", "rtn", "--samples", "4", "--seq-len", "48"]
+    if given:
+        command += ["--calib-text", str(save_text(tmp_path / "calib.txt")), "--own-samples", "8"]
+
+    def refused(*options: str) -> str:
+        capsys.readouterr()
+        assert cli.main([*command, *options]) == 2
+        return capsys.readouterr().err.removeprefix("error: ").removesuffix("\n")
+
+    held_out = 3 if given else 2
+    assert refused("--workers", "0") == "--workers 0 is less than one"
+    assert refused("--workers", "50").startswith(f"--workers 50 is more than the {held_out} windows that are held out;")
+    assert refused("--seed", str(2**63)) == f"--seed {2**63} is outside 0 .. 2^63 - 1"
+    if given:
+        assert refused("--calib-text", "no") == "calibration text no does not exist; give a UTF-8 text file"
+    with monkeypatch.context() as patch:
+        patch.setattr(plan.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+        assert refused().startswith(f"{tmp_path} has 1e-06 GB free, this run needs about 0.001")
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"model.norm.weight": torch.full((128,), float("nan"))}, file, {"format": "pt"})
+    assert refused() == f"tensor model.norm.weight of {model} contains NaN or infinity; give a sound model"
+    save_file({n: t for n, t in tensors.items() if n != name}, file, {"format": "pt"})
+    assert refused() == f"{model} lacks 1 tensors of its architecture, {name} first"
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_model_that_does_not_say_how_many_positions_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers knows."""
+    model, own, seen = tiny_model(tmp_path / "model", num_layers=1), tmp_path / "own.txt", []
+    config = json.loads((model / "config.json").read_text())
+    del config["max_position_embeddings"]
+    (model / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(self_text, "text_for", lambda *args: seen.append(args[3]) or own)
+    monkeypatch.setattr(launch, "run", lambda settings, *_: seen.append(settings.calib_text))
+    assert cli.main(["quantize", str(model), str(tmp_path / "out"), "--recipe", "rtn", "--samples", "4"]) == 0
+    assert seen == [2048, own]
 
 
 def test_a_place_where_no_text_can_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -132,34 +132,22 @@ def run_quantize(args: argparse.Namespace) -> int:
     from vllm_wkvquant.hub import find_model
     from vllm_wkvquant.quantize.adapters import check_supported
     from vllm_wkvquant.quantize.launch import run
-    from vllm_wkvquant.quantize.plan import Settings, check_arguments, window_length
+    from vllm_wkvquant.quantize.plan import Settings, check_arguments
     from vllm_wkvquant.quantize.state import check_output
 
     check_output(args.out, args.resume)  # these two again below, but a download may come before that
-    check_arguments(args.recipe, args.samples, args.device)
+    check_arguments(args.recipe, args.samples, args.device, args.seed)
     if args.own_samples < 0:
         raise ConfigError(f"--own-samples {args.own_samples} must not be negative")
     if args.own_samples and args.calib_text is None:
         raise ConfigError("--own-samples come to those of --calib-text, without which all samples are the model's own")
     model = find_model(args.model, lambda folder: check_supported(folder, read_config(folder)))
-    text, own_text = args.calib_text, None
-    if args.calib_text is None or args.own_samples:
-        if args.ray or args.dry_run:
-            instead = "leave out --own-samples" if args.own_samples else "give one with --calib-text"
-            raise ConfigError(f"{'--ray' if args.ray else '--dry-run'} writes no text; {instead}")
-        config = read_config(model)
-        check_supported(model, config)
-        seq_len = window_length(args.seq_len, int(config["max_position_embeddings"]))
-        count = args.own_samples or args.samples
-        own_text = self_text.text_for(args.out, model, count, seq_len, args.seed, args.device)
-        text = text or own_text
     settings = Settings(
         model=model,
         out=args.out,
-        calib_text=text,
+        calib_text=args.calib_text or Path(),  # or what is written below
         recipe=args.recipe,
         samples=args.samples,
-        own_text=own_text if args.own_samples else None,
         own_samples=args.own_samples,
         seq_len=args.seq_len,
         seed=args.seed,
@@ -172,6 +160,14 @@ def run_quantize(args: argparse.Namespace) -> int:
         workers=args.workers,
         ray=args.ray,
     )
+    if args.calib_text is None or args.own_samples:
+        if args.ray or args.dry_run:
+            instead = "leave out --own-samples" if args.own_samples else "give one with --calib-text"
+            raise ConfigError(f"{'--ray' if args.ray else '--dry-run'} writes no text; {instead}")
+        seq_len, count = self_text.check_quantize(settings), args.own_samples or args.samples
+        own_text = self_text.text_for(args.out, model, count, seq_len, args.seed, args.device)
+        given = bool(args.own_samples)
+        settings = replace(settings, own_text=own_text) if given else replace(settings, calib_text=own_text)
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"),

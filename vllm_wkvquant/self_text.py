@@ -25,8 +25,12 @@ from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.device import check_device
 from vllm_wkvquant.evaluate import check_plain, load, load_plain
 from vllm_wkvquant.hub import find_model
+from vllm_wkvquant.quantize import launch
+from vllm_wkvquant.quantize.adapters import ModelAdapter
+from vllm_wkvquant.quantize.attention import ATTENTION, CalibrationAttention
+from vllm_wkvquant.quantize.calibration import Windows, held_out_of, read_windows
 from vllm_wkvquant.quantize.files import WriteError
-from vllm_wkvquant.quantize.plan import check_seed
+from vllm_wkvquant.quantize.plan import Plan, Settings, check_arguments, check_disk, check_seed, window_length
 from vllm_wkvquant.text import load_tokenizer, prefix_of, read_tokens
 
 BATCH = 16  # texts at a time on a CPU
@@ -163,6 +167,27 @@ def write_file(file: Path, model: Path, tokens: int, length: int, batch: int, se
         os.replace(whole, file)
         partial.unlink(missing_ok=True)
     return sum(rows)
+
+
+def check_quantize(settings: Settings) -> int:
+    """Refuse what a run would once its text is written; returns tokens of a window. Raises ConfigError.
+
+    settings: with the text that is given, where there is one beside the model's own.
+    """
+    recipe = check_arguments(settings.recipe, settings.samples, settings.device, settings.seed)
+    if settings.workers != 1:
+        launch.check(settings)
+    attention = CalibrationAttention()
+    adapter = ModelAdapter(settings.model, ATTENTION)
+    seq_len = window_length(settings.seq_len, int(adapter.config.max_position_embeddings))
+    if settings.own_samples:
+        read_windows(settings.model, settings.calib_text, settings.samples, seq_len, settings.seed)
+    count = settings.samples + settings.own_samples
+    windows = Windows(torch.empty(count, seq_len, device="meta"), held_out_of(count), [], torch.empty(0))
+    of_no_size: Any = None
+    check_disk(Plan(settings, recipe.of(windows.statistics), adapter, attention, windows, windows, of_no_size))
+    adapter.check_outer()
+    return seq_len
 
 
 def text_for(out: Path, model: Path, samples: int, seq_len: int, seed: int, device: str) -> Path:
