@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_plugin import FakeModel, kv_config
 from vllm.platforms.interface import DeviceCapability
+from vllm.v1 import kv_cache_interface
 from vllm.v1.attention.backend import AttentionType, MultipleOf
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
@@ -33,9 +34,9 @@ def test_page_is_what_the_layout_says() -> None:
     logical = physical.permute([layered.index(i) for i in range(5)])
     assert logical.shape == (7, *shape)
     layout.pages(logical[3])
-    for kv_layout in backend.supported_kv_cache_layouts():
-        assert kv_layout.is_block_contiguous
-    assert backend.get_supported_kernel_block_sizes() == [MultipleOf(16)]
+    if hasattr(kv_cache_interface, "KVCacheLayout"):  # since vLLM 0.29
+        assert all(kv_layout.is_block_contiguous for kv_layout in backend.supported_kv_cache_layouts())
+    assert [(type(x), x.base) for x in backend.get_supported_kernel_block_sizes()] == [(MultipleOf, 16)]
 
 
 def test_backend_is_not_chosen_by_hand() -> None:
