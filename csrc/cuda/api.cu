@@ -1,4 +1,4 @@
-// The C interface but for the cache write.
+// The C interface but for what cache_write.cu, gather_kv.cu and plan.cu have of it.
 #include "paged_attention.cuh"
 
 #define WKV_NAME_OF(x) #x
@@ -7,21 +7,12 @@
 extern "C" {
 
 int wkvquant_cuda_paged_attention(const WkvCudaAttention* a, const WkvCudaParams* p, void* stream) {
-  using namespace wkvquant;
-  const cudaStream_t s = static_cast<cudaStream_t>(stream);
-  switch (p->head_size) {
-    case 64: return launch_64(*a, *p, s);
-    case 96: return launch_96(*a, *p, s);
-    case 128: return launch_128(*a, *p, s);
-    case 256: return launch_256(*a, *p, s);
-  }
-  return cudaErrorInvalidValue;
+  return wkvquant::with_head_size(p->head_size, [&](auto d) {
+    return wkvquant::launch_of_head_size<d>(*a, *p, static_cast<cudaStream_t>(stream));
+  });
 }
 
-int64_t wkvquant_cuda_workspace() {
-  using namespace wkvquant;
-  return kWorkspaceBytes;
-}
+int64_t wkvquant_cuda_workspace() { return wkvquant::kWorkspaceBytes; }
 
 int64_t wkvquant_cuda_plan_bytes() { return sizeof(wkvquant::Planned); }
 
@@ -30,14 +21,8 @@ int wkvquant_cuda_teams(const WkvCudaParams* p, int num_heads, int queries, int6
 }
 
 int64_t wkvquant_cuda_shared_bytes(const WkvCudaParams* p, int tiles, int strands) {
-  using namespace wkvquant;
-  switch (p->head_size) {
-    case 64: return shared_bytes_of<64>(*p, tiles, strands);
-    case 96: return shared_bytes_of<96>(*p, tiles, strands);
-    case 128: return shared_bytes_of<128>(*p, tiles, strands);
-    case 256: return shared_bytes_of<256>(*p, tiles, strands);
-  }
-  return -1;
+  return wkvquant::with_head_size(p->head_size,
+                                  [&](auto d) { return wkvquant::shared_bytes_of<d>(*p, tiles, strands); });
 }
 
 int64_t wkvquant_cuda_sizeof(int which) {

@@ -132,13 +132,10 @@ auto with_shape(int queries, int group, const F& f) {
   return f(Shape<D, 1, 1>());
 }
 
-// The same where the head size is not known to the compiler; it must be one that there are kernels of.
+// The same where the head size is not known to the compiler.
 template <class F>
 auto with_shape(int head_size, int queries, int group, const F& f) {
-  if (head_size == 64) return with_shape<64>(queries, group, f);
-  if (head_size == 96) return with_shape<96>(queries, group, f);
-  if (head_size == 128) return with_shape<128>(queries, group, f);
-  return with_shape<256>(queries, group, f);
+  return with_head_size(head_size, [&](auto d) { return with_shape<d>(queries, group, f); });
 }
 
 // Teams of a CTA that a multiprocessor with `bytes` of shared memory has room for; 0 where it has none for any.

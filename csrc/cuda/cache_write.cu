@@ -139,12 +139,5 @@ cudaError_t launch(const WkvCudaCacheWrite& a, const WkvCudaParams& p, cudaStrea
 extern "C" int wkvquant_cuda_cache_write(const WkvCudaCacheWrite* a, const WkvCudaParams* p, void* stream) {
   using namespace wkvquant;
   if (a->num_tokens == 0) return cudaSuccess;
-  const cudaStream_t s = static_cast<cudaStream_t>(stream);
-  switch (p->head_size) {
-    case 64: return launch<64>(*a, *p, s);
-    case 96: return launch<96>(*a, *p, s);
-    case 128: return launch<128>(*a, *p, s);
-    case 256: return launch<256>(*a, *p, s);
-  }
-  return cudaErrorInvalidValue;
+  return with_head_size(p->head_size, [&](auto d) { return launch<d>(*a, *p, static_cast<cudaStream_t>(stream)); });
 }

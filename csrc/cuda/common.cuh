@@ -4,6 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "api.h"
 #include "layout.h"
 
@@ -24,6 +26,17 @@ constexpr float kBoost = 4;
 constexpr float kLowest = -1e30f;
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
+
+// f(D) with a head size that the compiler knows; it must be one that there are kernels of.
+template <class F>
+auto with_head_size(int head_size, const F& f) {
+  switch (head_size) {
+    case 64: return f(std::integral_constant<int, 64>());
+    case 96: return f(std::integral_constant<int, 96>());
+    case 128: return f(std::integral_constant<int, 128>());
+  }
+  return f(std::integral_constant<int, 256>());
+}
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
@@ -88,18 +101,13 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-template <int Lanes = 32>
-__device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-  for (int i = Lanes / 2; i; i /= 2) x = fmaxf(x, __shfl_xor_sync(kFull, x, i));
-  return x;
-}
-
 // Of numbers that are not negative: they are in the order of their bits.
 template <int Lanes = 32>
 __device__ __forceinline__ float warp_max_of_magnitudes(float x) {
   if constexpr (Lanes == 32) return __int_as_float(__reduce_max_sync(kFull, __float_as_int(x)));
-  return warp_max<Lanes>(x);
+#pragma unroll
+  for (int i = Lanes / 2; i; i /= 2) x = fmaxf(x, __shfl_xor_sync(kFull, x, i));
+  return x;
 }
 
 // Unnormalized Sylvester-Hadamard over the low log2(Lanes) bits of the lane, of each x[i].

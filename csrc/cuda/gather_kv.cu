@@ -238,12 +238,5 @@ cudaError_t launch(const WkvCudaGather& a, const WkvCudaParams& p, cudaStream_t 
 extern "C" int wkvquant_cuda_gather_kv(const WkvCudaGather* a, const WkvCudaParams* p, void* stream) {
   using namespace wkvquant;
   if (a->num_seqs == 0 || a->max_keys == 0) return cudaSuccess;
-  const cudaStream_t s = static_cast<cudaStream_t>(stream);
-  switch (p->head_size) {
-    case 64: return launch<64>(*a, *p, s);
-    case 96: return launch<96>(*a, *p, s);
-    case 128: return launch<128>(*a, *p, s);
-    case 256: return launch<256>(*a, *p, s);
-  }
-  return cudaErrorInvalidValue;
+  return with_head_size(p->head_size, [&](auto d) { return launch<d>(*a, *p, static_cast<cudaStream_t>(stream)); });
 }

@@ -79,15 +79,16 @@ cudaError_t launch(const WkvCudaAttention& a, const WkvCudaParams& p, cudaStream
 }
 
 template <int D>
-cudaError_t launch_any(const WkvCudaAttention& a, const WkvCudaParams& p, cudaStream_t stream) {
+cudaError_t launch_of_head_size(const WkvCudaAttention& a, const WkvCudaParams& p, cudaStream_t stream) {
   return with_shape<D>(a.queries, a.num_heads / p.num_kv_heads, [&](auto shape) {
     return launch<D, decltype(shape)::kTiles, decltype(shape)::kStrands>(a, p, stream);
   });
 }
 
-cudaError_t launch_64(const WkvCudaAttention&, const WkvCudaParams&, cudaStream_t);
-cudaError_t launch_96(const WkvCudaAttention&, const WkvCudaParams&, cudaStream_t);
-cudaError_t launch_128(const WkvCudaAttention&, const WkvCudaParams&, cudaStream_t);
-cudaError_t launch_256(const WkvCudaAttention&, const WkvCudaParams&, cudaStream_t);
+// each in a file of its own, which takes a minute to compile
+extern template cudaError_t launch_of_head_size<64>(const WkvCudaAttention&, const WkvCudaParams&, cudaStream_t);
+extern template cudaError_t launch_of_head_size<96>(const WkvCudaAttention&, const WkvCudaParams&, cudaStream_t);
+extern template cudaError_t launch_of_head_size<128>(const WkvCudaAttention&, const WkvCudaParams&, cudaStream_t);
+extern template cudaError_t launch_of_head_size<256>(const WkvCudaAttention&, const WkvCudaParams&, cudaStream_t);
 
 }  // namespace wkvquant

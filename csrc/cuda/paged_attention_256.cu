@@ -2,8 +2,6 @@
 
 namespace wkvquant {
 
-cudaError_t launch_256(const WkvCudaAttention& a, const WkvCudaParams& p, cudaStream_t stream) {
-  return launch_any<256>(a, p, stream);
-}
+template cudaError_t launch_of_head_size<256>(const WkvCudaAttention&, const WkvCudaParams&, cudaStream_t);
 
 }  // namespace wkvquant

@@ -2,8 +2,6 @@
 
 namespace wkvquant {
 
-cudaError_t launch_64(const WkvCudaAttention& a, const WkvCudaParams& p, cudaStream_t stream) {
-  return launch_any<64>(a, p, stream);
-}
+template cudaError_t launch_of_head_size<64>(const WkvCudaAttention&, const WkvCudaParams&, cudaStream_t);
 
 }  // namespace wkvquant

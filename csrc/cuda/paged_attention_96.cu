@@ -2,8 +2,6 @@
 
 namespace wkvquant {
 
-cudaError_t launch_96(const WkvCudaAttention& a, const WkvCudaParams& p, cudaStream_t stream) {
-  return launch_any<96>(a, p, stream);
-}
+template cudaError_t launch_of_head_size<96>(const WkvCudaAttention&, const WkvCudaParams&, cudaStream_t);
 
 }  // namespace wkvquant

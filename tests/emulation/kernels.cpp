@@ -36,14 +36,7 @@ int launch_any(const WkvCudaAttention& a, const WkvCudaParams& p) {
 extern "C" {
 
 int wkvquant_cuda_paged_attention(const WkvCudaAttention* a, const WkvCudaParams* p, void*) {
-  using namespace wkvquant;
-  switch (p->head_size) {
-    case 64: return launch_any<64>(*a, *p);
-    case 96: return launch_any<96>(*a, *p);
-    case 128: return launch_any<128>(*a, *p);
-    case 256: return launch_any<256>(*a, *p);
-  }
-  return 1;
+  return wkvquant::with_head_size(p->head_size, [&](auto d) { return wkvquant::launch_any<d>(*a, *p); });
 }
 
 int64_t wkvquant_cuda_plan_bytes() { return sizeof(wkvquant::Planned); }
@@ -53,20 +46,11 @@ int wkvquant_cuda_teams(const WkvCudaParams* p, int num_heads, int queries, int6
 }
 
 int64_t wkvquant_cuda_shared_bytes(const WkvCudaParams* p, int tiles, int strands) {
-  using namespace wkvquant;
-  switch (p->head_size) {
-    case 64: return shared_bytes_of<64>(*p, tiles, strands);
-    case 96: return shared_bytes_of<96>(*p, tiles, strands);
-    case 128: return shared_bytes_of<128>(*p, tiles, strands);
-    case 256: return shared_bytes_of<256>(*p, tiles, strands);
-  }
-  return -1;
+  return wkvquant::with_head_size(p->head_size,
+                                  [&](auto d) { return wkvquant::shared_bytes_of<d>(*p, tiles, strands); });
 }
 
-int64_t wkvquant_cuda_workspace() {
-  using namespace wkvquant;
-  return kWorkspaceBytes;
-}
+int64_t wkvquant_cuda_workspace() { return wkvquant::kWorkspaceBytes; }
 
 int64_t wkvquant_cuda_sizeof(int which) {
   constexpr int64_t kSizes[] = {sizeof(WkvCudaParams), sizeof(WkvCudaCacheWrite), sizeof(WkvCudaPlan),
