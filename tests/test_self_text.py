@@ -118,7 +118,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = partial.read_text()
     command = [sys.executable, "-m", "vllm_wkvquant.cli", "write-text", model, own, *options]
     set_limit = partial_of(resource.setrlimit, resource.RLIMIT_FSIZE, (len(kept) + 5, len(kept) + 5))
-    done = subprocess.run([*map(str, command)], preexec_fn=set_limit, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([*map(str, command)], preexec_fn=set_limit, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
         f"error: cannot write {partial}: File too large; {partial} keeps the finished texts: free some space, then run "
