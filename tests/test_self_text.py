@@ -97,7 +97,7 @@ def test_two_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
         assert run(model, own, *options) == 2
     assert capsys.readouterr().err.endswith(f"error: another process is writing {partial}\n")
     partial.unlink()
-    monkeypatch.setattr(self_text, "lock", lambda _: own.touch())
+    monkeypatch.setattr(self_text, "lock", lambda *_: own.touch())
     assert run(model, own, *options) == 2
     assert capsys.readouterr().err == f"error: {own} exists; another process has just written it\n"
     assert not partial.exists()

@@ -191,6 +191,20 @@ def read_config(path: Path) -> dict[str, Any]:
     return read_object(file)
 
 
+def quant_method(config: dict[str, Any]) -> Any:
+    """What a config.json says that its weights are quantized by; None where it says nothing."""
+    section = config.get("quantization_config") or {}
+    return section.get("quant_method") if isinstance(section, dict) else section
+
+
+def check_plain(path: Path, config: dict[str, Any]) -> None:
+    """Raise ConfigError where the model of this config.json is a quantized one."""
+    if config.get("quantization_config"):
+        raise ConfigError(
+            f"{path} is already quantized ({quant_method(config)}); give the model with its 16-bit weights"
+        )
+
+
 def kv_elements(config: dict[str, Any]) -> int:
     """Elements of K and V that a token has in all layers of a model with this config.json."""
     heads = config["num_attention_heads"]
@@ -215,11 +229,10 @@ class Checkpoint:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = read_config(self.path)
-        section = self.config.get("quantization_config") or {}
-        method = section.get("quant_method") if isinstance(section, dict) else section
-        if method != QUANT_METHOD:
+        method = quant_method(self.config)
+        if method != QUANT_METHOD or not isinstance(self.config["quantization_config"], dict):
             raise ConfigError(f"{path} is not a wkvquant checkpoint (quant_method {method!r})")
-        self.kv = KVCacheConfig.from_dict(section.get(QUANT_METHOD))
+        self.kv = KVCacheConfig.from_dict(self.config["quantization_config"].get(QUANT_METHOD))
         self.tensors = ShardedTensors(self.path)
 
     def kv_tensors(self, layer: int) -> dict[str, torch.Tensor]:

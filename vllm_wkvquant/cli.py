@@ -130,9 +130,9 @@ def run_quantize(args: argparse.Namespace) -> int:
     from vllm_wkvquant import self_text
     from vllm_wkvquant.checkpoint import read_config
     from vllm_wkvquant.hub import find_model
+    from vllm_wkvquant.quantize import launch
     from vllm_wkvquant.quantize.adapters import check_supported
-    from vllm_wkvquant.quantize.launch import run
-    from vllm_wkvquant.quantize.plan import Settings, check_arguments
+    from vllm_wkvquant.quantize.plan import Settings, check_arguments, preflight_without_text
     from vllm_wkvquant.quantize.state import check_output
 
     check_output(args.out, args.resume)  # these two again below, but a download may come before that
@@ -164,10 +164,11 @@ def run_quantize(args: argparse.Namespace) -> int:
         if args.ray or args.dry_run:
             instead = "leave out --own-samples" if args.own_samples else "give one with --calib-text"
             raise ConfigError(f"{'--ray' if args.ray else '--dry-run'} writes no text; {instead}")
-        seq_len, count = self_text.check_quantize(settings), args.own_samples or args.samples
+        if args.workers != 1:
+            launch.check(settings)
+        seq_len, count = preflight_without_text(settings), args.own_samples or args.samples
         own_text = self_text.text_for(args.out, model, count, seq_len, args.seed, args.device)
-        given = bool(args.own_samples)
-        settings = replace(settings, own_text=own_text) if given else replace(settings, calib_text=own_text)
+        settings = replace(settings, own_text=own_text) if args.own_samples else replace(settings, calib_text=own_text)
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"),
@@ -197,7 +198,7 @@ def run_quantize(args: argparse.Namespace) -> int:
             if not console.is_terminal:  # a log: one line a block
                 print(*filter(None, (f"block {done}/{total}", note, left)), file=sys.stderr, flush=True)
 
-        report = run(settings, progress, announce)
+        report = launch.run(settings, progress, announce)
     if not report:
         return 0
     table = Table(title="candidates for the smoothing of keys, on held-out calibration text")

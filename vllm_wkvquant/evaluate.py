@@ -28,7 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from vllm_wkvquant import reference
-from vllm_wkvquant.checkpoint import Checkpoint, read_config
+from vllm_wkvquant.checkpoint import Checkpoint, check_plain, read_config
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.device import check_device, device_name
 from vllm_wkvquant.hub import find_model
@@ -94,17 +94,9 @@ def load(kind: Any, folder: Path, **options: Any) -> Any:
         raise ConfigError(f"the model in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
-def check_plain(folder: Path) -> None:
-    """Raise ConfigError where the model in this directory is a quantized one."""
-    quantized = read_config(folder).get("quantization_config")
-    if quantized:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise ConfigError(f"{folder} is already quantized ({method}); give the model with its 16-bit weights")
-
-
 def load_plain(folder: Path, device: str, **options: Any) -> Any:
     """An unquantized model in transformers, which makes up weights that are not there. Raises ConfigError instead."""
-    check_plain(folder)
+    check_plain(folder, read_config(folder))
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, found = load(AutoModelForCausalLM, folder, **options)
     if found["missing_keys"]:
@@ -375,7 +367,7 @@ def main(args: argparse.Namespace) -> int:
     with stdout_to_stderr():
         result = evaluate(
             args.checkpoint,
-            find_model(args.baseline, check_plain),
+            find_model(args.baseline, lambda folder: check_plain(folder, read_config(folder))),
             args.text,
             args.window,
             args.windows,

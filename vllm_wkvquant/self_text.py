@@ -6,7 +6,6 @@ distills quantized models on nothing else.
 
 import argparse
 import contextlib
-import fcntl
 import gc
 import hashlib
 import json
@@ -20,17 +19,13 @@ import torch
 from rich.progress import track
 from transformers import AutoConfig
 
-from vllm_wkvquant.checkpoint import kv_elements, read_config
+from vllm_wkvquant.checkpoint import check_plain, kv_elements, read_config
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.device import check_device
-from vllm_wkvquant.evaluate import check_plain, load, load_plain
+from vllm_wkvquant.evaluate import load, load_plain
 from vllm_wkvquant.hub import find_model
-from vllm_wkvquant.quantize import launch
-from vllm_wkvquant.quantize.adapters import ModelAdapter
-from vllm_wkvquant.quantize.attention import ATTENTION, CalibrationAttention
-from vllm_wkvquant.quantize.calibration import Windows, held_out_of, read_windows
-from vllm_wkvquant.quantize.files import WriteError
-from vllm_wkvquant.quantize.plan import Plan, Settings, check_arguments, check_disk, check_seed, window_length
+from vllm_wkvquant.quantize.files import WriteError, lock
+from vllm_wkvquant.quantize.plan import check_seed
 from vllm_wkvquant.text import load_tokenizer, prefix_of, read_tokens
 
 BATCH = 16  # texts at a time on a CPU
@@ -49,8 +44,8 @@ def check(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise ConfigError(f"--{name} {getattr(args, name)} must be at least {least}")
     check_seed(args.seed)
-    args.model = find_model(args.model, check_plain)
-    check_plain(args.model)
+    args.model = find_model(args.model, lambda folder: check_plain(folder, read_config(folder)))
+    check_plain(args.model, read_config(args.model))
     positions = positions_of(args.model)
     if args.length > positions:
         raise ConfigError(f"--length {args.length} is more than the {positions} positions that the model knows")
@@ -111,17 +106,8 @@ def going_on(partial: Path) -> Iterator[None]:
         yield
     except OSError as error:
         failed = WriteError(Path(error.filename or partial), error)
-        first = "free some space" if failed.full else "put that right"
-        kept = f"; {partial} keeps the finished texts: {first}, then run the same command again"
+        kept = f"; {partial} keeps the finished texts: {failed.remedy}, then run the same command again"
         raise ConfigError(f"{failed}{kept if partial.is_file() else ''}") from error
-
-
-def lock(lines: TextIO) -> None:
-    """Hold a file until it is closed. Raises ConfigError where another process does."""
-    try:
-        fcntl.flock(lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ConfigError(f"another process is writing {lines.name}") from error
 
 
 def read_partial(lines: TextIO, settings: dict[str, Any]) -> list[list[str]]:
@@ -149,7 +135,7 @@ def write_file(file: Path, model: Path, tokens: int, length: int, batch: int, se
     settings = {"model": str(model), "tokens": tokens, "length": length, "batch": batch, "seed": seed, "device": device}
     partial, rows = file.with_name(file.name + ".partial"), rows_of(tokens, length, batch)
     with going_on(partial), partial.open("a+", encoding="utf-8") as lines:
-        lock(lines)
+        lock(lines, partial)
         batches = read_partial(lines, settings)
         try:
             if file.exists():
@@ -167,27 +153,6 @@ def write_file(file: Path, model: Path, tokens: int, length: int, batch: int, se
         os.replace(whole, file)
         partial.unlink(missing_ok=True)
     return sum(rows)
-
-
-def check_quantize(settings: Settings) -> int:
-    """Refuse what a run would once its text is written; returns tokens of a window. Raises ConfigError.
-
-    settings: with the text that is given, where there is one beside the model's own.
-    """
-    recipe = check_arguments(settings.recipe, settings.samples, settings.device, settings.seed)
-    if settings.workers != 1:
-        launch.check(settings)
-    attention = CalibrationAttention()
-    adapter = ModelAdapter(settings.model, ATTENTION)
-    seq_len = window_length(settings.seq_len, int(adapter.config.max_position_embeddings))
-    if settings.own_samples:
-        read_windows(settings.model, settings.calib_text, settings.samples, seq_len, settings.seed)
-    count = settings.samples + settings.own_samples
-    windows = Windows(torch.empty(count, seq_len, device="meta"), held_out_of(count), [], torch.empty(0))
-    of_no_size: Any = None
-    check_disk(Plan(settings, recipe.of(windows.statistics), adapter, attention, windows, windows, of_no_size))
-    adapter.check_outer()
-    return seq_len
 
 
 def text_for(out: Path, model: Path, samples: int, seq_len: int, seed: int, device: str) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from vllm_wkvquant.checkpoint import ShardedTensors, read_config
+from vllm_wkvquant.checkpoint import ShardedTensors, check_plain, read_config
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.layout import HEAD_SIZES
 from vllm_wkvquant.rope import check_rope, rope_config
@@ -51,10 +51,7 @@ def check_supported(path: Path, config: dict[str, Any]) -> Family:
     architecture = next(iter(config.get("architectures") or []), None)
     if architecture not in FAMILIES:
         raise ConfigError(f"architecture {architecture} of {path} is not supported; supported: {', '.join(FAMILIES)}")
-    quantized = config.get("quantization_config")
-    if quantized:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise ConfigError(f"{path} is already quantized ({method}); give the model with its 16-bit weights")
+    check_plain(path, config)
     for key in ("rope_parameters", "rope_scaling"):  # of transformers 5, and before it
         check_rope(config.get(key) or {})
     return FAMILIES[architecture]

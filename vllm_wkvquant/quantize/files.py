@@ -1,19 +1,30 @@
 """Files that are whole or absent: written beside their place, flushed to the disk, renamed."""
 
 import errno
+import fcntl
 import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from vllm_wkvquant.config import ConfigError
+
+
+def lock(file: IO[str], what: Path) -> None:
+    """Hold an open file, with which goes `what`, until it is closed. Raises ConfigError where another process does."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(f"another process is writing {what}") from error
+
 
 class WriteError(Exception):
-    """A file that could not be written, most often for want of space, which `full` says."""
+    """A file that could not be written, most often for want of space; `remedy` is what to do before trying again."""
 
     def __init__(self, path: Path, error: Exception) -> None:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -21,7 +32,8 @@ class WriteError(Exception):
         if code := re.search(r"\(os error (\d+)\)", reason):  # safetensors' writer is Rust and wraps it in prose
             number = int(code[1])
             reason = os.strerror(number)
-        self.full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        self.remedy = "free some space" if full else "put that right"
         super().__init__(f"cannot write {path}: {reason}")
 
 

@@ -88,8 +88,8 @@ def quantize(
         took = Took(done, clock.seconds, peak_memory(settings.device))
         return finish(plan, state, runs, of_weights, chosen, tuned, estimated, took) if state else {}
     except WriteError as error:
-        first, partial = "free some space" if error.full else "put that right", partial_directory(settings.out)
-        kept = f"; {partial} keeps the finished blocks: {first}, then run again with --resume"
+        partial = partial_directory(settings.out)
+        kept = f"; {partial} keeps the finished blocks: {error.remedy}, then run again with --resume"
         raise ConfigError(f"{error}{kept if partial.is_dir() else ''}") from error
 
 

@@ -134,6 +134,35 @@ def preflight(settings: Settings, workers: Workers = ALONE) -> Plan:
     seq_len = window_length(settings.seq_len, int(adapter.config.max_position_embeddings))
     own = settings.own_text, settings.own_samples
     windows = read_windows(settings.model, settings.calib_text, settings.samples, seq_len, settings.seed, *own)
+    return plan_of(settings, recipe, adapter, attention, windows, workers)
+
+
+def preflight_without_text(settings: Settings) -> int:
+    """The same before the model has written its text; tokens of a window. Raises ConfigError.
+
+    calib_text of `settings` is the text that is given, where own_samples come to it.
+    """
+    recipe = check_arguments(settings.recipe, settings.samples, settings.device, settings.seed)
+    attention = CalibrationAttention()
+    adapter = ModelAdapter(settings.model, ATTENTION)
+    seq_len = window_length(settings.seq_len, int(adapter.config.max_position_embeddings))
+    if settings.own_samples:
+        read_windows(settings.model, settings.calib_text, settings.samples, seq_len, settings.seed)
+    count = settings.samples + settings.own_samples
+    windows = Windows(torch.empty(count, seq_len, device="meta"), held_out_of(count), [], torch.empty(0))
+    plan_of(settings, recipe, adapter, attention, windows)
+    return seq_len
+
+
+def plan_of(
+    settings: Settings,
+    recipe: Recipe,
+    adapter: ModelAdapter,
+    attention: CalibrationAttention,
+    windows: Windows,
+    workers: Workers = ALONE,
+) -> Plan:
+    """A plan with all `windows`, once the disk and the model's outer tensors are found fit. Raises ConfigError."""
     recipe = recipe.of(windows.statistics)
     kv_config = KVCacheConfig(
         head_size=adapter.head_size,

@@ -12,19 +12,18 @@ written while the next one is computed, the one before.
 `run.json` is renamed into place after the files that it speaks of, so it never speaks of one that is not whole.
 """
 
-import fcntl
 import json
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from vllm_wkvquant.config import ConfigError
-from vllm_wkvquant.quantize.files import WriteError, write_json, write_tensors
+from vllm_wkvquant.quantize.files import WriteError, lock, write_json, write_tensors
 
 SUFFIX = ".wkvquant-partial"
 LOCK = "lock"  # held by the process that writes
@@ -58,16 +57,8 @@ def check_output(out: Path, resume: bool) -> None:
     if not resume and (partial / "run.json").is_file():
         if (partial / LOCK).is_file():
             with open(partial / LOCK) as file:
-                _lock(file)
+                lock(file, partial)
         raise ConfigError(f"{partial} holds an interrupted run; continue it with --resume or delete it")
-
-
-def _lock(file: IO[str]) -> None:
-    """Hold `file`, LOCK of a state's directory, until it is closed. Raises ConfigError where another process does."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ConfigError(f"another process is writing {Path(file.name).parent}") from error
 
 
 def left_out_before(out: Path, settings: dict[str, Any]) -> str | None:
@@ -98,7 +89,7 @@ class RunState:
             self._lock = open(self.directory / LOCK, "w")  # noqa: SIM115, held until the process ends
         except OSError as error:
             raise WriteError(self.directory, error) from error
-        _lock(self._lock)
+        lock(self._lock, self.directory)
         if (self.directory / "run.json").is_file():
             self._resume()
 
