@@ -529,9 +529,15 @@ def test_sliding_window_counts_the_query(impl) -> None:
     assert impl.sliding_window == 0
 
 
-def test_profiling_run_has_no_pages(impl) -> None:
-    out = torch.full((4, 8, 64), 7.0)
-    assert not impl.forward(None, out, out, out, torch.tensor([]), None, out).any()
+def test_profiling_run_has_no_pages(impl, monkeypatch) -> None:
+    """What a GPU's kernels allocate for good is allocated in it, before vLLM gives the rest to pages."""
+    out, layer, reserved = torch.full((4, 8, 64), 7.0), layer_with_params(), []
+    monkeypatch.setattr(ops, "reserve", reserved.append)
+    assert not impl.forward(layer, out, out, out, torch.tensor([]), None, out).any()
+    assert not reserved
+    monkeypatch.setattr(ops, "default_variant", lambda device_type, head_size: "cuda")
+    impl.forward(layer, out, out, out, torch.tensor([]), None, out)
+    assert reserved == [layer.wkv_params]
 
 
 def test_fused_output_quantization_is_refused(impl) -> None:

@@ -182,14 +182,15 @@ def test_reserve(emulated, monkeypatch):
     monkeypatch.setattr(native_cuda, "_workspaces", {})
     native_cuda.reserve(case.params, 4096)
     native_cuda.reserve(case.params, 4096)
-    spares = list(native_cuda._spares[device])
+    own, spares = native_cuda._workspaces[device, 0], list(native_cuda._spares[device])
     assert len(spares) == native_cuda.SPARES
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     test_ops_cuda.check(case)
-    assert native_cuda._workspace(device, 0) is spares.pop()
+    assert native_cuda._workspace(device, 0) is own
     assert native_cuda._workspace(device, 1) is spares.pop()
+    assert native_cuda._workspace(device, 2) is spares.pop()
     with pytest.raises(RuntimeError, match="reserve"):
-        native_cuda._workspace(device, 2)
+        native_cuda._workspace(device, 3)
     with pytest.raises(ValueError, match=r"take 4096 sequences.*--max-num-seqs"):
         native_cuda.reserve(case.params, 4097)
 

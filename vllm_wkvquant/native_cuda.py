@@ -376,7 +376,7 @@ def _workspace(device: torch.device, stream: int) -> Workspace:
 
 
 def reserve(params: KVParams, max_seqs: int) -> None:
-    """Make what calls with `params` need, so that they can be captured from now on.
+    """Make what calls with `params` need, on this stream or captured on another.
 
     max_seqs: sequences of the largest call. Raises ValueError where the kernels do not take so many. A graph keeps the
     addresses of the tables: `params` must outlive it.
@@ -389,6 +389,8 @@ def reserve(params: KVParams, max_seqs: int) -> None:
     )
     if device not in _spares:
         _spares[device] = [_new_workspace(device) for _ in range(SPARES)]
+    with torch.cuda.device(device):
+        _workspace(device, torch.cuda.current_stream().cuda_stream)
 
 
 @functools.cache

@@ -68,11 +68,11 @@ def default_variant(device_type: str, head_size: int) -> str:
     return "reference"
 
 
-def reserve(params: KVParams, max_seqs: int) -> None:
+def reserve(params: KVParams, max_seqs: int = 0) -> None:
     """Make what the default variant would make on its first call with `params`, so that calls can be captured.
 
-    max_seqs: sequences of the largest call. Raises ValueError where a variant does not take so many. `triton` compiles
-    a kernel in the first call of its shapes, which must come before the capture all the same.
+    max_seqs: sequences of the largest call, where that is known. Raises ValueError where a variant does not take so
+    many. `triton` compiles a kernel in the first call of its shapes, which must come before the capture all the same.
     """
     variant = default_variant(params.k_smooth.device.type, params.k_smooth.shape[1])
     if variant == "cuda":

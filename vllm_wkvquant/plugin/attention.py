@@ -234,7 +234,9 @@ class WKVQuantImpl(AttentionImpl[WKVQuantMetadata]):
         """query, output: [>= T, num_heads, head_size]; key, value: [>= T, num_kv_heads, head_size]."""
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("wkvquant: fused output quantization is not supported by the 4-bit KV cache")
-        if attn_metadata is None:  # a profiling run has no pages yet
+        if attn_metadata is None:  # a profiling run has no pages yet; it counts what is allocated in it
+            if _captures(output.device.type, self.head_size):
+                ops.reserve(layer.wkv_params)
             if prefill.flash_attention(self.head_size, output.dtype) is not None:
                 prefill.profile(output, self.num_kv_heads)
             return output.fill_(0)
