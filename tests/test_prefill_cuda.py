@@ -49,7 +49,6 @@ def test_chunks(attend, monkeypatch, dtype, heads, head_size, group, room, windo
     planner = native_cuda.Planner([case.params], heads * group, window)
     room_of_table = case.block_table.shape[1] * case.kv_cache.shape[2]
     metadata = attention.WKVQuantMetadata(
-        num_actual_tokens=count,
         query_start_loc=case.query_start_loc[: chunks.num_seqs + 1],
         seq_lens=case.seq_lens[: chunks.num_seqs],
         block_table=case.block_table[: chunks.num_seqs],
