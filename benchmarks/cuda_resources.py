@@ -22,11 +22,7 @@ from vllm_wkvquant.reference import KVParams
 
 # (architecture, kernel) -> bytes of stack that are accepted, with nvcc 13.0: two CTAs of attention on a multiprocessor
 # leave a thread 168 registers, and keys are seldom written from fp32
-KNOWN = {
-    ("sm_86", "paged_attention<128, 1, 1>"): 8,
-    ("sm_89", "paged_attention<128, 1, 1>"): 8,
-    ("sm_121", "cache_write<64, float>"): 8,
-}
+KNOWN = {("sm_121", "cache_write<64, float>"): 8}
 
 
 def cuobjdump() -> str:

@@ -141,7 +141,8 @@ __device__ bool Kernel<D, NT, Strands>::finish(bool with_current) {
 #pragma unroll
       for (int m = 0; m < S::kMTiles; m += 2)
         *reinterpret_cast<float4*>(mine + c * S::kPitch + S::place(S::dimension(m, g))) = {
-            acc[m][n][j] * 0x1p24f, acc[m][n][2 + j] * 0x1p20f, acc[m + 1][n][j] * 0x1p24f,
+            acc[m][n][j] * 0x1p24f, acc[m][n][2 + j] * 0x1p20f,
+            (D <= 128 ? acc[m + 1][n][j] - acc[m + 1][n][2 + j] : acc[m + 1][n][j]) * 0x1p24f,
             acc[m + 1][n][2 + j] * 0x1p20f};
       if (g == 0) s.part[warp * S::kColumns + c] = {top[n][j], sum[n][j], min_sum[n][j], 0};
     }

@@ -249,7 +249,7 @@ struct Kernel {
     int segment;            // INT_MAX: nothing
     int unit;               // of two strands the first's
     const uint8_t* next_v;  // one strand: where V of the unit is
-    uint4* meta;            // one strand: its scales
+    int half;               // one strand: where its scales are, of two places: 0 or 8
     int length;             // two strands: units of the first
     bool both;              // the second has a unit, too
 
@@ -389,7 +389,7 @@ struct Kernel {
           cursor.segment = -1;
           settle(cursor, enter(cursor, item, end, size, member));
           ahead.note(cursor);
-          ahead.meta = s.meta + warp * 32;
+          ahead.half = 0;
         };
         // The first pages, after the rows' own loads, which wait for what is ahead of them.
         const auto start_pages = [&] {
@@ -398,7 +398,7 @@ struct Kernel {
           if constexpr (Strands == 1) {
             const uint8_t* tile = tile_of(cursor, 0);
             load_k(tile, ahead.k[0]);
-            copy_meta(cursor.tile[0], tile, meta_of_lane(), ahead.meta + lane);
+            copy_meta(cursor.tile[0], tile, meta_of_lane(), s.meta + threadIdx.x);
             load_v(ahead.next_v = v_of(tile), ahead.v[0]);
           } else {
             load_keys(cursor, ahead);
@@ -427,6 +427,8 @@ struct Kernel {
         walk_units(segment, cursor, ahead);
       else
         walk_strands(segment, cursor, ahead);
+      // anew, so that the loop keeps no register for addresses that it does not need
+      if constexpr (D <= 128 && NT == 1 && Strands == 1) s.carve<S>(memory, hidden(team()), launch.layout);
       item = s.item[segment % 2];  // not kept in registers during the loop
       rows = s.misc[7];
       before = finish(item.end == item.units);

@@ -19,30 +19,36 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::make_coefficients(int fi
     for (int n = 0; n < Strands; ++n) angle[n * slots + i] = cos_sin_fast(chunk_angle(first + n * stride, turns));
   }
   __syncwarp();
-  angle += g / kRows * slots;
+  angle += g / kRows * slots + t;
 #pragma unroll 1
   for (int n = 0; n < NT; ++n) {
     const float2* ab = s.ab + min(row_of(8 * n + g), s.misc[7] - 1) * (slots + 4) + t;
-    const auto rotated = [&](int step) -> float4 {
-      const float2 c = ab[8 * step], r = angle[8 * step + t], d = ab[8 * step + 4], q = angle[8 * step + t + 4];
+    const float2* turned = angle;
+    const auto rotated = [&]() -> float4 {  // of the next step
+      const float2 c = ab[0], r = turned[0], d = ab[4], q = turned[4];
+      ab += 8, turned += 8;
       return {c.x * r.x + c.y * r.y, c.y * r.x - c.x * r.y, d.x * q.x + d.y * q.y, d.y * q.x - d.x * q.y};
     };
     uint4* out = coef + n * steps * 32 + lane;
     // Unrolled, these loops would need the scoreboard of the page's loads, and wait for them.
 #pragma unroll 1
-    for (int i = 0; i < p.fast_steps; ++i) {
-      const float4 x = rotated(i);
-      uint4 w;
-      split_half2(x.x, x.y, w.x, w.z), split_half2(x.z, x.w, w.y, w.w);
-      out[i * 32] = w;
+    for (int i = 0; i < p.fast_steps; ++i, out += 32) {
+      const float4 x = rotated();
+      uint4 w = {};
+      if constexpr (Tabled)  // of these the high parts count: the basis is rounded, too
+        w.x = pack_half2(x.x, x.y), w.y = pack_half2(x.z, x.w);
+      else
+        split_half2(x.x, x.y, w.x, w.z), split_half2(x.z, x.w, w.y, w.w);
+      *out = w;
     }
     if (p.slow_steps == 0) continue;
+    const uint4* table = s.chebyshev + lane;
     float c[2][4] = {};
 #pragma unroll 1
-    for (int i = 0; i < p.slow_steps; ++i) {
-      const float4 x = rotated(p.fast_steps + i);
+    for (int i = 0; i < p.slow_steps; ++i, table += 32) {
+      const float4 x = rotated();
       if constexpr (Tabled) {
-        const uint4 a = s.chebyshev[i * 32 + lane];
+        const uint4 a = *table;
         mma(c[0], a.x, a.y, a.z, a.w, pack_half2(x.x, x.y), pack_half2(x.z, x.w));
       } else {
         uint4 w;
@@ -57,7 +63,7 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::make_coefficients(int fi
     uint4 x;  // degrees are rows here and must become the rows of operand B
     split_half2(c[0][0] + c[1][0], c[0][1] + c[1][1], x.x, x.z);
     split_half2(c[0][2] + c[1][2], c[0][3] + c[1][3], x.y, x.w);
-    out[p.fast_steps * 32] = {transpose(x.x), transpose(x.y), transpose(x.z), transpose(x.w)};
+    *out = {transpose(x.x), transpose(x.y), transpose(x.z), transpose(x.w)};
   }
   __syncwarp();
 }
@@ -102,7 +108,8 @@ template <int D, int NT, int Strands>
 template <int Steps>
 __device__ __forceinline__ void Kernel<D, NT, Strands>::shift_scores(int unit, const uint4* coef,
                                                                      float (&c)[2][NT][4]) const {
-  float other[2][NT][4];  // a second sum, so that chains of products are short
+  constexpr bool kTwoSums = Steps == kAny || Steps > 2;  // so that chains of products are short
+  float other[2][NT][4];
 #pragma unroll
   for (int x = 0; x < 2; ++x)
 #pragma unroll
@@ -118,7 +125,7 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::shift_scores(int unit, c
   const auto add = [&](float (&to)[4], const uint4& w, uint32_t b0, uint32_t b1) {
     mma(to, w.x, w.y, w.z, w.w, b0 ^ sign, b1 ^ sign);
   };
-  // The coefficients of polynomials are large sums: of them the low parts count.
+  // The coefficients of polynomials, the last step's, are large sums: of them the low parts count.
   if constexpr (Steps != kAny) {
     const uint4* basis = s.basis + place * (Steps * 64) + from;
 #pragma unroll
@@ -126,11 +133,14 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::shift_scores(int unit, c
       const uint4 w[2] = {basis[i * 64], basis[i * 64 + 32]};
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
-        const uint4 b = coef[(n * Steps + i) * 32 + lane];
+        const uint4* from = coef + (n * Steps + i) * 32 + lane;
+        const uint4 b = i == Steps - 1 ? *from : uint4{from->x, from->y};
+        auto& to = i == Steps - 1 && kTwoSums ? other : c;
 #pragma unroll
-        for (int x = 0; x < 2; ++x) add(c[x][n], w[x], b.x, b.y);
+        for (int x = 0; x < 2; ++x) add(to[x][n], w[x], b.x, b.y);
+        if (i == Steps - 1)
 #pragma unroll
-        for (int x = 0; x < 2; ++x) add(Steps > 1 ? other[x][n] : c[x][n], w[x], b.z, b.w);
+          for (int x = 0; x < 2; ++x) add(to[x][n], w[x], b.z, b.w);
       }
     }
   } else {
@@ -171,9 +181,8 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::shift_scores(int unit, c
   for (int n = 0; n < NT; ++n)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const bool two_sums = Steps == kAny || Steps > 1;
-      const float one = two_sums ? c[0][n][i] + other[0][n][i] : c[0][n][i];
-      const float two = two_sums ? c[1][n][i ^ 2] + other[1][n][i ^ 2] : c[1][n][i ^ 2];
+      const float one = kTwoSums ? c[0][n][i] + other[0][n][i] : c[0][n][i];
+      const float two = kTwoSums ? c[1][n][i ^ 2] + other[1][n][i ^ 2] : c[1][n][i ^ 2];
       c[0][n][i] = mirror ? two : one;
       c[1][n][i ^ 2] = mirror ? one : two;
     }
@@ -301,6 +310,7 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::softmax(int first, bool 
 template <int D, int NT, int Strands>
 __device__ __forceinline__ void Kernel<D, NT, Strands>::output(const uint32_t (&v)[4][S::kVWords],
                                                                const uint32_t (&weights)[2][NT][2]) {
+  // Of a half's upper byte both nibbles together and the high one: finish() subtracts the sums. A mask less that way.
   constexpr uint32_t kLow = 0x000f000f, kHigh = 0x00f000f0;
 #pragma unroll
   for (int x = 0; x < 2; ++x)
@@ -308,10 +318,13 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::output(const uint32_t (&
     for (int c = 0; c < S::kVWords; ++c)
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
-        const uint32_t w0 = v[x][c] >> (8 * u), w1 = v[x + 2][c] >> (8 * u);
+        const uint32_t w0 = u ? __byte_perm(v[x][c], 0, 0x4341) : v[x][c];
+        const uint32_t w1 = u ? __byte_perm(v[x + 2][c], 0, 0x4341) : v[x + 2][c];
+        const bool both = u && D <= 128;  // no register is left with more
+        const uint32_t low0 = both ? w0 : w0 & kLow, low1 = both ? w1 : w1 & kLow;
 #pragma unroll
         for (int n = 0; n < NT; ++n)
-          mma(acc[2 * c + u][n], w0 & kLow, w0 & kHigh, w1 & kLow, w1 & kHigh, weights[x][n][0], weights[x][n][1]);
+          mma(acc[2 * c + u][n], low0, w0 & kHigh, low1, w1 & kHigh, weights[x][n][0], weights[x][n][1]);
       }
 }
 
@@ -319,41 +332,41 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::output(const uint32_t (&
 template <int D, int NT, int Strands>
 __device__ __forceinline__ void Kernel<D, NT, Strands>::walk_units(int segment, Cursor& cursor, Ahead& ahead) {
   uint4* coef = coefficients();
-  int chunk = -1;
   uint32_t weights[2][NT][2] = {};  // of the unit before: its output's products follow the scores' of the next
-  bool first = true;                // then V is of this unit, else of the one before
-  while (ahead.segment == segment) {
-    const int unit = ahead.unit, in_chunk = unit % (kChunk / kUnit);
-    if (steps && unit / (kChunk / kUnit) != chunk) {
-      chunk = unit / (kChunk / kUnit);
-      p.tabled ? make_coefficients<true>(chunk * kChunk, 0, coef) : make_coefficients<false>(chunk * kChunk, 0, coef);
-    }
+  // A chunk begins where the warp does: 21 units are three chunks then, and not up to four.
+  int n = 0;  // units so far
+  for (; ahead.segment == segment; ++n) {
+    const int unit = ahead.unit, in_chunk = n % (kChunk / kUnit);
+    if (steps && in_chunk == 0)
+      p.tabled ? make_coefficients<true>(unit * kUnit, 0, coef) : make_coefficients<false>(unit * kUnit, 0, coef);
     float c[1][2][NT][4], shift[2][NT][4];
     const bool more = cursor.segment != INT_MAX;
     // Before the wait for the loads; the scores' products overlap with the output's.
     shift_scores_of_steps(in_chunk, coef, shift);
     scores(ahead.k, c);
     output(ahead.v[0], weights);
-    const uint4* scales = ahead.meta;
-    ahead.meta = s.meta + ((ahead.meta - s.meta) ^ 8);
+    const uint4* scales = s.meta + warp * 32 + ahead.half;
+    ahead.half ^= 8;
     wait_for_copies();
     __syncwarp();
     const uint8_t* tile = tile_of(cursor, 0);
     ahead.segment = cursor.segment;
     if (more) load_k(tile, ahead.k[0]);
-    if (!first) load_v(ahead.next_v, ahead.v[0]);
-    first = false;
+    if (n) load_v(ahead.next_v, ahead.v[0]);  // of this unit; the first one's is here
     if (more) {
-      copy_meta(cursor.tile[0], tile, meta_of_lane(), ahead.meta + lane);
+      copy_meta(cursor.tile[0], tile, meta_of_lane(), s.meta + threadIdx.x + ahead.half);
       ahead.next_v = v_of(tile);
       ahead.unit = cursor.unit;
       advance(cursor);
     }
     softmax(unit * kUnit, true, scales, c[0], shift, weights);
   }
-  if (first) return;
+  if (n == 0) return;
   output(ahead.v[0], weights);
-  if (ahead.segment != INT_MAX) load_v(ahead.next_v, ahead.v[0]);
+  if (ahead.segment != INT_MAX) {
+    __syncwarp();  // a branch: masked and predicated, the products' operands would all be in registers at once
+    load_v(ahead.next_v, ahead.v[0]);
+  }
 }
 
 // The units of an item, one of each strand at a time. Columns of products that the tile has no rows for are those of
