@@ -560,6 +560,21 @@ def test_smoothing_factors() -> None:
     ]
 
 
+def test_channels_of_zeros_leave_the_others_their_factors() -> None:
+    """As padded heads and pruned models have them, and a head of nothing else; factors of the rest are those of it."""
+    torch.manual_seed(0)
+    deviation, dead = 10 ** torch.randn(3, 64), torch.arange(64) % 4 == 0
+    deviation[1] = deviation[0] * ~dead
+    deviation[2] = 0
+    rest = dict.fromkeys(("k_shift", "v_shift", "k_first", "v_first"), deviation)
+    statistics = kv.KVStatistics(k_deviation=deviation, q_rms=torch.full((3, 64), 4.0), **rest)
+    found = kv.smoothing_factors(Smoothing(0.5), statistics, 64)
+    live = replace(statistics, k_deviation=deviation[:1, ~dead], q_rms=statistics.q_rms[:1, ~dead])
+    torch.testing.assert_close(found[1:2, ~dead], kv.smoothing_factors(Smoothing(0.5), live, 0))
+    assert (found[1, dead] == 1).all()
+    assert (found[2] == 1).all()
+
+
 def test_search_takes_the_better_candidate_of_each_head() -> None:
     """Head 0 has one wide channel and gains from smoothing; head 1 has none and loses from the same factors."""
     torch.manual_seed(0)

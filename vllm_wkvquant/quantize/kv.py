@@ -164,9 +164,12 @@ def channel_maxima(windows: list[QKV], params: KVParams | None, device: str, wor
 
 
 def normalize(factors: torch.Tensor) -> torch.Tensor:
-    """Scale positive factors [H, D] to a geometric mean of 1 per head, within 1 / SMOOTH_LIMIT .. SMOOTH_LIMIT."""
-    log = factors.clamp_min(torch.finfo(torch.float32).tiny).log()
-    return (log - log.mean(-1, keepdim=True)).exp().clamp(1 / SMOOTH_LIMIT, SMOOTH_LIMIT)
+    """Scale factors fp32 [H, D] to a geometric mean of 1 per head, within 1 / SMOOTH_LIMIT .. SMOOTH_LIMIT; those that
+    are 0 have no part in that mean and become 1: a channel of zeros, as in a padded head, would draw all others up."""
+    dead = factors == 0
+    log = factors.log().masked_fill(dead, torch.nan)
+    scaled = (log - log.nanmean(-1, keepdim=True)).exp().clamp(1 / SMOOTH_LIMIT, SMOOTH_LIMIT)
+    return scaled.masked_fill(dead, 1)
 
 
 def smoothing_factors(smoothing: Smoothing, statistics: KVStatistics, rotary_dim: int) -> torch.Tensor:
