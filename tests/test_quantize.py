@@ -575,6 +575,27 @@ def test_channels_of_zeros_leave_the_others_their_factors() -> None:
     assert (found[2] == 1).all()
 
 
+def test_balance_of_values_is_that_of_live_channels() -> None:
+    """Those that have values and columns of o_proj; the others have factors of 1."""
+    torch.manual_seed(0)
+    size, dead = 64, torch.arange(64) % 4
+    v_proj, o_proj = torch.nn.Linear(32, size, bias=False), torch.nn.Linear(2 * size, 32, bias=False)
+    windows = torch.randn(2, 48, 32)
+
+    def balance(v: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
+        v_proj.weight.data, o_proj.weight.data = v, o
+        adapter = SimpleNamespace(num_kv_heads=1, head_size=v.shape[0])
+        run = SimpleNamespace(adapter=adapter, settings=SimpleNamespace(device="cpu"), recipe=RTN, workers=ALONE)
+        return blocks.balance_value(run, torch.nn.Identity(), v_proj, o_proj, windows)  # type: ignore[arg-type]
+
+    with torch.no_grad():
+        v, o = v_proj.weight * torch.randn(size, 1).exp(), o_proj.weight.unflatten(1, (2, size))
+        live = balance(v[dead > 1], o[..., dead > 1].flatten(1))
+        found = balance(v * (dead != 0)[:, None], (o * (dead != 1)).flatten(1))
+    torch.testing.assert_close(found[:, dead > 1], live)
+    assert (found[:, dead <= 1] == 1).all()
+
+
 def test_search_takes_the_better_candidate_of_each_head() -> None:
     """Head 0 has one wide channel and gains from smoothing; head 1 has none and loses from the same factors."""
     torch.manual_seed(0)

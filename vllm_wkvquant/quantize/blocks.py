@@ -286,7 +286,8 @@ def input_squares(block: torch.nn.Module, linears: tuple[str, ...]) -> Iterator[
 def balance_value(
     plan: Plan, norm: torch.nn.Module, v_proj: torch.nn.Module, o_proj: torch.nn.Module, windows: torch.Tensor
 ) -> torch.Tensor:
-    """s_v fp32 [H, D]: (rms of V / norm of o_proj's columns) ** value_balance, normalized per head.
+    """s_v fp32 [H, D]: (deviation of V / norm of o_proj's columns) ** value_balance, normalized per head; 1 where one
+    of them is 0.
 
     Dividing by s_v spreads the range evenly; the error of channel c then reaches the output times s_v[c] |column c|.
     """
@@ -296,7 +297,7 @@ def balance_value(
         value = v_proj(norm(window.to(plan.settings.device)))[SKIPPED:].float().view(-1, heads, size)
         variances.append((value - value.mean(0)).square().mean(0))
     columns = o_proj.weight.float().square().sum(0).view(heads, -1, size).sum(1)  # type: ignore[operator]
-    ratio = (plan.workers.mean(variances) / columns.clamp_min(1e-12)).sqrt()
+    ratio = (plan.workers.mean(variances) / columns.clamp_min(1e-12)).sqrt().masked_fill(columns == 0, 0)
     return kv.normalize(ratio**plan.recipe.value_balance)
 
 
