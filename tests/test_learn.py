@@ -138,6 +138,37 @@ def test_losses_are_of_the_positions_they_should_be(skip_first: bool) -> None:
         torch.testing.assert_close(loss(output[1], target[1]), torch.tensor(values[1]))
 
 
+@pytest.mark.parametrize("loss", learn.LOSSES)
+def test_gradients_do_not_vanish_in_float16(loss: str, monkeypatch) -> None:
+    """They are those of fp32, of as many elements and followers as a model of ordinary size has."""
+    torch.manual_seed(0)
+    length, hidden, inner, followers = 2048, 2048, 32, 5
+    found: dict[torch.dtype, list[torch.Tensor]] = {}
+    original = learn.batch_gradients
+
+    def spy(block, *rest):
+        gradients, losses = original(block, *rest)
+        found[block.dtype] = [g.clone() for g in gradients]
+        return gradients, losses
+
+    monkeypatch.setattr(learn, "batch_gradients", spy)
+    learning = dataclasses.replace(LEARNING, loss=loss, epochs=1, batch=1, clip_rate=0.1)
+    weight, window = torch.randn(hidden, inner) / inner**0.5, torch.randn(1, length, hidden)
+    target = window + window[..., :inner] @ weight.T
+
+    def forward(weights: dict[str, torch.Tensor], x: torch.Tensor) -> list[torch.Tensor]:
+        return [x + x[..., :inner] @ weights["v.weight"].T] * (1 + followers)
+
+    for dtype in (torch.float32, torch.float16):
+        block = torch.nn.ModuleDict({"v": torch.nn.Linear(inner, hidden, bias=False, dtype=dtype)})
+        learned = learn.LearnedWeight(weight, GROUP, torch.float16, learning, torch.ones(inner))
+        with torch.no_grad():
+            of_block = learn.LearnedBlock({"v": learned}, None, block, "v", "v")
+            learn.learn(learning, of_block, forward, window.to(dtype), [target.to(dtype)] * (1 + followers), seed=0)
+    for exact, half in zip(found[torch.float32], found[torch.float16], strict=True):
+        assert (half - exact).norm() < 0.02 * exact.norm()
+
+
 def test_an_offset_reaches_its_neighbour() -> None:
     """How far a parameter moves if all gradients agree: rate of the rounding, clip_rate of the range's ends."""
     learning = dataclasses.replace(LEARNING, rate=0.5, clip_rate=0.125)

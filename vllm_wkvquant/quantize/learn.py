@@ -384,9 +384,12 @@ def learn(
         optimizers.append(AdamW(of_cache, [learning.cache_rate] * len(of_cache)))
     device = block.v_linear.weight.device
     size, loss = together(learning, device.type), loss_of(learning)
+    # times a loss's number of elements, gradients to them are about 1 and sums of those over tokens, to weights, up to
+    # 8e4 (blocks of SmolLM2-135M): 64 times less is far from both ends of float16
+    scale = gradient_scale(block.dtype, inputs.shape[-2:].numel() / 64)
 
     def step(windows: list[Entry]) -> list[torch.Tensor]:
-        gradients, of_windows = batch_gradients(block, forward, loss, windows, workers)
+        gradients, of_windows = batch_gradients(block, forward, loss, scale, windows, workers)
         for optimizer in optimizers:
             optimizer.step(gradients[: len(optimizer.parameters)])
             del gradients[: len(optimizer.parameters)]  # as large as the block
@@ -450,15 +453,23 @@ def tensors_of(windows: list[Entry]) -> list[torch.Tensor]:
     return [x for inputs, targets in windows for x in (inputs, *targets)]
 
 
+def gradient_scale(dtype: torch.dtype, factor: float) -> float:
+    """What to multiply a loss by while its gradients go through tensors of `dtype`: 1, but for float16, where those of
+    a mean over many elements would be less than the least number, the power of two up to `factor`."""
+    return 2.0 ** math.floor(math.log2(factor)) if dtype == torch.float16 else 1.0
+
+
 def batch_gradients(
     block: LearnedBlock,
     forward: Forward,
     loss_function: Loss,
+    scale: float,
     windows: list[Entry],
     workers: Workers,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Gradients of the sum of the losses of all workers' windows, by `block.parameters()`; losses of this worker's,
-    which are (inputs, targets) of one or more each."""
+    """Gradients fp32 of the sum of the losses of all workers' windows, by `block.parameters()`; losses of this
+    worker's, which are (inputs, targets) of one or more each. scale: a `gradient_scale`, in nothing that is returned.
+    """
     parameters, direct = block.parameters(), block.cache.parameters() if block.cache else []
     with torch.enable_grad():
         fake = block.fake()
@@ -472,7 +483,7 @@ def batch_gradients(
             after = forward(leaves, window)
             parts = [loss_function(o, t) for o, t in zip(after, targets, strict=True)]
             of_windows = torch.stack(parts).mean(0)
-            loss = of_windows.sum()
+            loss = of_windows.sum() * scale
         for i, part in enumerate(torch.autograd.grad(loss, sources, allow_unused=True)):
             total = found[i]
             if part is not None:
@@ -480,6 +491,8 @@ def batch_gradients(
         losses.append(of_windows.detach())
     sums = [torch.zeros_like(t, dtype=torch.float32) if x is None else x for t, x in zip(sources, found, strict=True)]
     for total in sums:
+        if scale != 1:
+            total.div_(scale)
         workers.sum(total)
     learned = [(t, total) for t, total in zip(fake.values(), sums, strict=False) if t.requires_grad]
     gradients: tuple[torch.Tensor | None, ...] = (None,) * len(parameters)
