@@ -8,17 +8,19 @@ from typing import Any
 import pytest
 import torch
 from models import save_text, tiny_model
+from safetensors.torch import load_file, save_file
 
 from vllm_wkvquant import cli
 from vllm_wkvquant.checkpoint import Checkpoint, unpack_weight
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.evaluate import SimulatedCache, load_quantized
-from vllm_wkvquant.quantize import learn, tune
+from vllm_wkvquant.quantize import blocks, learn, tune
 from vllm_wkvquant.quantize.calibration import read_windows
 from vllm_wkvquant.quantize.learn import SignDescent
 from vllm_wkvquant.quantize.pipeline import quantize
-from vllm_wkvquant.quantize.plan import Settings
+from vllm_wkvquant.quantize.plan import Settings, preflight
 from vllm_wkvquant.quantize.recipes import BEST, RTN, Tuning
+from vllm_wkvquant.quantize.runner import Ahead
 from vllm_wkvquant.reference import fake_quantize
 
 SAMPLES, SEQ_LEN = 12, 48
@@ -164,6 +166,39 @@ def test_replayed_steps_tune_alike(files: tuple[Path, Path], tmp_path: Path, mon
         found.append(torch.tensor(report["tuning"]["epochs"]))
     assert found[0].min() < 0.95 * found[0][0]
     torch.testing.assert_close(*found, rtol=2e-2, atol=0)
+
+
+def test_gradients_do_not_vanish_in_float16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are those of fp32, of predictions so alike that fp16 would have none."""
+    model, text = tiny_model(tmp_path / "model", num_layers=1), save_text(tmp_path / "calib.txt")
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"] /= 16
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    recipe = dataclasses.replace(
+        BEST,
+        learning=dataclasses.replace(BEST.learning, epochs=1, few=0),
+        tuning=Tuning(epochs=1, batch=SAMPLES, rate=0.0, cache=False),  # a cache's codes tip
+    )
+    plan = preflight(Settings(model, tmp_path / "out", text, recipe=recipe, samples=SAMPLES, seq_len=SEQ_LEN))
+    hidden, adam = blocks.first_hidden(plan), tune.adam
+    found: list[list[torch.Tensor]] = []
+
+    def spy(groups: list[tuple[list[torch.Tensor], float]], device: str) -> torch.optim.Adam:
+        def take(optimizer: torch.optim.Adam, *_: Any) -> None:
+            found.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"]])
+
+        optimizer = adam(groups, device)
+        optimizer.register_step_pre_hook(take)
+        return optimizer
+
+    monkeypatch.setattr(tune, "adam", spy)
+    with torch.no_grad():
+        block, _ = blocks.quantize_block(plan, 0, hidden, Ahead(plan))
+        for dtype in ("float32", "float16"):
+            of_type = dataclasses.replace(plan, settings=dataclasses.replace(plan.settings, dtype=dtype))
+            tune.tune(of_type, [block], recipe.candidates[0], hidden[blocks.EXACT].to(getattr(torch, dtype)))
+    for exact, half in zip(*found, strict=True):
+        assert (half - exact).norm() < 0.05 * exact.norm()
 
 
 def test_gradients_of_step_and_offset() -> None:

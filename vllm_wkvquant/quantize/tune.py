@@ -23,7 +23,16 @@ from vllm_wkvquant.checkpoint import KV_PARAMS, pack_weight, unpack_codes
 from vllm_wkvquant.quantize.blocks import cache_tensors
 from vllm_wkvquant.quantize.calibration import SKIPPED
 from vllm_wkvquant.quantize.head import LOGIT_ROWS
-from vllm_wkvquant.quantize.learn import Entry, Replayed, SignDescent, batches, fake_quantize_cache, replays, together
+from vllm_wkvquant.quantize.learn import (
+    Entry,
+    Replayed,
+    SignDescent,
+    batches,
+    fake_quantize_cache,
+    gradient_scale,
+    replays,
+    together,
+)
 from vllm_wkvquant.quantize.plan import Plan
 from vllm_wkvquant.quantize.recipes import Tuning
 from vllm_wkvquant.quantize.runner import BlockRunner
@@ -280,14 +289,20 @@ def tune(
 
     def step(entries: list[Entry]) -> list[torch.Tensor]:
         batch = workers.total(sum(x.shape[0] for x, _ in entries))
+        # times the number of tokens, gradients to logits are differences of probabilities, and those to weights up to
+        # 2e3 (SmolLM2-135M)
+        scale = gradient_scale(model.compute, batch * plan.windows.tokens.shape[1])
         for parameter in [*parameters, *offsets]:
             parameter.grad = None
         for x, (expected,) in entries:
-            model.backward(x, expected, tuning.cache, batch)
+            model.backward(x, expected, tuning.cache, batch, scale)
         for parameter in [*parameters, *offsets]:
             if parameter.grad is None:  # no window of this batch is this worker's, or the cache is a 16-bit one
                 parameter.grad = torch.zeros_like(parameter)
             workers.sum(parameter.grad)
+        if scale != 1:
+            for parameter in parameters:  # fp32; of offsets only the signs count
+                parameter.grad.div_(scale)  # type: ignore[union-attr]
         optimizer.step()
         of_codes.step([x.grad for x in offsets])  # type: ignore[misc]
         for c in codes:
@@ -357,13 +372,14 @@ class TunedModel:
             expected, logp = (self.head(x[rows]).float().log_softmax(-1) for x in (exact, found))
             yield (expected.exp() * (expected - logp)).sum() / (hidden.shape[1] - SKIPPED)
 
-    def backward(self, x: torch.Tensor, exact: torch.Tensor, cache: bool, batch: int) -> None:
-        """Add the part of windows x to the gradients of the mean loss of `batch` windows; both as of `entry`."""
+    def backward(self, x: torch.Tensor, exact: torch.Tensor, cache: bool, batch: int, scale: float) -> None:
+        """Add the part of windows x to the gradients of `scale` times the mean loss of `batch` windows; both as of
+        `entry`."""
         with torch.enable_grad():
             hidden = self.hidden(x, cache)
             last = hidden.detach().requires_grad_()
             for part in self.divergence(last, exact):
-                (part / batch).backward()
+                (part / batch * scale).backward()
             hidden.backward(last.grad)
 
     def held_out(self, cache: bool) -> float:
