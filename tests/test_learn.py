@@ -10,6 +10,7 @@ from models import save_text, tiny_model
 
 from vllm_wkvquant import reference
 from vllm_wkvquant.checkpoint import Checkpoint, unpack_weight
+from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.quantize import blocks, learn, pipeline
 from vllm_wkvquant.quantize.adapters import ModelAdapter
 from vllm_wkvquant.quantize.estimate import Estimate
@@ -425,6 +426,16 @@ def test_errors_are_those_of_folded_weights(smoothed) -> None:
         prefix = f"{adapter.block_prefix(0)}{name}."
         stored = unpack_weight({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
         assert errors[name] == pytest.approx(blocks.relative_error(stored, folded[name]), rel=1e-5)
+
+
+def test_gradients_that_overflow_are_refused(model, tmp_path, monkeypatch) -> None:
+    """Where their sizes count, and where the loss, of a single step, shows nothing."""
+    assert PAPER.learning
+    monkeypatch.setattr(pipeline, "estimate", lambda *_: ESTIMATE)
+    monkeypatch.setattr(learn, "gradient_scale", lambda *_: 2.0**40)
+    recipe = dataclasses.replace(PAPER, learning=dataclasses.replace(PAPER.learning, epochs=1, batch=12))
+    with pytest.raises(ConfigError, match="block 0: gradient of the loss overflows float16; use --dtype bfloat16"):
+        pipeline.quantize(settings(model, tmp_path / "out", recipe=recipe, dtype="float16"))
 
 
 def test_same_seed_same_bytes(model, tmp_path) -> None:

@@ -145,7 +145,7 @@ def quantize_block(
     if learned:
         output_error["learned"] = mean_loss(plan, reference[train:], hidden[EXACT][train:])
         report |= {"loss": learned.losses, "output_error": output_error, "clip": learned.clips()}
-    check_finite(plan, layer, hidden, tensors, report)
+    check_finite(plan, layer, hidden, tensors, report, learned.parameters() if learned else [])
     return tensors, report
 
 
@@ -155,13 +155,18 @@ def check_finite(
     hidden: dict[str, torch.Tensor],
     tensors: dict[str, torch.Tensor],
     report: dict[str, Any],
+    learned: list[torch.Tensor],
 ) -> None:
-    """Raise ConfigError where a run's hidden states, a loss or a tensor of a finished block is not finite."""
+    """Raise ConfigError where a run's hidden states, a loss, a tensor or something learned of a finished block is not
+    finite."""
     written = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    fine = all(map(math.isfinite, report.get("loss", [])))
     what = None
-    if run := not_finite(hidden):
+    if fine and not all(parameter.isfinite().all() for parameter in learned):  # codes of a NaN are anything
+        what = "gradient of the loss"
+    elif run := not_finite(hidden):
         what = f"hidden state of the run {run!r}"
-    elif not all(map(math.isfinite, report.get("loss", []))):
+    elif not fine:
         what = "loss"
     elif name := not_finite(written):
         what = name
