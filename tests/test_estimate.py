@@ -275,6 +275,21 @@ def test_what_is_gathered_and_written_must_fit_on_the_host(plan, monkeypatch: py
         placed(10 * device, "cuda")
 
 
+def test_tuned_codes_are_on_a_cpu_while_the_checkpoint_is_written(plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte for each weight, of all blocks; on a GPU's host they are not."""
+    p = plan("best")
+    for name in ("device_bytes", "hidden_bytes", "target_bytes", "captured_bytes"):
+        monkeypatch.setattr(estimate, name, lambda *_: 0)
+    untuned = dataclasses.replace(p, recipe=dataclasses.replace(p.recipe, tuning=None))
+    weights = sum(
+        p.adapter.load_block(0, torch.float32, "cpu").get_submodule(n).weight.numel() for n in p.adapter.family.linears
+    )
+    for device, codes in (("cpu", LAYERS * weights), ("cuda", 0)):
+        on = dataclasses.replace(p.settings, device=device)
+        tuned, rounded = (estimate.host_bytes(dataclasses.replace(q, settings=on)) for q in (p, untuned))
+        assert tuned - rounded == codes
+
+
 def test_dry_run_prints_the_estimate_and_writes_nothing(
     files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,7 @@ from vllm_wkvquant.quantize.pipeline import quantize
 from vllm_wkvquant.quantize.plan import Settings, preflight
 from vllm_wkvquant.quantize.recipes import BEST, RTN, Tuning
 from vllm_wkvquant.quantize.runner import Ahead
+from vllm_wkvquant.quantize.writer import CheckpointWriter
 from vllm_wkvquant.reference import fake_quantize
 
 SAMPLES, SEQ_LEN = 12, 48
@@ -130,6 +131,18 @@ def test_before_tuning_the_model_is_the_candidate(made: tuple[Path, dict[str, An
     for name in ("weights", "cache"):
         before = report["weights"] if name == "weights" else report["candidates"][report["smoothing"]]
         assert report["tuning"][name]["kl"] == pytest.approx(before["kl"], rel=1e-2)
+
+
+def test_tensors_of_a_tuned_block_are_made_as_they_are_written(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host has no room for those of all blocks beside a GPU that holds their codes."""
+    made: list[str] = []
+    tensors, add = tune.TunedBlock.tensors, CheckpointWriter.add
+    monkeypatch.setattr(tune.TunedBlock, "tensors", lambda block: (made.append("block"), tensors(block))[1])
+    monkeypatch.setattr(CheckpointWriter, "add", lambda *args: (made.append("written"), add(*args)))
+    make(files, tmp_path / "out", Tuning(epochs=1, batch=4, rate=0.0))
+    assert made == ["written", "block", "written", "block", "written"]
 
 
 def test_what_makes_it_worse_is_not_kept(made: tuple[Path, dict[str, Any]], files: tuple[Path, Path]) -> None:

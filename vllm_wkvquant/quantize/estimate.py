@@ -320,7 +320,10 @@ def host_bytes(plan: Plan) -> int:
     staged = hidden_bytes(replace(plan, windows=plan.all_windows), pinned_bytes) * (settings.device != "cpu")
     outer = outer_bytes(plan)
     shard = min(settings.shard_size, packed_bytes(adapter) + outer)
-    return staged + max(computed, hidden + targets + gathered, hidden + outer + shard)
+    tuned = 0  # codes of all blocks, while they are written
+    if plan.recipe.tuning and settings.device == "cpu":
+        tuned = adapter.num_layers * sum(rows * columns for rows, columns in adapter.linear_shapes().values())
+    return staged + max(computed, hidden + targets + gathered, max(hidden, tuned) + outer + shard)
 
 
 def place(plan: Plan, left_out: str | None = None) -> Plan:

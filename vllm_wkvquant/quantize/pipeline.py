@@ -195,7 +195,8 @@ def finish(
         cached = tensors[f"{chosen}.k_channels"]
         own = {n: t for n, t in tensors.items() if n.startswith(adapter.block_prefix(layer))}
         if tuned:
-            own, params = tuned.tuned.tensors[layer], tuned.tuned.caches[layer]
+            of_tuned = tuned.tuned.blocks[layer]
+            own, params = of_tuned.tensors(), of_tuned.cache.tensors()
         writer.add(dict(sorted({**own, **{kv_tensor_name(layer, p): t for p, t in params.items()}}.items())))
         seconds = block.pop("seconds")  # not in wkvquant.json, which is the same whenever it is made
         details.append(BlockDetail(seconds, params["k_smooth"], params["k_shift"], params["v_shift"], raw, cached))

@@ -217,13 +217,12 @@ class TunedBlock:
 
 @dataclass(frozen=True)
 class Tuned:
-    """tensors: of each block, for the checkpoint; caches: KV parameters of each, by name. kl: divergence from the
+    """blocks: on the device, since a GPU's host may have no room for all of them at once. kl: divergence from the
     16-bit model on held-out windows, before and after each epoch, in nats a token; kept: after which of them the others
     are. runs: hidden states of this worker's held-out windows after the last block, [N, T, hidden], with a 16-bit and
     with the 4-bit cache."""
 
-    tensors: list[dict[str, torch.Tensor]]
-    caches: list[dict[str, torch.Tensor]]
+    blocks: list[TunedBlock]
     kl: list[float]
     kept: int
     runs: tuple[torch.Tensor, torch.Tensor]
@@ -325,8 +324,10 @@ def tune(
     for value, x in zip(best, state, strict=True):
         x.copy_(value)
     workers.agree(state)
+    for c in codes:
+        c.offset = None  # with its gradient
     runs = model.run_held_out(cache=False), model.run_held_out(cache=True)
-    return Tuned([b.tensors() for b in model.blocks], [b.cache.tensors() for b in model.blocks], kl, kept, runs)
+    return Tuned(model.blocks, kl, kept, runs)
 
 
 class TunedModel:
