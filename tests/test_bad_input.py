@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -588,31 +589,132 @@ def test_smoothing_of_zero(inspect_refused: Callable[[Path], str], damaged: Path
 def test_missing_kv_tensor(inspect_refused: Callable[[Path], str], damaged: Path) -> None:
     name = kv_tensor_name(1, "v_shift")
     edit_tensors(damaged, lambda tensors: tensors.pop(name))
-    assert inspect_refused(damaged) == f"KV tensor {name} is missing from the checkpoint; quantize the model again"
+    assert inspect_refused(damaged) == f"{damaged} lacks 1 tensors, {name} first; quantize the model again"
 
 
 def test_kv_tensor_of_another_shape(inspect_refused: Callable[[Path], str], damaged: Path) -> None:
     name = kv_tensor_name(0, "k_shift")
     edit_tensors(damaged, lambda tensors: tensors.update({name: torch.zeros(1, 64)}))
-    assert inspect_refused(damaged) == f"KV tensor {name} has shape (1, 64), expected (2, 64)"
+    assert inspect_refused(damaged) == f"{damaged}: tensor {name} has shape (1, 64), its config asks for (2, 64)"
 
 
 def test_nan_in_a_scale(inspect_refused: Callable[[Path], str], damaged: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight_scale"
     edit_tensors(damaged, lambda tensors: tensors[name][0, 0].fill_(float("nan")))
-    assert inspect_refused(damaged) == f"tensor {name} contains NaN or infinity; the checkpoint is damaged"
+    assert inspect_refused(damaged) == (
+        f"tensor {name} contains NaN or infinity; the checkpoint is damaged, quantize again"
+    )
 
 
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj", "model.layers.0.input_layernorm", "lm_head"])
-def test_missing_weight(name: str, inspect_refused: Callable[[Path], str], damaged: Path) -> None:
-    edit_tensors(damaged, lambda tensors: [tensors.pop(n) for n in [*tensors] if n.startswith(f"{name}.")])
-    assert inspect_refused(damaged) == (f"{damaged} lacks 1 weights, {name}.weight first; quantize the model again")
+@pytest.mark.parametrize(
+    ("name", "count", "first"),
+    [
+        ("model.layers.1.mlp.up_proj.", 4, "weight_packed"),
+        ("model.layers.1.mlp.up_proj.weight_zero_point", 1, ""),
+        ("model.layers.0.input_layernorm.", 1, "weight"),
+        ("model.embed_tokens.", 1, "weight"),
+        ("lm_head.", 1, "weight"),
+    ],
+)
+def test_missing_weight(
+    name: str, count: int, first: str, inspect_refused: Callable[[Path], str], damaged: Path
+) -> None:
+    edit_tensors(damaged, lambda tensors: [tensors.pop(n) for n in [*tensors] if n.startswith(name)])
+    assert inspect_refused(damaged) == f"{damaged} lacks {count} tensors, {name}{first} first; quantize the model again"
 
 
-def test_missing_part_of_a_weight(inspect_refused: Callable[[Path], str], damaged: Path) -> None:
-    name = "model.layers.1.mlp.up_proj.weight_zero_point"
-    edit_tensors(damaged, lambda tensors: tensors.pop(name))
-    assert inspect_refused(damaged) == f"{damaged} has no tensor {name}"
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("model.embed_tokens.weight", torch.ones(100, 128), "has shape (100, 128), its config asks for (256, 128)"),
+        ("model.layers.0.input_layernorm.weight", torch.ones(3), "has shape (3,), its config asks for (128,)"),
+        ("model.layers.0.mlp.down_proj.weight_scale", torch.ones(128, 0), "has shape (128, 0), its config asks for"),
+        ("model.layers.0.mlp.down_proj.weight_scale", torch.tensor(1.0), "has shape (), its config asks for (128, 2)"),
+        ("model.layers.0.mlp.down_proj.weight_shape", torch.tensor([9]), "has shape (1,), its config asks for (2,)"),
+        ("model.layers.0.mlp.down_proj.weight_shape", torch.tensor([9, 0]), "says [9, 0], its config asks for [128,"),
+        ("model.layers.0.mlp.down_proj.weight_packed", torch.ones(128, 32), "is of type F32, must be I32"),
+        ("model.norm.weight", torch.ones(128), "is of type F32, must be F16 or BF16"),
+        (kv_tensor_name(1, "k_shift"), torch.ones(2, 64).half(), "is of type F16, must be F32"),
+    ],
+)
+def test_tensor_that_does_not_fit(
+    name: str, tensor: torch.Tensor, message: str, inspect_refused: Callable[[Path], str], damaged: Path
+) -> None:
+    edit_tensors(damaged, lambda tensors: tensors.update({name: tensor}))
+    assert inspect_refused(damaged).startswith(f"{damaged}: tensor {name} {message}")
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "first"),
+    [
+        ("qwen2", "_proj.bias", "k_proj.bias"),
+        ("qwen2", "k_proj.bias", "k_proj.bias"),
+        ("qwen3", "q_norm", "q_norm.weight"),
+    ],
+)
+def test_tensor_that_every_block_lacks(
+    family: str, part: str, first: str, inspect_refused: Callable[[Path], str], text: Path, tmp_path: Path
+) -> None:
+    model, out = tiny_model(tmp_path / "model", family, num_layers=1), tmp_path / "out"
+    assert cli.main(["quantize", str(model), str(out), "--calib-text", str(text), *ARGUMENTS]) == 0
+    assert cli.main(["inspect", str(out)]) == 0
+    edit_tensors(out, lambda tensors: [tensors.pop(n) for n in [*tensors] if part in n])
+    assert f"tensors, model.layers.0.self_attn.{first} first; quantize the model again" in inspect_refused(out)
+
+
+def test_tensor_that_nothing_asks_for(inspect_refused: Callable[[Path], str], damaged: Path) -> None:
+    name = "model.layers.1.self_attn.k_proj.bias"
+    edit_tensors(damaged, lambda tensors: tensors.update({name: torch.ones(128)}))
+    assert inspect_refused(damaged) == (
+        f"{damaged} has 1 tensors that its config does not ask for, {name} first; quantize the model again"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 5}, "quantization_config.wkvquant says number of layers 2, the model has 5; quantize"),
+        ({"num_key_value_heads": 4}, "quantization_config.wkvquant says number of KV heads 2, the model has 4;"),
+        ({"head_dim": 128}, "quantization_config.wkvquant says head size 64, the model has 128; quantize the model"),
+        ({"hidden_size": 256}, "{path}: tensor model.embed_tokens.weight has shape (256, 128), its config asks for"),
+        ({"vocab_size": "256"}, "config.json: vocab_size must be a whole number of at least 1, got '256'"),
+        ({"architectures": "Llama"}, "config.json: architectures must be a list of names, got 'Llama'"),
+        (
+            {"architectures": ["GPT"]},
+            "config.json: architecture GPT is not supported; supported: llama, mistral, qwen2,",
+        ),
+    ],
+)
+def test_config_of_another_model(
+    changes: dict[str, object], message: str, inspect_refused: Callable[[Path], str], damaged: Path
+) -> None:
+    edit_config(damaged, **changes)
+    assert inspect_refused(damaged).startswith(message.format(path=damaged))
+
+
+def test_groups_of_weights(inspect_refused: Callable[[Path], str], damaged: Path) -> None:
+    where, again = "quantization_config.config_groups", "quantize the model again"
+
+    def refused_with(change: Callable[[dict[str, Any]], object]) -> str:
+        config = json.loads((damaged / "config.json").read_text())
+        section = json.loads(json.dumps(config["quantization_config"]))
+        change(section)
+        edit_config(damaged, quantization_config=section)
+        message = inspect_refused(damaged)
+        edit_config(damaged, **config)
+        return message
+
+    def weights(**changes: object) -> str:
+        return refused_with(lambda s: s["config_groups"]["group_0"]["weights"].update(changes))
+
+    assert refused_with(lambda s: s.pop("config_groups")) == f"{where} is missing or damaged; {again}"
+    assert refused_with(lambda s: s.update(config_groups={"a": 1})) == f"{where} is missing or damaged; {again}"
+    assert refused_with(lambda s: s.update(config_groups={})) == f"{where} has 0 groups for self_attn.q_proj; {again}"
+    assert weights(num_bits=8) == f"{where}: num_bits of self_attn.q_proj must be 4, got 8; {again}"
+    assert (
+        weights(group_size=96) == f"{where}: group_size 96 of self_attn.q_proj does not divide its 128 columns; {again}"
+    )
+    assert "q_proj.weight_scale has shape (256, 1), its config asks for (256, 4)" in weights(group_size=32)
 
 
 @pytest.mark.parametrize(
@@ -692,19 +794,19 @@ def test_baseline_without_all_its_weights(
     assert eval_refused(checkpoint, copy).startswith(f"the model in {copy} cannot be loaded: Error no file named ")
 
 
-@pytest.mark.parametrize(
-    ("shape", "message"),
-    [
-        ([256, 0], "has shape (256, 0), its config asks for (256, 128)"),
-        ([256], "cannot be read: tuple index out of range"),
-    ],
-)
-def test_shape_of_a_weight(
-    shape: list[int], message: str, eval_refused: Callable[[Path, Path], str], damaged: Path, model: Path
+def test_a_damaged_checkpoint_is_not_evaluated(
+    eval_refused: Callable[[Path, Path], str], damaged: Path, model: Path
 ) -> None:
-    name = "model.layers.1.mlp.up_proj.weight"
-    edit_tensors(damaged, lambda tensors: tensors.update({f"{name}_shape": torch.tensor(shape)}))
-    assert eval_refused(damaged, model) == f"{damaged}: weight {name} {message}"
+    """It is refused as by `inspect`, before the model is scored."""
+    name = "model.layers.1.mlp.up_proj.weight_shape"
+    edit_tensors(damaged, lambda tensors: tensors.update({name: torch.tensor([256])}))
+    assert eval_refused(damaged, model) == f"{damaged}: tensor {name} has shape (1,), its config asks for (2,)"
+    section = json.loads((damaged / "config.json").read_text())["quantization_config"]
+    section["wkvquant"]["num_hidden_layers"] = 1
+    edit_config(damaged, quantization_config=section)
+    assert eval_refused(damaged, model).startswith(
+        "quantization_config.wkvquant says number of layers 1, the model has 2;"
+    )
 
 
 # -- output that nobody reads

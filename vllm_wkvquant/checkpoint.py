@@ -14,17 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vllm_wkvquant.config import ConfigError, KVCacheConfig
+from vllm_wkvquant.geometry import KV_PARAMS, KV_PREFIX, Geometry, group_sizes, kv_tensor_name, stored_tensors
 from vllm_wkvquant.reference import KVParams
 
 QUANT_METHOD = "wkvquant"
 INDEX_FILE = "model.safetensors.index.json"
-KV_PARAMS = ("k_smooth", "k_shift", "v_shift", "k_first", "v_first")
-KV_PREFIX = "wkv_"
-
-
-def kv_tensor_name(layer: int, param: str) -> str:
-    """Name of a KV tensor in the checkpoint: the path of vLLM's Attention module, then `wkv_<param>`."""
-    return f"model.layers.{layer}.self_attn.attn.{KV_PREFIX}{param}"
 
 
 def check_kv_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
@@ -156,6 +150,10 @@ class ShardedTensors:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor, from the headers of the files alone."""
+        return {name: shape for name, (_, shape) in self.headers().items()}
+
+    def headers(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Type, as safetensors calls it, and shape of every tensor, from the headers of the files alone."""
         out = {}
         for file in sorted(set(self.files.values())):
             with self._open(file) as f:
@@ -163,7 +161,8 @@ class ShardedTensors:
                 for name in (n for n, place in self.files.items() if place == file):
                     if name not in stored:
                         raise ConfigError(f"{self.path / file} lacks the tensor {name} that the index places there")
-                    out[name] = tuple(f.get_slice(name).get_shape())
+                    part = f.get_slice(name)
+                    out[name] = part.get_dtype(), tuple(part.get_shape())
         return out
 
     def get(self, names: list[str]) -> dict[str, torch.Tensor]:
@@ -224,25 +223,55 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 class Checkpoint:
-    """A wkvquant checkpoint: config, dequantized weights and validated KV parameters."""
+    """A wkvquant checkpoint: config, dequantized weights and validated KV parameters.
+
+    group_sizes: columns that share a scale, by a linear layer's path in its block.
+    """
 
     def __init__(self, path: str | Path) -> None:
+        """Raises ConfigError unless config.json with its sections and the tensors' headers are of one model."""
         self.path = Path(path)
         self.config = read_config(self.path)
         method = quant_method(self.config)
         if method != QUANT_METHOD or not isinstance(self.config["quantization_config"], dict):
             raise ConfigError(f"{path} is not a wkvquant checkpoint (quant_method {method!r})")
         self.kv = KVCacheConfig.from_dict(self.config["quantization_config"].get(QUANT_METHOD))
+        self.geometry = Geometry.of(self.config)
+        self.kv.check_model(self.geometry.head_size, self.geometry.kv_heads, self.geometry.layers)
+        of_weights = next(iter(config_groups({"": 1}).values()))["weights"]
+        del of_weights["group_size"]
+        self.group_sizes = group_sizes(self.config["quantization_config"], self.geometry, of_weights)
         self.tensors = ShardedTensors(self.path)
+        self._check_tensors()
+
+    def _check_tensors(self) -> None:
+        expected, found = stored_tensors(self.config, self.kv, self.group_sizes), self.tensors.headers()
+        again = "quantize the model again"
+        if absent := sorted(set(expected) - set(found)):
+            raise ConfigError(f"{self.path} lacks {len(absent)} tensors, {absent[0]} first; {again}")
+        if unknown := sorted(set(found) - set(expected)):
+            raise ConfigError(
+                f"{self.path} has {len(unknown)} tensors that its config does not ask for, {unknown[0]} first; {again}"
+            )
+        for name, (types, shape) in expected.items():
+            dtype, stored = found[name]
+            if stored != shape:
+                raise ConfigError(f"{self.path}: tensor {name} has shape {stored}, its config asks for {shape}")
+            if dtype not in types:
+                raise ConfigError(f"{self.path}: tensor {name} is of type {dtype}, must be {' or '.join(types)}")
+        linears = self.geometry.linears()
+        said = self.tensors.get([name for name in expected if name.endswith(".weight_shape")])
+        for name, value in said.items():
+            asked = linears[".".join(name.split(".")[3:5])]
+            if tuple(value.tolist()) != asked:
+                raise ConfigError(f"{self.path}: tensor {name} says {value.tolist()}, its config asks for {[*asked]}")
 
     def kv_tensors(self, layer: int) -> dict[str, torch.Tensor]:
-        """fp32 [num_kv_heads, head_size] by parameter name; raises ConfigError on a missing or damaged one."""
+        """fp32 [num_kv_heads, head_size] by parameter name; raises ConfigError on a damaged one."""
         shape = (self.kv.num_kv_heads, self.kv.head_size)
         out = {}
         for param in KV_PARAMS:
             name = kv_tensor_name(layer, param)
-            if name not in self.tensors:
-                raise missing_kv_tensor(name)
             out[param] = self.tensors.get([name])[name]
             check_kv_tensor(name, out[param], shape)
         return out

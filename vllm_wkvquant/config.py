@@ -127,6 +127,19 @@ class KVCacheConfig:
         if self.rope.rotary_dim > self.head_size:
             raise ConfigError(f"rotary_dim {self.rope.rotary_dim} exceeds the head size {self.head_size}")
 
+    def check_model(self, head_size: int, num_kv_heads: int, num_hidden_layers: int) -> None:
+        """Raise ConfigError where this is not the section of a model with these sizes."""
+        facts = {
+            "head size": (self.head_size, head_size),
+            "number of KV heads": (self.num_kv_heads, num_kv_heads),
+            "number of layers": (self.num_hidden_layers, num_hidden_layers),
+        }
+        for what, (ours, theirs) in facts.items():
+            if ours != theirs:
+                raise ConfigError(
+                    f"quantization_config.wkvquant says {what} {ours}, the model has {theirs}; quantize the model again"
+                )
+
     @classmethod
     def from_dict(cls, data: Any) -> "KVCacheConfig":
         """Parse `quantization_config["wkvquant"]`. Raises ConfigError."""

@@ -113,14 +113,6 @@ def load_baseline(path: Path, dtype: torch.dtype, device: str) -> PreTrainedMode
     return load_plain(path, device, dtype=dtype, attn_implementation="sdpa")
 
 
-def read_weight(ckpt: Checkpoint, name: str, quantized: bool, dtype: torch.dtype) -> torch.Tensor:
-    """`Checkpoint.weight` in `dtype`. Raises ConfigError."""
-    try:
-        return ckpt.weight(name, quantized).to(dtype)
-    except (RuntimeError, IndexError) as error:  # of its parts, which do not fit each other
-        raise ConfigError(f"{ckpt.path}: weight {name} cannot be read: {str(error).splitlines()[0]}") from error
-
-
 def load_quantized(ckpt: Checkpoint, cache: SimulatedCache, dtype: torch.dtype, device: str) -> PreTrainedModel:
     """The checkpoint's model in transformers with its weights dequantized to `dtype`, and `cache` in its attention."""
     AttentionInterface.register(ATTENTION, cache.attention)
@@ -128,17 +120,10 @@ def load_quantized(ckpt: Checkpoint, cache: SimulatedCache, dtype: torch.dtype, 
     config = load(AutoConfig, ckpt.path)
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
-    state = {name: read_weight(ckpt, name, quantized, dtype) for name, quantized in ckpt.weight_names()}
-    for name, weight in model.state_dict().items():
-        if name in state and state[name].shape != weight.shape:
-            shapes = f"has shape {tuple(state[name].shape)}, its config asks for {tuple(weight.shape)}"
-            raise ConfigError(f"{ckpt.path}: weight {name} {shapes}")
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    if unexpected:
-        raise ConfigError(f"{ckpt.path} has weights that its architecture does not know: {unexpected[:4]}")
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    if set(missing) - tied:
-        raise ConfigError(f"{ckpt.path} lacks the weights {sorted(set(missing) - tied)[:4]}")
+    state = {name: ckpt.weight(name, quantized).to(dtype) for name, quantized in ckpt.weight_names()}
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state)  # whose names and shapes `Checkpoint` has checked
     model.tie_weights()
     return model.eval().to(device)
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,10 @@ from rich.table import Table
 
 from vllm_wkvquant.checkpoint import Checkpoint, read_object
 from vllm_wkvquant.config import ConfigError
+from vllm_wkvquant.geometry import architecture_of
 from vllm_wkvquant.layout import PageLayout, token_bytes
 
 REPORT_FILE = "wkvquant.json"
-BLOCKS = "model.layers."
-IN_BLOCK = [f"self_attn.{name}_proj.weight" for name in "qkvo"]
-IN_BLOCK += [f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
-IN_BLOCK += [f"{name}_layernorm.weight" for name in ("input", "post_attention")]
 BLOCK_SIZE = 64  # tokens of the page whose bytes are shown
 
 
@@ -31,7 +27,7 @@ def inspect(path: Path) -> dict[str, Any]:
         ckpt.kv_tensors(layer)
     return {
         "checkpoint": path.absolute().name,
-        "architecture": next(iter(ckpt.config.get("architectures") or []), None),
+        "architecture": architecture_of(ckpt.config),
         "format_version": kv.format_version,
         "layout_version": kv.layout_version,
         "weights": _weights(ckpt),
@@ -46,59 +42,26 @@ def inspect(path: Path) -> dict[str, Any]:
     }
 
 
-def _check_names(ckpt: Checkpoint) -> None:
-    """Raise ConfigError where a weight is missing: what all models have, and in every block what any of them has, which
-    biases are among. transformers would know all of it, but takes seconds to import."""
-    found = {name for name, _ in ckpt.weight_names()}
-    of_blocks = {name.removeprefix(BLOCKS).partition(".")[2] for name in found if name.startswith(BLOCKS)}
-    expected = {f"{BLOCKS}{i}.{name}" for i in range(ckpt.kv.num_hidden_layers) for name in of_blocks.union(IN_BLOCK)}
-    expected |= {"model.embed_tokens.weight", "model.norm.weight"}
-    if not ckpt.config.get("tie_word_embeddings"):
-        expected.add("lm_head.weight")
-    missing = sorted(expected - found)
-    if missing:
-        raise ConfigError(f"{ckpt.path} lacks {len(missing)} weights, {missing[0]} first; quantize the model again")
-
-
 def _weights(ckpt: Checkpoint) -> dict[str, Any]:
-    _check_names(ckpt)
-    shapes = ckpt.tensors.shapes()
-    quantized_elements = quantized_bytes = other_bytes = 0
-    groups: dict[str, int] = {}
+    quantized_bytes = other_bytes = 0
     for name, quantized in ckpt.weight_names():
-        if not quantized:
-            tensor = ckpt.tensors.get([name])[name]
-            if not bool(torch.isfinite(tensor).all()):
-                raise ConfigError(f"tensor {name} contains NaN or infinity; the checkpoint is damaged, quantize again")
-            other_bytes += tensor.numel() * tensor.element_size()
-            continue
-        base = name.removesuffix("weight")
-        suffixes = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
-        tensors = ckpt.tensors.get([base + s for s in suffixes])
-        out, cols = tensors[base + "weight_shape"].tolist()
-        scale = tensors[base + "weight_scale"]
-        expected = {
-            "weight_packed": (out, math.ceil(cols / 8)),
-            "weight_scale": (out, scale.shape[-1]),
-            "weight_zero_point": (math.ceil(out / 8), scale.shape[-1]),
-            "weight_shape": (2,),
-        }
-        for suffix, shape in expected.items():
-            if shapes[base + suffix] != shape:
-                raise ConfigError(f"tensor {base + suffix} has shape {shapes[base + suffix]}, expected {shape}")
-        if not bool(torch.isfinite(scale).all()):
-            raise ConfigError(f"tensor {base}weight_scale contains NaN or infinity; the checkpoint is damaged")
-        groups[base[:-1].rpartition(".")[2]] = cols // scale.shape[-1]
-        quantized_elements += out * cols
-        quantized_bytes += sum(tensors[base + s].numel() * tensors[base + s].element_size() for s in suffixes[:3])
-    if not quantized_elements:
-        raise ConfigError(f"{ckpt.path} has no quantized weights")
+        suffixes = ("_packed", "_scale", "_zero_point") if quantized else ("",)
+        tensors = ckpt.tensors.get([name + suffix for suffix in suffixes])
+        for part, tensor in tensors.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise ConfigError(f"tensor {part} contains NaN or infinity; the checkpoint is damaged, quantize again")
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        if quantized:
+            quantized_bytes += size
+        else:
+            other_bytes += size
+    quantized_elements = ckpt.geometry.layers * sum(out * columns for out, columns in ckpt.geometry.linears().values())
     return {
         "quantized_parameters": quantized_elements,
         "quantized_bytes": quantized_bytes,
         "bits_per_quantized_weight": 8 * quantized_bytes / quantized_elements,
         "other_bytes": other_bytes,
-        "group_sizes": groups,
+        "group_sizes": {linear.rpartition(".")[2]: size for linear, size in ckpt.group_sizes.items()},
     }
 
 

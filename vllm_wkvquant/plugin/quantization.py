@@ -214,16 +214,7 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
 
     def _check(self, layer: Any, vllm_config: Any) -> None:
         kv, model, parallel = self.quant_config.kv, vllm_config.model_config, vllm_config.parallel_config
-        facts = {
-            "head size": (kv.head_size, layer.head_size),
-            "number of KV heads": (kv.num_kv_heads, model.get_total_num_kv_heads()),
-            "number of layers": (kv.num_hidden_layers, model.get_total_num_hidden_layers()),
-        }
-        for what, (ours, theirs) in facts.items():
-            if ours != theirs:
-                raise ConfigError(
-                    f"quantization_config.wkvquant says {what} {ours}, the model has {theirs}; quantize the model again"
-                )
+        kv.check_model(layer.head_size, model.get_total_num_kv_heads(), model.get_total_num_hidden_layers())
         unsupported = {
             "values of another size than keys": getattr(layer, "head_size_v", layer.head_size) != layer.head_size,
             "prefix-LM attention": bool(getattr(layer, "use_mm_prefix", False)),

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from vllm_wkvquant.checkpoint import ShardedTensors, check_plain, read_config
 from vllm_wkvquant.config import ConfigError
+from vllm_wkvquant.geometry import architecture_of
 from vllm_wkvquant.layout import HEAD_SIZES
 from vllm_wkvquant.rope import check_rope, rope_config
 
@@ -48,7 +49,7 @@ FAMILIES = {
 
 def check_supported(path: Path, config: dict[str, Any]) -> Family:
     """The family of a raw config.json. Raises ConfigError for a model that cannot be quantized, naming the reason."""
-    architecture = next(iter(config.get("architectures") or []), None)
+    architecture = architecture_of(config)
     if architecture not in FAMILIES:
         raise ConfigError(f"architecture {architecture} of {path} is not supported; supported: {', '.join(FAMILIES)}")
     check_plain(path, config)
