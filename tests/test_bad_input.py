@@ -258,6 +258,19 @@ def test_unknown_tensor(refused: Callable[..., str], copy: Path) -> None:
     assert refused(copy) == f"{copy} has tensors that its architecture does not know, model.layers.1.mlp.extra first"
 
 
+def test_head_beside_a_tied_one(refused: Callable[..., str], tmp_path: Path, text: Path) -> None:
+    """Which of the two counts differs between readers, unless they are the same."""
+    model, out = tiny_model(tmp_path / "tied", num_layers=1, tie_word_embeddings=True), tmp_path / "fine"
+    name, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    edit_tensors(model, lambda tensors: tensors.update({name: tensors[embedding] + 1}))
+    assert refused(model) == (
+        f"{model}: tensor {name} is not the embedding, and its config has tie_word_embeddings; set that to false, or "
+        f"delete the tensor"
+    )
+    edit_tensors(model, lambda tensors: tensors.update({name: tensors[embedding].clone()}))
+    assert cli.main(["quantize", str(model), str(out), "--calib-text", str(text), *ARGUMENTS]) == 0
+
+
 def test_truncated_weights(refused: Callable[..., str], copy: Path) -> None:
     file = copy / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])

@@ -154,9 +154,18 @@ class ModelAdapter:
             raise ConfigError(f"tensor {name} of {self.path} contains NaN or infinity; give a sound model")
 
     def check_outer(self) -> None:
-        """`check_finite` of all tensors outside the blocks."""
+        """`check_finite` of all tensors outside the blocks. Raises ConfigError for a head beside a tied one, too."""
         for name in self.outer_names():
             self.check_finite(name)
+        names = [f"{self.family.embedding}.weight", f"{self.family.head}.weight"]
+        if self.tied and names[1] in self.tensors:
+            # transformers takes it, vLLM the embedding
+            embedding, head = self.tensors.get(names).values()
+            if not torch.equal(embedding, head):
+                raise ConfigError(
+                    f"{self.path}: tensor {names[1]} is not the embedding, and its config has tie_word_embeddings; set "
+                    f"that to false, or delete the tensor"
+                )
 
     def block_prefix(self, layer: int) -> str:
         """Prefix of a decoder block's tensors, with its dot."""
