@@ -237,6 +237,8 @@ def test_positions_that_are_not_indices(key: str, refused: Callable[..., str], c
     assert refused(copy) == "rotary embedding 'longrope' is not supported: its frequencies change with the length"
     edit_config(copy, **{key: {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}})
     assert refused(copy) == "partial_rotary_factor 0.5 is not supported: these models rotate all of a head"
+    edit_config(copy, **{key: {"rope_type": "default", "rope_theta": 1e4}, "partial_rotary_factor": 0.5})
+    assert refused(copy) == "partial_rotary_factor 0.5 is not supported: these models rotate all of a head"
     edit_config(copy, **{key: {"type": "spiral", "rope_type": "spiral", "rope_theta": 1e4}})
     assert refused(copy) == ("rotary embedding 'spiral' is not supported; supported: default, linear, llama3, yarn")
 

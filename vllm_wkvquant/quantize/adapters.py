@@ -96,6 +96,7 @@ class ModelAdapter:
                 f"{path}/config.json is not a valid model config: {' '.join(str(error).split())}"
             ) from error
         config = self.config
+        check_rope(config.rope_parameters)  # where transformers has gathered keys from elsewhere in config.json
         self.num_layers = int(config.num_hidden_layers)
         self.num_heads = int(config.num_attention_heads)
         self.num_kv_heads = int(config.num_key_value_heads)
