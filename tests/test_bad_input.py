@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from vllm_wkvquant import cli
 from vllm_wkvquant.checkpoint import INDEX_FILE, KV_PARAMS, kv_tensor_name
+from vllm_wkvquant.config import reason_of
 from vllm_wkvquant.quantize.files import WriteError
 from vllm_wkvquant.quantize.state import RunState
 
@@ -164,7 +165,11 @@ def test_model_in_another_format(refused: Callable[..., str], copy: Path) -> Non
 def test_config_of_other_types(refused: Callable[..., str], copy: Path) -> None:
     edit_config(copy, num_hidden_layers="two")
     assert refused(copy).startswith(f"{copy}/config.json is not a valid model config: ")
-    edit_config(copy, num_hidden_layers=2, quantization_config="gptq")
+    edit_config(copy, num_hidden_layers=2, hidden_act="nope")
+    assert refused(copy) == f"{copy}/config.json is not a valid model config: KeyError 'nope'"
+    edit_config(copy, hidden_act="silu", rope_scaling="linear")
+    assert refused(copy) == "rotary embedding 'linear' in config.json must be an object"
+    edit_config(copy, rope_scaling=None, quantization_config="gptq")
     assert refused(copy) == f"{copy} is already quantized (gptq); give the model with its 16-bit weights"
 
 
@@ -283,6 +288,13 @@ def test_tokenizer(refused: Callable[..., str], copy: Path) -> None:
     for file in copy.glob("tokenizer*"):
         file.unlink()
     assert refused(copy).startswith(f"the tokenizer of {copy} cannot be loaded: ")
+
+
+def test_reason_of_several_lines() -> None:
+    assert reason_of(OSError("one\n  two")) == "one two"
+    assert reason_of(TimeoutError()) == "TimeoutError"
+    assert reason_of(KeyError("model_type")) == "KeyError 'model_type'"
+    assert len(reason_of(ValueError("word " * 1000))) <= 600
 
 
 def test_output_not_empty(refused: Callable[..., str], model: Path, tmp_path: Path) -> None:

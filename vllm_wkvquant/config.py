@@ -6,6 +6,7 @@ The JSON form lives in `config.json` under `quantization_config["wkvquant"]` (do
 import dataclasses
 import math
 import reprlib
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,19 @@ from typing import Any
 from vllm_wkvquant.layout import HEAD_SIZES, LAYOUT_VERSION
 
 FORMAT_VERSION = 1
+MAX_REASON = 600  # characters; transformers lists all models that it knows
 KEY_SHIFTS = ("rotating", "static", "none")
 
 
 class ConfigError(ValueError):
     """A checkpoint or an argument that this package refuses; the message says what to do."""
+
+
+def reason_of(error: Exception) -> str:
+    """What an exception of another package says, on one line."""
+    kind = type(error).__name__
+    text = textwrap.shorten(str(error), MAX_REASON, placeholder=" ...")
+    return f"{kind} {text}".strip() if isinstance(error, KeyError) or not text else text  # whose text is a key
 
 
 def _is_number(value: Any) -> bool:

@@ -29,7 +29,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from vllm_wkvquant import reference
 from vllm_wkvquant.checkpoint import Checkpoint, check_plain, read_config
-from vllm_wkvquant.config import ConfigError
+from vllm_wkvquant.config import ConfigError, reason_of
 from vllm_wkvquant.device import check_device, device_name
 from vllm_wkvquant.hub import find_model
 from vllm_wkvquant.layout import token_bytes
@@ -91,7 +91,7 @@ def load(kind: Any, folder: Path, **options: Any) -> Any:
     try:
         return kind.from_pretrained(folder, **options)
     except Exception as error:  # transformers, its hub and safetensors have many kinds, which have no common base
-        raise ConfigError(f"the model in {folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"the model in {folder} cannot be loaded: {reason_of(error)}") from error
 
 
 def load_plain(folder: Path, device: str, **options: Any) -> Any:

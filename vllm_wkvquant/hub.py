@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from vllm_wkvquant.config import ConfigError
+from vllm_wkvquant.config import ConfigError, reason_of
 
 WEIGHTS = "*.safetensors"
 OTHERS = ["*.json", "*.jinja", "*.txt", "*.model"]  # config, index, tokenizer
@@ -25,8 +25,9 @@ def find_model(model: Path, check: Callable[[Path], object] = lambda folder: Non
         try:
             return Path(snapshot_download(name, allow_patterns=[*OTHERS, *patterns], ignore_patterns="*/*"))
         except Exception as error:  # of the hub, its HTTP library or the file system: they have no common base
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"{name} is no directory here and cannot be had from the hub: {reason}") from error
+            raise ConfigError(
+                f"{name} is no directory here and cannot be had from the hub: {reason_of(error)}"
+            ) from error
 
     check(download())
     return download(WEIGHTS)

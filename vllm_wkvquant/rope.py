@@ -11,9 +11,11 @@ from vllm_wkvquant.config import ConfigError, RopeConfig
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
-def check_rope(rope: dict[str, Any]) -> None:
+def check_rope(rope: Any) -> None:
     """Raise ConfigError for one whose angles are no fixed multiples of the index in the sequence, or that leaves a part
     of a head as it is."""
+    if not isinstance(rope, dict):
+        raise ConfigError(f"rotary embedding {rope!r} in config.json must be an object")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if "mrope_section" in rope or kind == "mrope":
         raise ConfigError(

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from vllm_wkvquant.config import ConfigError
+from vllm_wkvquant.config import ConfigError, reason_of
 
 
 def load_tokenizer(model: Path) -> Any:
@@ -13,8 +13,7 @@ def load_tokenizer(model: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model)
     except Exception as error:  # transformers raises anything here: OSError, ValueError, KeyError, the Rust side's own
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"the tokenizer of {model} cannot be loaded: {reason}") from error
+        raise ConfigError(f"the tokenizer of {model} cannot be loaded: {reason_of(error)}") from error
 
 
 def prefix_of(tokenizer: Any) -> list[int]:

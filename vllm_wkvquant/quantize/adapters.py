@@ -1,6 +1,8 @@
 """What the quantizer needs to know of a model family, and the models it refuses before any long work."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from vllm_wkvquant.checkpoint import ShardedTensors, check_plain, read_config
-from vllm_wkvquant.config import ConfigError
+from vllm_wkvquant.config import ConfigError, reason_of
 from vllm_wkvquant.geometry import architecture_of
 from vllm_wkvquant.layout import HEAD_SIZES
 from vllm_wkvquant.rope import check_rope, rope_config
@@ -76,6 +78,15 @@ def group_size(in_features: int) -> int | None:
     return next((g for g in GROUP_SIZES if in_features % g == 0), None)
 
 
+@contextlib.contextmanager
+def fields_that_fit(path: Path) -> Iterator[None]:
+    """Turns what transformers says of a field of config.json into a ConfigError."""
+    try:
+        yield
+    except Exception as error:  # transformers, huggingface_hub and torch have many kinds for a field that does not fit
+        raise ConfigError(f"{path}/config.json is not a valid model config: {reason_of(error)}") from error
+
+
 class ModelAdapter:
     """A model on disk: its geometry, the names of its tensors, and its modules without weights.
 
@@ -89,12 +100,8 @@ class ModelAdapter:
         self.raw_config = read_config(path)
         self.family = check_supported(path, self.raw_config)
         self.tensors = ShardedTensors(path)
-        try:
+        with fields_that_fit(path):
             self.config: PreTrainedConfig = AutoConfig.from_pretrained(path)
-        except Exception as error:  # transformers and huggingface_hub have many kinds for a field that does not fit
-            raise ConfigError(
-                f"{path}/config.json is not a valid model config: {' '.join(str(error).split())}"
-            ) from error
         config = self.config
         check_rope(config.rope_parameters)  # where transformers has gathered keys from elsewhere in config.json
         self.num_layers = int(config.num_hidden_layers)
@@ -107,7 +114,7 @@ class ModelAdapter:
         # of the tensors that stay 16-bit, and of the scales; a model in fp32 is stored in bf16. The skeleton below sets
         # the config's dtype to its own.
         self.dtype = config.dtype if config.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
-        with torch.device("meta"):
+        with fields_that_fit(path), torch.device("meta"):
             self.skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation=attention
             )
