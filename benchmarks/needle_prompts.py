@@ -70,7 +70,8 @@ class Prompts:
     def __init__(self, model: Path, text: Path, digits: int = 7) -> None:
         """Raises ConfigError where the tokenizer or the text cannot be read."""
         self.tokenizer = load_tokenizer(model)
-        self.tokens, prefix = read_tokens(model, text, "--text")
+        tokens, prefix = read_tokens(model, text, "--text")
+        self.tokens = list(tokens)
         ends = {t for t in set(self.tokens) if self.tokenizer.decode([t]).rstrip(" ").endswith((".", "\n"))}
         self.sentences = [0, *(i + 1 for i, t in enumerate(self.tokens) if t in ends)]
         self.digits = digits

@@ -34,7 +34,7 @@ def test_texts_are_likely_to_the_model(smollm2, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(smollm2.path, dtype=torch.float32)
 
     def loss(tokens: list[int]) -> float:
-        row = torch.tensor([tokens[:90]])
+        row = torch.tensor([[*tokens[:90]]])
         return model(row, labels=row).loss.item()
 
     shuffled = [ids[i] for i in torch.randperm(len(ids), generator=torch.Generator().manual_seed(0)).tolist()]

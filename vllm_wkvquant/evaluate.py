@@ -137,7 +137,7 @@ def read_windows(tokenizer_path: Path, text: Path, window: int, count: int) -> l
             f"{text} has {len(ids)} tokens, fewer than {count} windows of {window}; give a longer text or --windows 0"
         )
     stop = count * own if count else len(ids)
-    windows = [w for w in (prefix + ids[i : min(i + own, stop)] for i in range(0, stop, own)) if len(w) > 1]
+    windows = [w for w in ([*prefix, *ids[i : min(i + own, stop)]] for i in range(0, stop, own)) if len(w) > 1]
     if not windows:
         raise ConfigError(f"{text} has {len(ids)} tokens, of which none can be scored; give a longer text")
     return windows

@@ -1,11 +1,17 @@
 """Text of a local file as tokens of a model."""
 
+import re
+from array import array
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from vllm_wkvquant.config import ConfigError, reason_of
+
+PIECE = 1 << 20  # characters tokenized at once, for which a tokenizer takes more than 100 bytes each
+CUT = re.compile(r"\n(?=\S)")
 
 
 def load_tokenizer(model: Path) -> Any:
@@ -23,17 +29,33 @@ def prefix_of(tokenizer: Any) -> list[int]:
     return special[: special.index(plain[0])] if plain and plain[0] in special else []
 
 
-def read_tokens(model: Path, file: Path, what: str) -> tuple[list[int], list[int]]:
-    """Tokens of a UTF-8 file without special ones, and `prefix_of` the tokenizer.
+def pieces_of(content: str) -> Iterator[str]:
+    """`content` in pieces of PIECE characters and what is left of the line, which ends before a line that is not blank
+    or indented: there a tokenizer begins afresh, or nearly."""
+    begin = 0
+    while begin < len(content):
+        cut = CUT.search(content, begin + PIECE)
+        end = cut.end() if cut else len(content)
+        yield content[begin:end]
+        begin = end
+
+
+def read_tokens(model: Path, file: Path, what: str) -> tuple[array, list[int]]:
+    """Tokens of a UTF-8 file, of which special ones are those that it spells out, and `prefix_of` the tokenizer.
 
     what: name of the file in errors. Raises ConfigError.
     """
-    if not file.is_file():
-        fault = "is not a regular file" if file.exists() else "does not exist"
-        raise ConfigError(f"{what} {file} {fault}; give a UTF-8 text file")
     try:
+        if not file.is_file():
+            fault = "is not a regular file" if file.exists() else "does not exist"
+            raise ConfigError(f"{what} {file} {fault}; give a UTF-8 text file")
         content = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{what} {file} is not UTF-8: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{what} {file} cannot be read: {error.strerror}") from error
     tokenizer = load_tokenizer(model)
-    return tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"], prefix_of(tokenizer)
+    ids, prefix = array("i"), prefix_of(tokenizer)
+    for piece in pieces_of(content):
+        ids.extend(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
+    return ids, prefix

@@ -59,7 +59,7 @@ def draw(model: Path, text: Path, samples: int, seq_len: int, seed: int) -> tupl
             f"give a longer text, or lower --samples or --seq-len"
         )
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:samples].tolist()
-    return torch.tensor([prefix + ids[i * own : (i + 1) * own] for i in order]), prefix
+    return torch.tensor([[*prefix, *ids[i * own : (i + 1) * own]] for i in order]), prefix
 
 
 def read_windows(
