@@ -14,7 +14,7 @@ import pytest
 import torch
 from models import contents, save_text, tiny_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from vllm_wkvquant import cli, self_text
 from vllm_wkvquant.quantize import launch, plan
@@ -177,6 +177,16 @@ def test_a_model_is_quantized_on_both(tmp_path: Path, capsys) -> None:
     assert (settings["samples"], settings["own_samples"]) == (9, 5)
     page = (tmp_path / "out" / "report.html").read_text()
     assert "9 windows of 48 tokens, 5 of them written by the model, 2 held out" in page
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It begins with those that both have: of 10256 none of the added ones."""
+    model, own = tiny_model(tmp_path / "model", num_layers=1), tmp_path / "own.txt"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens([f"<{i}>" for i in range(10000)])
+    tokenizer.save_pretrained(model)
+    assert run(model, own, "--tokens", 64, "--length", 8) == 0
+    assert len(own.read_text()) > 32
 
 
 @pytest.mark.parametrize("given", [False, True])

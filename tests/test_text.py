@@ -4,9 +4,10 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from models import tiny_model
+from models import save_text, tiny_model
+from transformers import AutoTokenizer
 
-from vllm_wkvquant import text
+from vllm_wkvquant import cli, text
 from vllm_wkvquant.text import load_tokenizer, pieces_of, read_tokens
 
 
@@ -49,6 +50,27 @@ def test_memory_of_tokens(model: Path, tmp_path: Path, monkeypatch: pytest.Monke
     tracemalloc.stop()
     assert len(ids) == len(content)
     assert peak < 12 * len(content)
+
+
+def test_a_token_that_the_model_does_not_have(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only where the text has it."""
+    more, file = tmp_path / "more", save_text(tmp_path / "text.txt")
+    more.mkdir()
+    for part in model.iterdir():
+        (more / part.name).write_bytes(part.read_bytes())
+    tokenizer = AutoTokenizer.from_pretrained(more)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(more)
+    options = ["--samples", "4", "--seq-len", "32", "--recipe", "rtn"]
+    assert cli.main(["quantize", str(more), str(tmp_path / "fine"), "--calib-text", str(file), *options]) == 0
+    file.write_text(f"<extra>{file.read_text()}")
+    reason = f"has the token '<extra>', number 256, and {more} embeddings of 256; enlarge its embedding"
+    assert cli.main(["quantize", str(more), str(tmp_path / "out"), "--calib-text", str(file), *options]) == 2
+    assert f"error: calibration text {file} {reason}" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))
+    command = ["eval", str(tmp_path / "fine"), "--baseline", str(more), "--text", str(file), "--window", "32"]
+    assert cli.main(command) == 2
+    assert f"error: text {file} {reason}" in capsys.readouterr().err
 
 
 def test_special_tokens_that_are_spelled_out(smollm2, tmp_path: Path) -> None:

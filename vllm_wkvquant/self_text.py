@@ -26,7 +26,7 @@ from vllm_wkvquant.evaluate import load, load_plain
 from vllm_wkvquant.hub import find_model
 from vllm_wkvquant.quantize.files import WriteError, lock
 from vllm_wkvquant.quantize.plan import check_seed
-from vllm_wkvquant.text import load_tokenizer, prefix_of, read_tokens
+from vllm_wkvquant.text import check_known, load_tokenizer, prefix_of, read_tokens
 
 BATCH = 16  # texts at a time on a CPU
 MAX_BATCH = 128  # on a GPU, which takes hardly longer for more, as far as this share of it holds their keys and values
@@ -77,8 +77,10 @@ def write(folder: Path, length: int, rows: list[int], done: int, seed: int, devi
     dtype = "auto" if device.startswith("cuda") else torch.float32
     model = load_plain(folder, device, dtype=dtype)
     prefix = torch.tensor(prefix_of(tokenizer), dtype=torch.long)
+    check_known(prefix.tolist(), folder, tokenizer, "what the tokenizer puts before a text")
     special = set(tokenizer.all_special_ids)
-    first = torch.tensor([i for i in range(len(tokenizer)) if i not in special])
+    known = min(len(tokenizer), model.config.get_text_config().vocab_size)  # either may have more than the other
+    first = torch.tensor([i for i in range(known) if i not in special])
     for number in range(done, len(rows)):
         torch.manual_seed(((seed << 20) + number) % 2**63)  # so that a batch is the same whoever wrote those before it
         starts = first[torch.randint(len(first), (rows[number], 1))]

@@ -2,12 +2,13 @@
 
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
+from vllm_wkvquant.checkpoint import read_config
 from vllm_wkvquant.config import ConfigError, reason_of
 
 PIECE = 1 << 20  # characters tokenized at once, for which a tokenizer takes more than 100 bytes each
@@ -27,6 +28,18 @@ def prefix_of(tokenizer: Any) -> list[int]:
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     special = tokenizer("a")["input_ids"]
     return special[: special.index(plain[0])] if plain and plain[0] in special else []
+
+
+def check_known(ids: Iterable[int], model: Path, tokenizer: Any, where: str) -> None:
+    """Raise ConfigError for a token that the model has no embedding for: a tokenizer may have been given more."""
+    if not (model / "config.json").is_file():  # of a tokenizer alone
+        return
+    size, last = read_config(model).get("vocab_size"), max(ids, default=0)
+    if isinstance(size, int) and last >= size:
+        raise ConfigError(
+            f"{where} has the token {tokenizer.decode([last])!r}, number {last}, and {model} embeddings of {size}; "
+            f"enlarge its embedding (resize_token_embeddings), or use the tokenizer that it was trained with"
+        )
 
 
 def pieces_of(content: str) -> Iterator[str]:
@@ -58,4 +71,6 @@ def read_tokens(model: Path, file: Path, what: str) -> tuple[array, list[int]]:
     ids, prefix = array("i"), prefix_of(tokenizer)
     for piece in pieces_of(content):
         ids.extend(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
+    check_known(ids, model, tokenizer, f"{what} {file}")
+    check_known(prefix, model, tokenizer, "what the tokenizer puts before a text")
     return ids, prefix
