@@ -839,11 +839,41 @@ def test_a_damaged_checkpoint_is_not_evaluated(
 # -- output that nobody reads
 
 
-def test_broken_pipe(checkpoint: Path) -> None:
-    """Neither a traceback nor what Python says at its end of what it could not flush."""
+def unread(arguments: list[str], *streams: str) -> tuple[int, str, str]:
+    """Status of `wkvquant` and what it wrote to the others than these streams, whose reader has gone."""
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "vllm_wkvquant.cli", "inspect", str(checkpoint), "--json"]
-    run = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    to = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | dict.fromkeys(streams, writer)
+    command = [sys.executable, "-m", "vllm_wkvquant.cli", *arguments]
+    run = subprocess.run(command, text=True, timeout=300, **to)  # type: ignore[call-overload]
     os.close(writer)
-    assert (run.returncode, run.stderr) == (141, "")
+    return run.returncode, run.stdout or "", run.stderr or ""
+
+
+@pytest.mark.parametrize("option", [["--json"], []])
+def test_unread_result(option: list[str], checkpoint: Path) -> None:
+    """Neither a traceback nor what Python says at its end of what it could not flush."""
+    assert unread(["inspect", str(checkpoint), *option], "stdout") == (141, "", "")
+
+
+def test_unread_evaluation(checkpoint: Path, model: Path, text: Path) -> None:
+    command = ["eval", str(checkpoint), "--baseline", str(model), "--text", str(text), "--window", "32"]
+    status, _, said = unread([*command, "--windows", "1"], "stdout")
+    assert (status, "Traceback" in said) == (141, False)
+
+
+@pytest.mark.parametrize("streams", [["stdout"], ["stdout", "stderr"]])
+def test_unread_progress(streams: list[str], checkpoint: Path, model: Path, text: Path, tmp_path: Path) -> None:
+    """The checkpoint is what a run is for: it is written, and the status says so."""
+    out = tmp_path / "out"
+    command = ["quantize", str(model), str(out), "--calib-text", str(text), *ARGUMENTS]
+    status, _, said = unread(command, *streams)
+    assert (status, "Traceback" in said) == (0, False)
+    assert contents(out) == contents(checkpoint)
+    own = ["write-text", str(model), str(tmp_path / "own.txt"), "--tokens", "8", "--length", "8"]
+    assert unread(own, *streams)[0] == 0
+    assert (tmp_path / "own.txt").is_file()
+
+
+def test_unread_refusal(tmp_path: Path) -> None:
+    assert unread(["inspect", str(tmp_path / "no")], "stdout", "stderr")[0] == 2

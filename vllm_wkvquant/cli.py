@@ -1,7 +1,6 @@
 """The `wkvquant` command: quantize | write-text | inspect | eval."""
 
 import argparse
-import os
 import re
 import sys
 import time
@@ -9,12 +8,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import vllm_wkvquant
 from vllm_wkvquant.config import ConfigError
+from vllm_wkvquant.output import Notes, complain, to_nowhere
 from vllm_wkvquant.quantize.recipes import DEFAULT, RECIPES
 
 if TYPE_CHECKING:
@@ -169,7 +168,7 @@ def run_quantize(args: argparse.Namespace) -> int:
         seq_len, count = preflight_without_text(settings), args.own_samples or args.samples
         own_text = self_text.text_for(args.out, model, count, seq_len, args.seed, args.device)
         settings = replace(settings, own_text=own_text) if args.own_samples else replace(settings, calib_text=own_text)
-    console = Console(stderr=True)
+    console, out = Notes(stderr=True), Notes()
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -196,7 +195,7 @@ def run_quantize(args: argparse.Namespace) -> int:
                 left = f"{duration((total - done) * (now - first[1]) / (done - first[0]))} left"
             bar.update(task, description=f"blocks {note}", completed=done, total=total, left=left)
             if not console.is_terminal:  # a log: one line a block
-                print(*filter(None, (f"block {done}/{total}", note, left)), file=sys.stderr, flush=True)
+                console.say(" ".join(filter(None, (f"block {done}/{total}", note, left))))
 
         report = launch.run(settings, progress, announce)
     if not report:
@@ -207,19 +206,19 @@ def run_quantize(args: argparse.Namespace) -> int:
     for name, row in report["candidates"].items():
         style = "bold" if name == report["smoothing"] else None
         table.add_row(name, f"{row['kl']:.5f}", f"{row['kl_se']:.5f}", style=style)
-    Console().print(table)
+    out.print(table)
     if report["weights"]:
         w = report["weights"]
-        Console().print(f"KL(16-bit || 4-bit weights) there {w['kl']:.5f} (se {w['kl_se']:.5f})", highlight=False)
+        out.print(f"KL(16-bit || 4-bit weights) there {w['kl']:.5f} (se {w['kl_se']:.5f})", highlight=False)
     if report["tuning"]:
         w, c, b = (report["tuning"][name] for name in ("weights", "cache", "both"))
-        Console().print(
+        out.print(
             f"tuned all together: KL(16-bit || 4-bit weights) {w['kl']:.5f}, KL(16-bit cache || 4-bit cache) "
             f"{c['kl']:.5f}, KL(16-bit || 4-bit weights and cache) {b['kl']:.5f}",
             highlight=False,
         )
     without = f", without {report['left_out']}, which did not fit in memory" if report["left_out"] else ""
-    Console().print(f"{settings.out}: {report['smoothing']} chosen{without}", highlight=False, soft_wrap=True)
+    out.say(f"{settings.out}: {report['smoothing']} chosen{without}")
     return 0
 
 
@@ -314,14 +313,14 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()  # here, where it is known what to do if nobody reads
         return status
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+        to_nowhere(sys.stdout)
         return 141  # as SIGPIPE ends others
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return 2
     except KeyboardInterrupt:
         more = "; the same command goes on with --resume" if args.run is run_quantize else ""
-        print(f"interrupted{more}", file=sys.stderr)
+        complain(f"interrupted{more}")
         return 130
 
 

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.utils.logging import disable_progress_bar
 
 from vllm_wkvquant import reference
 from vllm_wkvquant.checkpoint import Checkpoint, check_plain, read_config
@@ -33,6 +33,7 @@ from vllm_wkvquant.config import ConfigError, reason_of
 from vllm_wkvquant.device import check_device, device_name
 from vllm_wkvquant.hub import find_model
 from vllm_wkvquant.layout import token_bytes
+from vllm_wkvquant.output import Notes, Result
 from vllm_wkvquant.past_only import past_only_attention
 from vllm_wkvquant.reference import Simulation, fake_quantize
 from vllm_wkvquant.text import read_tokens
@@ -88,6 +89,8 @@ class SimulatedCache:
 
 def load(kind: Any, folder: Path, **options: Any) -> Any:
     """`kind.from_pretrained`. Raises ConfigError."""
+    if not sys.stderr.isatty():  # nor does loading fail where nobody reads its bars
+        disable_progress_bar()
     try:
         return kind.from_pretrained(folder, **options)
     except Exception as error:  # transformers, its hub and safetensors have many kinds, which have no common base
@@ -162,7 +165,7 @@ def check_same(path: Path, config: dict[str, Any], model: dict[str, Any]) -> Non
 
 def progress(items: list[list[int]], what: str) -> Iterator[list[int]]:
     """The items, with a bar on stderr."""
-    yield from track(items, description=what, console=Console(stderr=True), transient=True)
+    yield from track(items, description=what, console=Notes(stderr=True), transient=True)
 
 
 @torch.inference_mode()
@@ -377,7 +380,7 @@ def main(args: argparse.Namespace) -> int:
     for name in ("fp16", "w4", "w4kv4"):
         against_w4 = cell("w4kv4_vs_w4") if name == "w4kv4" else ""
         table.add_row(name.upper(), f"{result[f'{name}_ppl']:.3f}", cell(f"{name}_vs_fp16"), against_w4)
-    console = Console()
+    console = Result()
     console.print(table)
     kl = f"{result['kl_w4']:.4f} ± {result['kl_w4_se']:.4f}"
     console.print(f"KL(W4 || W4KV4) {kl}, {result['kv_bits_per_element']} bits per KV element")

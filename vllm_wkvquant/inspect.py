@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from vllm_wkvquant.checkpoint import Checkpoint, read_object
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.geometry import architecture_of
 from vllm_wkvquant.layout import PageLayout, token_bytes
+from vllm_wkvquant.output import Result
 
 REPORT_FILE = "wkvquant.json"
 BLOCK_SIZE = 64  # tokens of the page whose bytes are shown
@@ -141,7 +141,7 @@ def main(args: argparse.Namespace) -> int:
         rows["KL on calibration text"] = f"{chosen['kl']:.5f} (se {chosen['kl_se']:.5f})"
     for name, value in rows.items():
         table.add_row(name, value)
-    console = Console()
+    console = Result()
     console.print(table)
     if "layers" in result:
         before = ", before all blocks were tuned together; shifts as written" if result["tuning"] else ""

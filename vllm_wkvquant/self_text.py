@@ -24,6 +24,7 @@ from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.device import check_device
 from vllm_wkvquant.evaluate import load, load_plain
 from vllm_wkvquant.hub import find_model
+from vllm_wkvquant.output import Notes
 from vllm_wkvquant.quantize.files import WriteError, lock
 from vllm_wkvquant.quantize.plan import check_seed
 from vllm_wkvquant.text import check_known, load_tokenizer, prefix_of, read_tokens
@@ -143,7 +144,8 @@ def write_file(file: Path, model: Path, tokens: int, length: int, batch: int, se
             if file.exists():
                 raise ConfigError(f"{file} exists; another process has just written it")
             new = write(model, length, rows, len(batches), seed, device)
-            for texts in track(new, "writing", total=len(rows), completed=len(batches)):
+            console = Notes(stderr=True)
+            for texts in track(new, "writing", total=len(rows), completed=len(batches), console=console):
                 batches.append(texts)
                 lines.write(json.dumps(texts) + "\n")
                 lines.flush()
@@ -183,5 +185,5 @@ def main(args: argparse.Namespace) -> int:
     check(args)
     batch = args.batch or batch_for(args.model, args.length, args.device)
     texts = write_file(args.file, args.model, args.tokens, args.length, batch, args.seed, args.device)
-    print(f"{args.file}: {texts} texts of {args.length} tokens")
+    Notes().say(f"{args.file}: {texts} texts of {args.length} tokens")
     return 0
