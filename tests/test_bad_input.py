@@ -536,6 +536,70 @@ def test_disk_full(where: str, model: Path, checkpoint: Path, text: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ("mkdir", "out.wkvquant-partial"),
+        ("mkdir", "checkpoint"),
+        ("mkdir", "additional_chat_templates"),
+        ("rename", "shard-00001"),
+        ("replace", "checkpoint"),
+    ],
+)
+def test_disk_full_of_directories(
+    method: str, name: str, stopped: Callable[..., str], copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names take space, too."""
+    (copy / "additional_chat_templates").mkdir()
+    (copy / "additional_chat_templates/a.jinja").write_text("a")
+    real = getattr(Path, method)
+
+    def full(path: Path, *args: Any, **options: Any) -> Any:
+        if path.name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(Path, method, full)
+    message = stopped(copy)
+    assert re.match(rf"cannot write \S+/{name}: No space left on device", message)
+    kept = "keeps the finished blocks: free some space, then run again with --resume"
+    assert message.endswith(kept) == (name != "out.wkvquant-partial")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("LICENSE", "cannot be copied to the checkpoint: Permission denied"),
+        ("model.safetensors", "cannot be read: Permission denied"),
+        ("config.json", "cannot be read: Permission denied"),
+        ("calib.txt", "cannot be read: Permission denied"),
+    ],
+)
+def test_file_that_may_not_be_read(
+    name: str, message: str, refused: Callable[..., str], copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is found before any work; who runs these tests may read all."""
+    (copy / "LICENSE").write_text("free")
+    text, real = save_text(copy / "calib.txt"), Path.open
+
+    def denied(path: Path, *args: Any, **options: Any) -> Any:
+        if path.name == name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", denied)
+    monkeypatch.setattr(Path, "read_text", lambda path, **options: denied(path, **options).read())
+    assert refused(copy, calib_text=text).endswith(f"{copy / name} {message}")
+
+
+def test_name_that_is_too_long(refused: Callable[..., str], model: Path, tmp_path: Path) -> None:
+    long = "n" * 300
+    assert refused(model, calib_text=Path(long)) == f"calibration text {long} cannot be read: File name too long"
+    assert cli.main(["quantize", str(model), str(tmp_path / long), "--calib-text", "text", *ARGUMENTS]) == 2
+    partial = tmp_path / ("n" * 250)  # with our suffix
+    assert cli.main(["quantize", str(model), str(partial), "--calib-text", "text", *ARGUMENTS]) == 2
+
+
+@pytest.mark.parametrize(
     ("error", "advice"),
     [
         (OSError(errno.EACCES, "Permission denied"), "put that right"),

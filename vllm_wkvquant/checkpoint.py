@@ -136,10 +136,13 @@ class ShardedTensors:
     @contextlib.contextmanager
     def _open(self, file: str) -> Iterator[Any]:
         try:
+            (self.path / file).open("rb").close()  # which says more of what it cannot open
             with safe_open(self.path / file, framework="pt") as f:
                 yield f
         except SafetensorError as error:
             raise ConfigError(f"{self.path / file} is not a readable safetensors file: {error}") from error
+        except OSError as error:
+            raise ConfigError(f"{self.path / file} cannot be read: {error.strerror or error}") from error
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
@@ -217,6 +220,8 @@ def read_object(file: Path) -> dict[str, Any]:
         data = json.loads(file.read_text())
     except ValueError as error:
         raise ConfigError(f"{file} is not valid JSON: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{file} must be an object, got {type(data).__name__}")
     return data

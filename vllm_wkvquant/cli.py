@@ -318,6 +318,9 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         complain(f"error: {error}")
         return 2
+    except OSError as error:  # of a path that cannot be, or a directory that may not be entered
+        complain(f"error: {f'{error.filename}: {error.strerror}' if error.filename else error}")
+        return 2
     except KeyboardInterrupt:
         more = "; the same command goes on with --resume" if args.run is run_quantize else ""
         complain(f"interrupted{more}")

@@ -1,10 +1,12 @@
 """Files that are whole or absent: written beside their place, flushed to the disk, renamed."""
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,6 +37,15 @@ class WriteError(Exception):
         full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         self.remedy = "free some space" if full else "put that right"
         super().__init__(f"cannot write {path}: {reason}")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises WriteError where `path`, or what the system names in it, cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(Path(error.filename or path), error) from error
 
 
 def sync_directory(path: Path) -> None:

@@ -18,6 +18,7 @@ from vllm_wkvquant.quantize.calibration import SKIPPED, Windows, held_out_of, re
 from vllm_wkvquant.quantize.recipes import DEFAULT, RECIPES, Recipe, find_recipe
 from vllm_wkvquant.quantize.state import check_output, held_bytes
 from vllm_wkvquant.quantize.workers import ALONE, Workers
+from vllm_wkvquant.quantize.writer import check_companions
 
 DEFAULT_SEQ_LEN = 2048
 
@@ -176,6 +177,7 @@ def plan_of(
     plan = Plan(settings, recipe, adapter, attention, windows.share(workers), windows, kv_config, workers)
     if workers.rank == 0:
         check_disk(plan)
+        check_companions(settings.model)
         adapter.check_outer()
     return plan
 

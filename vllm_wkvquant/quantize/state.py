@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 from vllm_wkvquant.config import ConfigError
-from vllm_wkvquant.quantize.files import WriteError, lock, write_json, write_tensors
+from vllm_wkvquant.quantize.files import lock, write_json, write_tensors, writing
 
 SUFFIX = ".wkvquant-partial"
 LOCK = "lock"  # held by the process that writes
@@ -84,11 +84,9 @@ class RunState:
         self.directory = partial_directory(out)
         self._settings, self._left_out = settings, left_out
         self.blocks_done = 0
-        try:
+        with writing(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.directory / LOCK, "w")  # noqa: SIM115, held until the process ends
-        except OSError as error:
-            raise WriteError(self.directory, error) from error
         lock(self._lock, self.directory)
         if (self.directory / "run.json").is_file():
             self._resume()
@@ -143,11 +141,13 @@ class RunState:
         write_tensors(self._file("hidden", layer + 1), hidden)
         run = {"settings": self._settings, "left_out": self._left_out, "blocks_done": layer + 1}
         write_json(self.directory / "run.json", run)
-        self._file("hidden", layer).unlink(missing_ok=True)
+        with writing(self._file("hidden", layer)):
+            self._file("hidden", layer).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Delete the state, once the result is at its place."""
         self.wait()
         self._writer.shutdown()
-        shutil.rmtree(self.directory)
+        with writing(self.directory):
+            shutil.rmtree(self.directory)
         self._lock.close()

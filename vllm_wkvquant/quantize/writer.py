@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from vllm_wkvquant.checkpoint import INDEX_FILE
-from vllm_wkvquant.quantize.files import WriteError, sync_directory, write_bytes, write_json, write_tensors
+from vllm_wkvquant.config import ConfigError
+from vllm_wkvquant.quantize.files import sync_directory, write_bytes, write_json, write_tensors, writing
 
 REPORT_FILE = "wkvquant.json"
 PAGE_FILE = "report.html"
@@ -28,14 +29,31 @@ COPIED = (
 )
 
 
-def copy_companions(model: Path, directory: Path) -> None:
-    """Copy tokenizer, generation settings and licences. Raises WriteError."""
+def companions(model: Path) -> list[Path]:
+    """Files of a model that its checkpoint has, too: tokenizer, generation settings and licences."""
+    files = []
     for source in sorted({path for pattern in COPIED for path in model.glob(pattern)}):
-        files = [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.is_file())
-        for file in files:
-            target = directory / file.relative_to(model)
+        files += [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.is_file())
+    return files
+
+
+def check_companions(model: Path) -> None:
+    """Raise ConfigError where one of them cannot be read."""
+    for file in companions(model):
+        try:
+            file.open("rb").close()
+        except OSError as error:
+            raise ConfigError(f"{file} cannot be copied to the checkpoint: {error.strerror}") from error
+
+
+def copy_companions(model: Path, directory: Path) -> None:
+    """Copy `companions`. Raises WriteError."""
+    for file in companions(model):
+        target = directory / file.relative_to(model)
+        with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(target, file.read_bytes())
+            data = file.read_bytes()
+        write_bytes(target, data)
 
 
 class CheckpointWriter:
@@ -45,10 +63,12 @@ class CheckpointWriter:
     """
 
     def __init__(self, directory: Path, destination: Path, shard_size: int) -> None:
+        """Raises WriteError, as the others do."""
         self.directory, self.destination, self.shard_size = directory, destination, shard_size
-        if directory.exists():
-            shutil.rmtree(directory)
-        directory.mkdir()
+        with writing(directory):
+            if directory.exists():
+                shutil.rmtree(directory)
+            directory.mkdir()
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
         self._total_bytes = 0
@@ -79,7 +99,8 @@ class CheckpointWriter:
         weight_map = {}
         for i, names in enumerate(self._shards, 1):
             file = f"model-{i:05d}-of-{count:05d}.safetensors"
-            self._shard(i).rename(self.directory / file)
+            with writing(self._shard(i)):
+                self._shard(i).rename(self.directory / file)
             weight_map.update(dict.fromkeys(names, file))
         index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         write_bytes(self.directory / INDEX_FILE, (json.dumps(index, indent=2) + "\n").encode())
@@ -87,9 +108,7 @@ class CheckpointWriter:
         write_json(self.directory / REPORT_FILE, report)
         write_bytes(self.directory / PAGE_FILE, page.encode())
         copy_companions(model, self.directory)
-        sync_directory(self.directory)
-        try:
+        with writing(self.destination):
+            sync_directory(self.directory)
             self.directory.replace(self.destination)  # an empty directory there gives way
             sync_directory(self.destination.parent)
-        except OSError as error:
-            raise WriteError(self.destination, error) from error
