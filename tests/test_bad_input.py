@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from vllm_wkvquant import cli
 from vllm_wkvquant.checkpoint import INDEX_FILE, KV_PARAMS, kv_tensor_name
 from vllm_wkvquant.config import reason_of
+from vllm_wkvquant.quantize import state, writer
 from vllm_wkvquant.quantize.files import WriteError
 from vllm_wkvquant.quantize.state import RunState
 
@@ -493,6 +494,48 @@ def test_resume_with_other_settings(
     assert refused(copy, "--resume").startswith(f"{partial} was begun with other settings (weight files): ")
 
 
+def test_stopped_when_the_result_was_there(
+    refused: Callable[..., str],
+    model: Path,
+    text: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What is left is to delete the state, also where that was stopped."""
+    out, partial = tmp_path / "out", tmp_path / "out.wkvquant-partial"
+    command = ["quantize", str(model), str(out), "--calib-text", str(text), *ARGUMENTS]
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def stop_on_the_way(path: Path) -> None:
+        next(path.glob("block-*")).unlink()
+        stop()
+
+    for stopping in (stop, stop_on_the_way):
+        with monkeypatch.context() as patch:
+            patch.setattr(state, "delete", stopping)
+            assert cli.main(command) == 130
+        assert refused(model) == f"{out} is finished; {partial} is left of its run, which --resume deletes"
+        capsys.readouterr()
+        assert cli.main([*command, "--resume"]) == 0
+        assert capsys.readouterr().out == f"{out}: finished before; what was left of the run is deleted\n"
+        assert not partial.exists()
+        assert contents(out) == contents(checkpoint)
+        shutil.rmtree(out)
+    with monkeypatch.context() as patch:  # before the result is renamed
+        patch.setattr(writer, "copy_companions", stop)
+        assert cli.main(command) == 130
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    assert refused(model, "--resume") == f"output directory {out} is not empty; give a new one or delete it"
+    shutil.rmtree(out)
+    assert cli.main([*command, "--resume"]) == 0
+    assert contents(out) == contents(checkpoint)
+
+
 # -- disk full
 
 
@@ -610,8 +653,6 @@ def test_name_that_is_too_long(refused: Callable[..., str], model: Path, tmp_pat
 def test_only_want_of_space_is_called_so(
     error: Exception, advice: str, stopped: Callable[..., str], model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_wkvquant.quantize import state
-
     def fail(path: Path, tensors: object) -> None:
         raise WriteError(path, error)
 

@@ -132,8 +132,11 @@ def run_quantize(args: argparse.Namespace) -> int:
     from vllm_wkvquant.quantize import launch
     from vllm_wkvquant.quantize.adapters import check_supported
     from vllm_wkvquant.quantize.plan import Settings, check_arguments, preflight_without_text
-    from vllm_wkvquant.quantize.state import check_output
+    from vllm_wkvquant.quantize.state import check_output, finish
 
+    if args.resume and finish(args.out):
+        Notes().say(f"{args.out}: finished before; what was left of the run is deleted")
+        return 0
     check_output(args.out, args.resume)  # these two again below, but a download may come before that
     check_arguments(args.recipe, args.samples, args.device, args.seed)
     if args.own_samples < 0:

@@ -187,7 +187,8 @@ def finish(
         weights = mean_and_se(of_weights[REFERENCE].kl)
         perplexity[EXACT] = of_weights[EXACT].perplexity
     layers, details = [], []
-    writer = CheckpointWriter(state.directory / "checkpoint", settings.out, settings.shard_size)
+    writer = CheckpointWriter(state.result(), settings.out, settings.shard_size)
+    state.mark()
     writer.add({n: t.to(adapter.dtype) for n, t in adapter.tensors.get(adapter.outer_names()).items()})
     for layer in range(adapter.num_layers):
         tensors, block = state.block(layer), state.report(layer)

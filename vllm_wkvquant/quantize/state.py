@@ -3,7 +3,8 @@ written while the next one is computed, the one before.
 
     OUT.wkvquant-partial/
       lock                        held while a process writes
-      run.json                    settings; what is left out for want of memory; how many blocks are done
+      run.json                    settings; what is left out for want of memory; how many blocks are done; whether the
+                                  result is being written
       block-00000.safetensors     tensors of a finished block, KV parameters of every candidate among them
       block-00000.json            its report
       hidden-00001.safetensors    hidden states of all windows before block 1
@@ -22,11 +23,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from vllm_wkvquant.checkpoint import read_object
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.quantize.files import lock, write_json, write_tensors, writing
 
 SUFFIX = ".wkvquant-partial"
 LOCK = "lock"  # held by the process that writes
+RUN = "run.json"
+RESULT = "checkpoint"
 
 Stage = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
@@ -51,20 +55,52 @@ def check_output(out: Path, resume: bool) -> None:
         )
     if out.is_mount():
         raise ConfigError(f"output directory {out} is a mount point; give a new directory in it")
+    partial = partial_directory(out)
+    if is_finished(out):
+        raise ConfigError(f"{out} is finished; {partial} is left of its run, which --resume deletes")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"output directory {out} is not empty; give a new one or delete it")
-    partial = partial_directory(out)
-    if not resume and (partial / "run.json").is_file():
+    if not resume and (partial / RUN).is_file():
         if (partial / LOCK).is_file():
             with open(partial / LOCK) as file:
                 lock(file, partial)
         raise ConfigError(f"{partial} holds an interrupted run; continue it with --resume or delete it")
 
 
+def is_finished(out: Path) -> bool:
+    """Whether a run towards `out` was stopped after its result came to its place, and before its state was deleted."""
+    partial = partial_directory(out)
+    if not (partial / RUN).is_file() or (partial / RESULT).exists() or not (out / "config.json").is_file():
+        return False
+    return bool(read_object(partial / RUN).get("writing"))
+
+
+def finish(out: Path) -> bool:
+    """Delete the state of a run that `is_finished`, where it is one. Raises ConfigError."""
+    if not is_finished(out):
+        return False
+    partial = partial_directory(out)
+    try:
+        with open(partial / LOCK, "w") as file:
+            lock(file, partial)
+            delete(partial)
+    except OSError as error:
+        raise ConfigError(f"{partial} cannot be deleted: {error.strerror}") from error
+    return True
+
+
+def delete(partial: Path) -> None:
+    """Delete a run's state, `run.json` last: it says what the rest is."""
+    for file in partial.iterdir():
+        if file.name not in (RUN, LOCK):
+            file.unlink()
+    shutil.rmtree(partial)
+
+
 def left_out_before(out: Path, settings: dict[str, Any]) -> str | None:
     """What an interrupted run towards `out` with these settings goes on without, "" for nothing; None where there is no
     such run."""
-    file = partial_directory(out) / "run.json"
+    file = partial_directory(out) / RUN
     run = json.loads(file.read_text()) if file.is_file() else {}
     return run.get("left_out") if run.get("settings") == settings else None
 
@@ -88,11 +124,11 @@ class RunState:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.directory / LOCK, "w")  # noqa: SIM115, held until the process ends
         lock(self._lock, self.directory)
-        if (self.directory / "run.json").is_file():
+        if (self.directory / RUN).is_file():
             self._resume()
 
     def _resume(self) -> None:
-        run = json.loads((self.directory / "run.json").read_text())
+        run = json.loads((self.directory / RUN).read_text())
         before = run["settings"]
         differing = sorted(k for k in {*before, *self._settings} if before.get(k) != self._settings.get(k))
         if differing:
@@ -139,15 +175,26 @@ class RunState:
         write_tensors(self._file("block", layer), tensors)
         write_json(self._file("block", layer, "json"), report)
         write_tensors(self._file("hidden", layer + 1), hidden)
-        run = {"settings": self._settings, "left_out": self._left_out, "blocks_done": layer + 1}
-        write_json(self.directory / "run.json", run)
+        self._write_run(layer + 1)
         with writing(self._file("hidden", layer)):
             self._file("hidden", layer).unlink(missing_ok=True)
+
+    def _write_run(self, blocks_done: int, writing: bool = False) -> None:
+        run = {"settings": self._settings, "left_out": self._left_out, "blocks_done": blocks_done, "writing": writing}
+        write_json(self.directory / RUN, run)
+
+    def result(self) -> Path:
+        """Where the result is written until it is renamed to its place, once `mark` is called."""
+        return self.directory / RESULT
+
+    def mark(self) -> None:
+        """Note that `result` is there: once it is not, it has come to its place. Raises WriteError."""
+        self._write_run(self.blocks_done, writing=True)
 
     def close(self) -> None:
         """Delete the state, once the result is at its place."""
         self.wait()
         self._writer.shutdown()
         with writing(self.directory):
-            shutil.rmtree(self.directory)
+            delete(self.directory)
         self._lock.close()
