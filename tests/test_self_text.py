@@ -179,6 +179,31 @@ def test_a_model_is_quantized_on_both(tmp_path: Path, capsys) -> None:
     assert "9 windows of 48 tokens, 5 of them written by the model, 2 held out" in page
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": True, "top_k": 1, "temperature": 0.1, "min_p": 1.0},
+        {"no_repeat_ngram_size": 1, "repetition_penalty": 2.0},
+        {"num_beams": 2},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"suppress_tokens": list(range(97, 123))},
+        {"max_time": 1e-4},
+        {"stop_strings": ["a"]},
+    ],
+)
+def test_settings_for_serving_do_not_count(settings: dict[str, object], tmp_path: Path) -> None:
+    """But for the token that ends a text, which is never drawn."""
+    model, options = tiny_model(tmp_path / "model", num_layers=1), ["--tokens", 256, "--length", 64]
+    ends, file = {"eos_token_id": [*range(97, 110)]}, model / "generation_config.json"
+    file.write_text(json.dumps(ends))
+    assert run(model, tmp_path / "plain.txt", *options) == 0
+    file.write_text(json.dumps(ends | settings))
+    assert run(model, tmp_path / "own.txt", *options) == 0
+    own = (tmp_path / "own.txt").read_text()
+    assert own == (tmp_path / "plain.txt").read_text()
+    assert not set("abcdefghijklm") & set("".join(text[1:] for text in own.split("\n\n")))
+
+
 def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It begins with those that both have: of 10256 none of the added ones."""
     model, own = tiny_model(tmp_path / "model", num_layers=1), tmp_path / "own.txt"

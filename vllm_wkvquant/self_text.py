@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 import torch
 from rich.progress import track
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 
 from vllm_wkvquant.checkpoint import check_plain, kv_elements, read_config
 from vllm_wkvquant.config import ConfigError
@@ -77,6 +77,8 @@ def write(folder: Path, length: int, rows: list[int], done: int, seed: int, devi
     tokenizer = load_tokenizer(folder)
     dtype = "auto" if device.startswith("cuda") else torch.float32
     model = load_plain(folder, device, dtype=dtype)
+    # nothing else of the model's settings for serving, which `generate` would fill what is not given from
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     prefix = torch.tensor(prefix_of(tokenizer), dtype=torch.long)
     check_known(prefix.tolist(), folder, tokenizer, "what the tokenizer puts before a text")
     special = set(tokenizer.all_special_ids)
@@ -94,7 +96,6 @@ def write(folder: Path, length: int, rows: list[int], done: int, seed: int, devi
                 temperature=1.0,
                 top_k=0,
                 top_p=1.0,
-                repetition_penalty=1.0,  # whatever the model's own settings for serving say
                 min_new_tokens=length - 1,  # an end of text is never drawn
                 max_new_tokens=length - 1,
                 pad_token_id=tokenizer.pad_token_id or 0,
