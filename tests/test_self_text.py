@@ -148,6 +148,11 @@ def test_a_model_is_quantized_on_text_of_its_own(tmp_path: Path, capsys, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(self_text, "write_file", None)
         assert cli.main(["quantize", str(model), str(tmp_path / "out"), *options]) == 0
+    edit = load_file(model / "model.safetensors")
+    save_file({n: t.flip(0) for n, t in edit.items()}, model / "model.safetensors", {"format": "pt"})
+    shutil.rmtree(tmp_path / "out")
+    assert cli.main(["quantize", str(model), str(tmp_path / "out"), *options]) == 0
+    assert len([*tmp_path.glob("out.own-*.txt")]) == 2  # other weights write another text
     assert cli.main(["quantize", str(model), str(tmp_path / "seeded"), *options, "--seed", "1"]) == 0
     assert next(tmp_path.glob("seeded.own-*.txt")).read_text() != own.read_text()
     for option in (["--dry-run"], ["--ray", "local"]):

@@ -5,6 +5,7 @@ Weights are compressed-tensors `pack-quantized` (asymmetric uint4 in groups alon
 """
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,6 +144,12 @@ class ShardedTensors:
             raise ConfigError(f"{self.path / file} is not a readable safetensors file: {error}") from error
         except OSError as error:
             raise ConfigError(f"{self.path / file} cannot be read: {error.strerror or error}") from error
+
+    def digest(self) -> str:
+        """Of the files' names, sizes and times of change: other weights have another."""
+        stats = [(f, (self.path / f).stat()) for f in sorted(set(self.files.values()))]
+        named = [(f, stat.st_size, stat.st_mtime_ns) for f, stat in stats]
+        return hashlib.sha256(repr(named).encode()).hexdigest()[:16]
 
     def __contains__(self, name: str) -> bool:
         return name in self.files

@@ -19,7 +19,7 @@ import torch
 from rich.progress import track
 from transformers import AutoConfig, GenerationConfig
 
-from vllm_wkvquant.checkpoint import check_plain, kv_elements, read_config
+from vllm_wkvquant.checkpoint import ShardedTensors, check_plain, kv_elements, read_config
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.device import check_device
 from vllm_wkvquant.evaluate import load, load_plain
@@ -163,8 +163,9 @@ def write_file(file: Path, model: Path, tokens: int, length: int, batch: int, se
 def text_for(out: Path, model: Path, samples: int, seq_len: int, seed: int, device: str) -> Path:
     """Text of the model's own for `samples` windows of `seq_len` tokens, kept beside `out`; what is there is used."""
     length, texts = min(seq_len, positions_of(model)), samples + 1
+    weights = ShardedTensors(model).digest()
     while True:
-        named = json.dumps([str(model.absolute()), texts, length, seed, device])
+        named = json.dumps([str(model.absolute()), weights, texts, length, seed, device])
         file = out.with_name(f"{out.name}.own-{hashlib.sha256(named.encode()).hexdigest()[:8]}.txt")
         if not file.exists():
             try:

@@ -220,8 +220,6 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
     """What the bytes of the result depend on, but for what is left out of the recipe; a resumed run must agree with the
     interrupted one in all of it. plan: as it was asked for, before `place`."""
     settings, model = plan.settings, plan.settings.model
-    files = sorted({*plan.adapter.tensors.files.values()})
-    stats = [(f, (model / f).stat().st_size, (model / f).stat().st_mtime_ns) for f in files]
     return {
         "version": vllm_wkvquant.__version__,
         "torch": torch.__version__,
@@ -235,5 +233,5 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
         "dtype": settings.dtype,
         "config.json": _digest(model / "config.json"),
         "calibration tokens": hashlib.sha256(plan.all_windows.tokens.numpy().tobytes()).hexdigest()[:16],
-        "weight files": hashlib.sha256(repr(stats).encode()).hexdigest()[:16],
+        "weight files": plan.adapter.tensors.digest(),
     }
