@@ -5,10 +5,12 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from models import contents, save_text, tiny_model
 
 from vllm_wkvquant import cli
-from vllm_wkvquant.hub import OTHERS, WEIGHTS, find_model
+from vllm_wkvquant.hub import OTHERS, UNUSED, WEIGHTS, find_model
+from vllm_wkvquant.quantize.writer import COPIED
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -64,6 +66,16 @@ def test_an_unsupported_model_is_refused_before_its_weights(
     assert asked == [OTHERS]
     assert find_model(Path("org/tiny")) == hub
     assert asked[1:] == [OTHERS, [*OTHERS, WEIGHTS]]
+
+
+def test_what_is_downloaded() -> None:
+    """Of Mistral's repositories neither the copy of the weights nor what is in folders; the tokenizer is copied on."""
+    wanted = ["config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json", "tekken.json"]
+    others = ["README.md", "consolidated.safetensors", "consolidated-00001-of-00002.safetensors", "original/a.json"]
+    assert [
+        *filter_repo_objects([*wanted, *others], allow_patterns=[*OTHERS, WEIGHTS], ignore_patterns=UNUSED)
+    ] == wanted
+    assert any(Path("tekken.json").match(pattern) for pattern in COPIED)
 
 
 def test_an_unknown_name_is_refused(hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from vllm_wkvquant.config import ConfigError, reason_of
 
 WEIGHTS = "*.safetensors"
 OTHERS = ["*.json", "*.jinja", "*.txt", "*.model"]  # config, index, tokenizer
+UNUSED = ["*/*", "consolidated*.safetensors"]  # Mistral's own format: the same weights again
 
 
 def find_model(model: Path, check: Callable[[Path], object] = lambda folder: None) -> Path:
@@ -23,7 +24,7 @@ def find_model(model: Path, check: Callable[[Path], object] = lambda folder: Non
 
     def download(*patterns: str) -> Path:
         try:
-            return Path(snapshot_download(name, allow_patterns=[*OTHERS, *patterns], ignore_patterns="*/*"))
+            return Path(snapshot_download(name, allow_patterns=[*OTHERS, *patterns], ignore_patterns=UNUSED))
         except Exception as error:  # of the hub, its HTTP library or the file system: they have no common base
             raise ConfigError(
                 f"{name} is no directory here and cannot be had from the hub: {reason_of(error)}"

@@ -21,6 +21,7 @@ COPIED = (
     "merges.txt",
     "*.model",
     "*.tiktoken",
+    "tekken.json",
     "generation_config.json",
     "chat_template*",
     "additional_chat_templates",
