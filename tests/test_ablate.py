@@ -286,7 +286,7 @@ def test_an_interrupted_one_goes_on(folder: Path, tmp_path: Path, monkeypatch, c
     with monkeypatch.context() as patch:
         patch.setitem(ablate.VARIANTS, "rtn", dataclasses.replace(RTN, value_balance=0.0))
         assert ablate.main(command) == 1
-    assert "begun with other settings (recipe): " in capsys.readouterr().err
+    assert "begun with other settings (recipe.value_balance): " in capsys.readouterr().err
     block = tmp_path / "rtn-0.wkvquant-partial" / "block-00000.json"
     report = json.loads(block.read_text())
     block.write_text(json.dumps(report | {"seconds": {"load": 1000.0}}))

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from vllm_wkvquant.checkpoint import INDEX_FILE, KV_PARAMS, kv_tensor_name
 from vllm_wkvquant.config import reason_of
 from vllm_wkvquant.quantize import state, writer
 from vllm_wkvquant.quantize.files import WriteError
+from vllm_wkvquant.quantize.recipes import RECIPES
 from vllm_wkvquant.quantize.state import RunState
 
 WHOLE = "a whole number of at least 1"
@@ -479,7 +481,12 @@ def test_interrupted_run_is_not_overwritten(
 
 
 def test_resume_with_other_settings(
-    refused: Callable[..., str], model: Path, copy: Path, text: Path, tmp_path: Path
+    refused: Callable[..., str],
+    model: Path,
+    copy: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     interrupt(model, text, tmp_path / "out")
     partial = tmp_path / "out.wkvquant-partial"
@@ -487,6 +494,14 @@ def test_resume_with_other_settings(
         f"{partial} was begun with other settings (recipe): recipe was 'rtn', now 'static'; use the same ones or "
         f"delete that directory"
     )
+    assert refused(model, "--resume", "--recipe", "best") == (
+        f"{partial} was begun with other settings (recipe): recipe was 'rtn', now 'best'; use the same ones or "
+        f"delete that directory"
+    )
+    with monkeypatch.context() as patch:
+        patch.setitem(RECIPES, "rtn", replace(RECIPES["rtn"], key_hadamard=False))
+        changed = "(recipe.key_hadamard): recipe.key_hadamard was 'True', now 'False'; "
+        assert refused(model, "--resume").startswith(f"{partial} was begun with other settings {changed}")
     assert refused(model, "--resume", "--seed", "1").startswith(
         f"{partial} was begun with other settings (calibration tokens, seed): "
     )

@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from vllm_wkvquant.device import check_device
 from vllm_wkvquant.quantize.adapters import ModelAdapter
 from vllm_wkvquant.quantize.attention import ATTENTION, CalibrationAttention
 from vllm_wkvquant.quantize.calibration import SKIPPED, Windows, held_out_of, read_windows, samples_for
-from vllm_wkvquant.quantize.recipes import DEFAULT, RECIPES, Recipe, find_recipe
+from vllm_wkvquant.quantize.recipes import DEFAULT, Recipe, find_recipe
 from vllm_wkvquant.quantize.state import check_output, held_bytes
 from vllm_wkvquant.quantize.workers import ALONE, Workers
 from vllm_wkvquant.quantize.writer import check_companions
@@ -220,11 +220,13 @@ def fingerprint(plan: Plan) -> dict[str, Any]:
     """What the bytes of the result depend on, but for what is left out of the recipe; a resumed run must agree with the
     interrupted one in all of it. plan: as it was asked for, before `place`."""
     settings, model = plan.settings, plan.settings.model
+    parts = [field.name for field in fields(plan.recipe) if field.name not in ("name", "summary")]
     return {
         "version": vllm_wkvquant.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "recipe": plan.recipe.name if plan.recipe == RECIPES.get(plan.recipe.name) else repr(plan.recipe),
+        "recipe": plan.recipe.name,
+        **{f"recipe.{part}": repr(getattr(plan.recipe, part)) for part in parts},
         "samples": settings.samples,
         "seq_len": plan.windows.tokens.shape[1],
         "seed": settings.seed,

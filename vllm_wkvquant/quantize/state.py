@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -131,11 +132,14 @@ class RunState:
         run = json.loads((self.directory / RUN).read_text())
         before = run["settings"]
         differing = sorted(k for k in {*before, *self._settings} if before.get(k) != self._settings.get(k))
+        if "recipe" in differing:  # which says it of its parts
+            differing = [k for k in differing if not k.startswith("recipe.")]
         if differing:
             k = differing[0]
+            was, now = (shorten(repr(said.get(k)), 200, placeholder=" ...") for said in (before, self._settings))
             raise ConfigError(
-                f"{self.directory} was begun with other settings ({', '.join(differing)}): {k} was {before.get(k)!r}, "
-                f"now {self._settings.get(k)!r}; use the same ones or delete that directory"
+                f"{self.directory} was begun with other settings ({', '.join(differing)}): {k} was {was}, now {now}; "
+                f"use the same ones or delete that directory"
             )
         self.blocks_done = run["blocks_done"]
 
