@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from vllm_wkvquant.checkpoint import read_config
 from vllm_wkvquant.config import ConfigError, reason_of
 
-PIECE = 1 << 20  # characters tokenized at once, for which a tokenizer takes more than 100 bytes each
+PIECE = 1 << 22  # characters tokenized at once, for which a tokenizer takes more than 100 bytes each
 CUT = re.compile(r"\n(?=\S)")
 
 
