@@ -116,6 +116,7 @@ def test_decode_is_captured_where_kernels_of_a_gpu_are(monkeypatch) -> None:
     vllm_config = SimpleNamespace(
         model_config=FakeModel(dtype=torch.bfloat16),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=16, max_num_seqs=5),
+        speculative_config=None,
         compilation_config=SimpleNamespace(
             max_cudagraph_capture_size=24,
             static_forward_context={
@@ -206,15 +207,23 @@ def gpu_builder(monkeypatch):
     """The builder as with the CUDA kernels, but with a stand-in for FlashAttention and the ops of the CPU."""
 
     def make(
-        draft_tokens: int | None = None, room: int = 4096, windows: tuple = (0,)
+        draft_tokens: int | None = None,
+        room: int = 4096,
+        windows: tuple = (0,),
+        draft_model: str | None = None,
     ) -> attention.WKVQuantMetadataBuilder:
-        """windows: of the layers, each with its own params; 0 is none."""
+        """windows: of the layers, each with its own params; 0 is none. draft_model: how it is quantized."""
         layers = {f"layer{i}": window for i, window in enumerate(windows)}
         monkeypatch.setattr(attention, "_captures", lambda device_type, head_size: True)
         monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape: self.new_full(shape, torch.nan))
         monkeypatch.setattr(prefill, "flash_attention", lambda head_size, dtype: flash_stand_in)
         monkeypatch.setattr(prefill, "WORKSPACE", room * 2 * 2 * 2 * 64)
-        speculative = SimpleNamespace(num_speculative_tokens=draft_tokens, parallel_drafting=False)
+        speculative = SimpleNamespace(
+            num_speculative_tokens=draft_tokens,
+            parallel_drafting=False,
+            uses_draft_model=lambda: draft_model is not None,
+            draft_model_config=SimpleNamespace(quantization=draft_model),
+        )
         vllm_config = SimpleNamespace(
             model_config=FakeModel(dtype=torch.bfloat16),
             scheduler_config=SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=5),
@@ -326,6 +335,20 @@ def test_lengths_that_count_rejected_drafts(gpu_builder) -> None:
         impl.forward(layer, case.query, case.key, case.value, case.kv_cache, metadata, out)
         expected, _ = cases.run_attention(ops.paged_attention, case, sliding_window=window, variant="reference")
         torch.testing.assert_close(out[:46], expected[:46], atol=5e-3, rtol=5e-3)
+
+
+def test_prefill_of_a_draft_model(gpu_builder) -> None:
+    """vLLM adds a token to each sequence on the device, and leaves the host's lengths as they were."""
+    lengths = [(90, 3), (100, 41), (1, 20), (0, 33)]
+    case, common_metadata = chunked_case(lengths, torch.float16)
+    assert gpu_builder(draft_tokens=3, draft_model="fp8").build(0, common_metadata).chunks is not None
+    common_metadata.seq_lens_cpu_upper_bound = common_metadata.seq_lens_cpu_upper_bound - 1
+    metadata = gpu_builder(draft_tokens=3, draft_model="wkvquant").build(0, common_metadata)
+    out = torch.zeros_like(case.query)
+    impl, layer = attention.WKVQuantImpl(8, 64, case.scale, 2), SimpleNamespace(wkv_params=case.params)
+    impl.forward(layer, case.query, case.key, case.value, case.kv_cache, metadata, out)
+    expected, _ = cases.run_attention(ops.paged_attention, case, variant="reference")
+    torch.testing.assert_close(out[:97], expected[:97], atol=5e-3, rtol=5e-3)
 
 
 @pytest.mark.parametrize("window", [0, 1, 20])

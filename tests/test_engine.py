@@ -289,6 +289,20 @@ def test_ngram_speculation(tiny) -> None:
     check(ReferenceLlama(tiny), result)
 
 
+def test_draft_model(tiny, monkeypatch) -> None:
+    """A checkpoint of ours as its own draft, on the paths of a GPU: a complete prefill of it has all accepted."""
+    monkeypatch.setattr(attention, "_captures", lambda device_type, head_size: True)
+    monkeypatch.setattr(prefill, "flash_attention", lambda head_size, dtype: flash_stand_in)
+    speculation = {"method": "draft_model", "model": str(tiny), "num_speculative_tokens": 3}
+    with engine(tiny, speculative_config=speculation, max_num_batched_tokens=256) as llm:
+        results = generate(llm, [prompt(12) * 6, prompt(100, seed=9)], 48)
+    reference = ReferenceLlama(tiny)
+    for result in results:
+        check(reference, result)
+        accepted = [b.start - a.start for a, b in itertools.pairwise(result.steps[1:])]
+        assert sum(accepted) > 3 * len(accepted)
+
+
 @pytest.mark.parametrize("freed", [True, False])
 def test_sliding_window(scratch, monkeypatch, freed: bool) -> None:
     """freed: pages behind the window, which vLLM before 0.28 is not let do."""

@@ -115,7 +115,8 @@ class WKVQuantMetadataBuilder(AttentionMetadataBuilder[WKVQuantMetadata]):
             self._window = 0 if 0 in windows else max(windows)
             if len(kinds) == 1:  # else every call plans for itself
                 self._planner = ops.planner([x.wkv_params for x in layers], *kinds.pop())
-            self._flash = prefill.flash_attention(kv_cache_spec.head_size, vllm_config.model_config.dtype)
+            if not prefill.extends_sequences(vllm_config.speculative_config):
+                self._flash = prefill.flash_attention(kv_cache_spec.head_size, vllm_config.model_config.dtype)
         if self._flash is not None:
             self._init_reorder_batch_threshold(prefill.SHORT, supports_spec_as_decode=True)
             self._room = prefill.room(tokens, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size)

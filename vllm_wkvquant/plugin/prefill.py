@@ -20,6 +20,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
 from vllm_wkvquant import ops
+from vllm_wkvquant.checkpoint import QUANT_METHOD
 from vllm_wkvquant.layout import TILE
 from vllm_wkvquant.reference import KVParams
 
@@ -73,6 +74,17 @@ def xformers_attention(
     found, lse = fmha.memory_efficient_attention_partial(query, k, v, mask, scale=softmax_scale)
     out.copy_(found[0].flatten(1, 2))
     return out, lse.reshape(q.shape[1], -1)
+
+
+def extends_sequences(speculative: Any) -> bool:
+    """Whether vLLM may ask for attention over more keys than the host is told of, which no chunk can have.
+
+    The prefill of a draft model adds tokens to each sequence, on the device alone. Its layers may share a builder with
+    the target's.
+    """
+    if speculative is None or not speculative.uses_draft_model():
+        return False
+    return speculative.draft_model_config.quantization == QUANT_METHOD
 
 
 def room(tokens: int, num_kv_heads: int, head_size: int) -> int:
