@@ -410,6 +410,9 @@ def test_reloaded_weights(tiny, tmp_path) -> None:
     with engine(tiny) as llm:
         assert generate(llm, prompts, 16)[0].output != expected[0].output
         before = [(id(x.wkv_params), x.wkv_params.k_smooth.data_ptr()) for x in attention_layers(llm)]
+        tensors = [("model.layers.1.self_attn.attn.wkv_k_shift", torch.zeros(4, 64))]
+        with pytest.raises(NotImplementedError, match="cannot be updated in kernel format"):
+            llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors, "is_checkpoint_format": False})
         llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
         after = [(id(x.wkv_params), x.wkv_params.k_smooth.data_ptr()) for x in attention_layers(llm)]
         assert after == before == [(id(x.wkv_params), x.wkv_k_smooth.data_ptr()) for x in attention_layers(llm)]

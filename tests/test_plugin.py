@@ -344,6 +344,20 @@ def test_missing_and_damaged_tensors_are_named(method) -> None:
         kv.process_weights_after_loading(layer)
 
 
+def test_update_that_tables_would_not_see_is_refused(method) -> None:
+    """vLLM's reload in kernel format copies into a parameter and calls nothing; other loaders go through `.data`."""
+    kv, layer, tensors = method(), FakeLayer(), full()
+    kv.create_weights(layer)
+    load(layer, **tensors)
+    kv.process_weights_after_loading(layer)
+    parameter = layer.get_parameter("wkv_k_shift")
+    with torch.inference_mode(), pytest.raises(NotImplementedError, match=r"kernel format.*is_checkpoint_format=True"):
+        parameter.copy_(torch.ones(4, 64))
+    assert torch.equal(layer.wkv_params.k_shift, tensors["k_shift"])
+    parameter.data.copy_(torch.ones(4, 64))
+    assert bool((parameter == 1).all())
+
+
 def test_dummy_weights_are_neutral(method) -> None:
     layer, kv = FakeLayer(), method(load_format="dummy")
     kv.create_weights(layer)

@@ -169,6 +169,19 @@ def _check_rope(rope: RopeConfig, hf_config: Any) -> None:
         )
 
 
+class KVParameter(nn.Parameter):
+    """A KV tensor, of which the kernels have tables that a copy into it would not change.
+
+    What makes them anew is `process_weights_after_loading`; vLLM's loaders that call it copy into `.data`.
+    """
+
+    def copy_(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(
+            "wkvquant: KV parameters cannot be updated in kernel format; reload weights in checkpoint format "
+            "(is_checkpoint_format=True), or leave the wkv_* tensors out"
+        )
+
+
 class WKVQuantKVCacheMethod(BaseKVCacheMethod):
     """Registers the KV tensors of one layer, swaps its backend, and builds its KVParams once they are loaded."""
 
@@ -186,7 +199,7 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
         for param in KV_PARAMS:
             # NaN, because vLLM does not tell when a checkpoint lacks a tensor
             data = torch.full((layer.num_kv_heads, layer.head_size), float("nan"), dtype=torch.float32)
-            parameter: Any = nn.Parameter(data, requires_grad=False)
+            parameter: Any = KVParameter(data, requires_grad=False)
             parameter.weight_loader = self._loader(f"{layer.layer_name}.{KV_PREFIX}{param}")
             layer.register_parameter(KV_PREFIX + param, parameter)
 
