@@ -406,16 +406,47 @@ def test_sleep_that_drops_tables_is_refused(method, monkeypatch) -> None:
     method().create_weights(FakeLayer())
 
 
-def test_nixl_is_refused(method) -> None:
-    """Alone or among others; what moves whole pages is not."""
-    both = {"connectors": [{"kv_connector": "ExampleConnector"}, {"kv_connector": "NixlConnector"}]}
-    for transfer in (
-        KVTransferConfig(kv_connector="NixlConnector", kv_role="kv_both"),
-        KVTransferConfig(kv_connector="MultiConnector", kv_role="kv_both", kv_connector_extra_config=both),
+def connector(name: str, **options) -> KVTransferConfig:
+    return KVTransferConfig(kv_connector=name, kv_role="kv_both", **options)
+
+
+def connectors(*names: str) -> KVTransferConfig:
+    each = [{"kv_connector": name, "kv_role": "kv_both"} for name in names]
+    return connector("MultiConnector", kv_connector_extra_config={"connectors": each})
+
+
+def connectors_within(*names: str) -> KVTransferConfig:
+    inner = {"kv_connector": "MultiConnector"}
+    inner["kv_connector_extra_config"] = connectors(*names).kv_connector_extra_config
+    return connector("MultiConnector", kv_connector_extra_config={"connectors": [inner]})
+
+
+@pytest.mark.parametrize(
+    ("transfer", "name"),
+    [
+        (connector("NixlConnector"), "NixlConnector"),
+        (connector("ExampleConnector"), "ExampleConnector"),
+        (connector("LMCacheConnectorV1"), "LMCacheConnectorV1"),
+        (connector("NobodysConnector"), "NobodysConnector"),
+        (connector("OffloadingConnector", kv_connector_module_path="of.another"), "OffloadingConnector"),
+        (connectors("OffloadingConnector", "NixlConnector"), "NixlConnector"),
+        (connectors_within("ExampleConnector", "OffloadingConnector"), "ExampleConnector"),
+    ],
+)
+def test_connectors_that_cut_pages_are_refused(method, transfer, name: str) -> None:
+    """Alone or among others."""
+    with pytest.raises(
+        NotImplementedError,
+        match=rf"KV connector {name} is not known to move whole pages.* one of OffloadingConnector, .*--kv-cache-dtype",
     ):
-        with pytest.raises(NotImplementedError, match="KV transfer by NIXL is not supported"):
-            method(transfer=transfer).create_weights(FakeLayer())
-    method(transfer=KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")).create_weights(FakeLayer())
+        method(transfer=transfer).create_weights(FakeLayer())
+
+
+@pytest.mark.parametrize("name", quantization.CONNECTORS)
+def test_connectors_of_whole_pages(method, name: str) -> None:
+    for transfer in (connector(name), connectors(name, "OffloadingConnector"), connectors_within(name)):
+        method(transfer=transfer).create_weights(FakeLayer())
+    method(transfer=KVTransferConfig()).create_weights(FakeLayer())
 
 
 def test_batch_invariance_is_refused(method, monkeypatch) -> None:

@@ -35,6 +35,15 @@ logger = init_logger("vllm.wkvquant")
 # vLLM's own string for 4 bits and 4 bytes a token and head: it gives our pages their budget (and 0.26 their dtype)
 CACHE_DTYPE = "int4_per_token_head"
 
+# KV connectors that copy a block's bytes as they are, whatever is in them, or, the last one, none of ours
+CONNECTORS = (
+    "OffloadingConnector",
+    "SimpleCPUOffloadConnector",
+    "HF3FSKVConnector",
+    "DecodeBenchConnector",
+    "ExampleHiddenStatesConnector",
+)
+
 
 @register_quantization_config(QUANT_METHOD)
 class WKVQuantConfig(CompressedTensorsConfig):
@@ -134,9 +143,19 @@ def _sleep_is_safe() -> bool:
     return "kv_cache_allocation_context" in inspect.signature(GPUModelRunner.initialize_kv_cache).parameters
 
 
-def _uses_nixl(transfer: Any) -> bool:
-    """Whether pages are sent by NIXL, alone or among others: for another block size it cuts them token by token."""
-    return transfer is not None and "nixl" in f"{transfer.kv_connector} {transfer.kv_connector_extra_config}".lower()
+def _check_connectors(transfer: Any) -> None:
+    """Raise NotImplementedError for a KV connector, alone or among others, that may not move whole pages."""
+    waiting = [] if transfer is None else [vars(transfer)]
+    while waiting:
+        connector = waiting.pop()
+        name, path = connector.get("kv_connector"), connector.get("kv_connector_module_path")
+        if name == "MultiConnector" and not path:
+            waiting += (connector.get("kv_connector_extra_config") or {}).get("connectors", [])
+        elif name is not None and (name not in CONNECTORS or path):
+            raise NotImplementedError(
+                f"wkvquant: the KV connector {name} is not known to move whole pages, and tokens cut out of a 4-bit "
+                f"page are garbage; use one of {', '.join(CONNECTORS)}, or serve with an explicit --kv-cache-dtype"
+            )
 
 
 def _sizes_windowed_pages() -> bool:
@@ -235,7 +254,6 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
             "decode context parallelism": parallel.decode_context_parallel_size > 1,
             "sleep mode of this vLLM, which keeps the weights alone,": model.enable_sleep_mode and not _sleep_is_safe(),
             "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
-            "KV transfer by NIXL": _uses_nixl(vllm_config.kv_transfer_config),
             "batch invariance (VLLM_BATCH_INVARIANT)": envs.VLLM_BATCH_INVARIANT,
         }
         for what, present in unsupported.items():
@@ -244,6 +262,7 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
                     f"wkvquant: {what} is not supported by the 4-bit KV cache; serve this model with an explicit "
                     "--kv-cache-dtype"
                 )
+        _check_connectors(vllm_config.kv_transfer_config)
         if kv.key_shift == "rotating":
             _check_rope(kv.rope, model.hf_text_config)
         if vllm_config.cache_config.block_size is not None:
