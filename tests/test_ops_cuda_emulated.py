@@ -193,6 +193,12 @@ def test_reserve(emulated, monkeypatch):
         native_cuda._workspace(device, 3)
     with pytest.raises(ValueError, match=r"take 4096 sequences.*--max-num-seqs"):
         native_cuda.reserve(case.params, 4097)
+    # spares that captures took are made anew, but not within one
+    native_cuda.reserve(case.params, 1)
+    assert not native_cuda._spares[device]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    native_cuda.reserve(case.params, 1)
+    assert len(native_cuda._spares[device]) == native_cuda.SPARES
 
 
 def test_rows_far_apart_are_refused(emulated):

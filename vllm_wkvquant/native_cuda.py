@@ -387,9 +387,10 @@ def reserve(params: KVParams, max_seqs: int) -> None:
         f"the CUDA kernels take {most} sequences at once, not {max_seqs}; allow fewer (--max-num-seqs) or serve with "
         "an explicit --kv-cache-dtype",
     )
-    if device not in _spares:
-        _spares[device] = [_new_workspace(device) for _ in range(SPARES)]
     with torch.cuda.device(device):
+        spares = _spares.setdefault(device, [])
+        while len(spares) < SPARES and not torch.cuda.is_current_stream_capturing():
+            spares.append(_new_workspace(device))  # anew where earlier captures took them
         _workspace(device, torch.cuda.current_stream().cuda_stream)
 
 
