@@ -193,12 +193,14 @@ def test_reserve(emulated, monkeypatch):
         native_cuda._workspace(device, 3)
     with pytest.raises(ValueError, match=r"take 4096 sequences.*--max-num-seqs"):
         native_cuda.reserve(case.params, 4097)
-    # spares that captures took are made anew, but not within one
+    # spares that captures took are made anew, but not within one; a further stream gets a workspace on its first call
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=4))
     native_cuda.reserve(case.params, 1)
     assert not native_cuda._spares[device]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     native_cuda.reserve(case.params, 1)
     assert len(native_cuda._spares[device]) == native_cuda.SPARES
+    assert {stream for _, stream in native_cuda._workspaces} == {0, 1, 2}
 
 
 def test_rows_far_apart_are_refused(emulated):

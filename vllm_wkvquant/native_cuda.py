@@ -376,7 +376,7 @@ def _workspace(device: torch.device, stream: int) -> Workspace:
 
 
 def reserve(params: KVParams, max_seqs: int) -> None:
-    """Make what calls with `params` need, on this stream or captured on another.
+    """Make what calls with `params` need, on the device's first stream or captured on another.
 
     max_seqs: sequences of the largest call. Raises ValueError where the kernels do not take so many. A graph keeps the
     addresses of the tables: `params` must outlive it.
@@ -391,7 +391,9 @@ def reserve(params: KVParams, max_seqs: int) -> None:
         spares = _spares.setdefault(device, [])
         while len(spares) < SPARES and not torch.cuda.is_current_stream_capturing():
             spares.append(_new_workspace(device))  # anew where earlier captures took them
-        _workspace(device, torch.cuda.current_stream().cuda_stream)
+        # steps run on the first stream; others are for captures, which may never call the kernels
+        if all(of != device for of, _ in _workspaces):
+            _workspace(device, torch.cuda.current_stream().cuda_stream)
 
 
 @functools.cache
