@@ -100,9 +100,12 @@ def test_decode_is_captured_where_kernels_of_a_gpu_are(monkeypatch) -> None:
     """UNIFORM_BATCH with them, after every layer's needs were reserved; NEVER with the reference. CUDA's plan steps,
     with the window of the layers, which their spec may lack."""
     params = [layer_with_params().wkv_params for _ in range(2)]
-    reserved, planned = [], []
+    reserved, planned, checked = [], [], []
 
     class Planner:
+        def check_steps(self, *limits):
+            checked.append(limits)
+
         def plan(self, query_start_loc, seq_lens, num_planned, num_tokens, most_past, positions):
             reference.token_positions(query_start_loc, seq_lens, torch.arange(len(positions)), positions)
             planned.append((num_planned, num_tokens, most_past))
@@ -145,6 +148,7 @@ def test_decode_is_captured_where_kernels_of_a_gpu_are(monkeypatch) -> None:
         assert step.plan == (3 if variant == "cuda" else None)
     assert [(id(p), n) for p, n in reserved] == 2 * [(id(p), 5) for p in params]
     assert planned == [(1, 24, 8 * 32), (1, 40, 8 * 32), (1, 24, 8 * 32)]
+    assert checked == [(5, 24, 512)]
     # heads or windows that differ from layer to layer have no plan in common
     monkeypatch.setattr(ops, "default_variant", lambda device_type, head_size: "cuda")
     layer = vllm_config.compilation_config.static_forward_context["b"]
@@ -211,6 +215,7 @@ def gpu_builder(monkeypatch):
         room: int = 4096,
         windows: tuple = (0,),
         draft_model: str | None = None,
+        max_seqs: int = 5,
     ) -> attention.WKVQuantMetadataBuilder:
         """windows: of the layers, each with its own params; 0 is none. draft_model: how it is quantized."""
         layers = {f"layer{i}": window for i, window in enumerate(windows)}
@@ -226,7 +231,7 @@ def gpu_builder(monkeypatch):
         )
         vllm_config = SimpleNamespace(
             model_config=FakeModel(dtype=torch.bfloat16),
-            scheduler_config=SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=5),
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=max_seqs),
             parallel_config=SimpleNamespace(decode_context_parallel_size=1),
             speculative_config=speculative if draft_tokens else None,
             compilation_config=SimpleNamespace(
@@ -433,6 +438,16 @@ def test_decodes_and_drafts_are_no_chunks(gpu_builder) -> None:
     assert b.reorder_batch_threshold == 21
     _, common_metadata = chunked_case([(30, 21), (8, 21)])
     assert b.build(0, common_metadata).chunks is None
+
+
+@pytest.mark.parametrize(("max_seqs", "planned"), [(2, 32), (5, 64)])
+def test_most_work_is_checked_at_the_start(gpu_builder, monkeypatch, max_seqs: int, planned: int) -> None:
+    """Of short queries: long ones are chunks. Where a step were refused, the engine would end."""
+    checked = []
+    planner = SimpleNamespace(check_steps=lambda *limits: checked.append(limits))
+    monkeypatch.setattr(ops, "planner", lambda *args: planner)
+    gpu_builder(max_seqs=max_seqs)
+    assert checked == [(max_seqs, planned, 512)]
 
 
 def test_no_flash_attention_on_a_cpu() -> None:

@@ -377,10 +377,13 @@ def test_work_that_cannot_be_counted_is_refused():
         starts, seq_lens = (torch.tensor(x, dtype=torch.int32).cuda() for x in ([0, tokens], [past + tokens]))
         planner.plan(starts, seq_lens, 1, tokens, past)
 
+    planner.check_steps(1, tokens, 32 * units)
     plan(32 * units)
     assert planner.tensor[:4].view(torch.int32).item() == units * items
     with pytest.raises(ValueError, match=r"16384 tokens .* lower --max-num-batched-tokens"):
         plan(32 * units + 1)
+    with pytest.raises(ValueError, match=r"16384 tokens .* lower --max-num-batched-tokens"):
+        planner.check_steps(1, tokens, 32 * units + 1)
 
 
 @pytest.mark.parametrize("window", [0, 1, 34, 66])

@@ -135,6 +135,17 @@ def test_work_that_cannot_be_counted_is_refused(emulated):
     test_ops_cuda.test_work_that_cannot_be_counted_is_refused()
 
 
+@pytest.mark.parametrize(("head_size", "group"), [(64, 1), (128, 3), (256, 7)])
+@pytest.mark.parametrize(("seqs", "tokens"), [(7, 300), (40, 40), (20, 64), (3, 4)])
+def test_no_step_is_more_work_than_was_checked(emulated, monkeypatch, head_size, group, seqs, tokens):
+    planner, checked = native_cuda.Planner([cases.make_params(2, head_size)], 2 * group), []
+    most_work = planner._most_work
+    monkeypatch.setattr(planner, "_most_work", lambda *args: checked.append(most_work(*args)) or checked[-1])
+    planner.check_steps(seqs, tokens, 1000)
+    for n in range(1, seqs + 1):
+        assert max(most_work(n, t, 1000, -(-t // n)) for t in range(n, tokens + 1)) <= max(checked)
+
+
 @pytest.mark.parametrize("window", [0, 1, 34, 66])
 @pytest.mark.parametrize(("head_size", "group"), [(64, 1), (128, 3), (128, 8), (256, 7)])
 def test_work_is_bounded(emulated, window, head_size, group):

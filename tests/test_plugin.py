@@ -247,6 +247,7 @@ def test_kv_heads_that_do_not_divide_are_refused() -> None:
 class FakeModel(SimpleNamespace):
     hf_text_config = LlamaConfig(head_dim=64)
     enable_sleep_mode = False
+    max_model_len = 500
 
     def get_head_size(self) -> int:
         return 64

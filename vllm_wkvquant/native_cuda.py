@@ -544,11 +544,7 @@ class Planner:
         if positions is not None:
             check_ints("positions", positions, torch.int64, 0, like.device)
         queries = -(-num_tokens // max(num_planned, 1))
-        if self._most_work(num_planned, num_tokens, most_past, queries) >= 1 << 31:
-            raise ValueError(
-                f"a step of {num_tokens} tokens that may each have a past of {most_past} is more work than the CUDA "
-                "kernels can count; lower --max-num-batched-tokens or --max-model-len"
-            )
+        self._check_work(num_planned, num_tokens, most_past, queries)
         with torch.cuda.device(like.device):
             teams = self._teams_for(queries)
             args = PlanStep(
@@ -576,6 +572,19 @@ class Planner:
             like.device, like.num_kv_heads, like.head_size, self.tensor, self.num_heads, self.sliding_window,
             num_tokens, most_past, queries, teams,
         )  # fmt: skip
+
+    def check_steps(self, max_seqs: int, max_tokens: int, most_past: int) -> None:
+        """Raise ValueError where a step of up to so many sequences and tokens could be too much work for `plan`."""
+        for queries in range(1, MOST_ROWS + 1):  # shorter ones are in smaller tiles, so that fewer can be more work
+            self._check_work(max_seqs, min(max_seqs * queries, max_tokens), most_past, queries)
+        self._check_work(max_seqs, max_tokens, most_past, MOST_ROWS)
+
+    def _check_work(self, num_planned: int, num_tokens: int, most_past: int, queries: int) -> None:
+        if self._most_work(num_planned, num_tokens, most_past, queries) >= 1 << 31:
+            raise ValueError(
+                f"a step of {num_tokens} tokens that may each have a past of {most_past} is more work than the CUDA "
+                "kernels can count; lower --max-num-batched-tokens or --max-model-len"
+            )
 
     def _most_work(self, num_planned: int, num_tokens: int, most_past: int, queries: int) -> int:
         """Upper bound of the length of the plan's line (csrc/cuda/attention_plan.cuh), which is counted in 32 bits."""

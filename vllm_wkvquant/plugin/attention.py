@@ -120,6 +120,10 @@ class WKVQuantMetadataBuilder(AttentionMetadataBuilder[WKVQuantMetadata]):
         if self._flash is not None:
             self._init_reorder_batch_threshold(prefill.SHORT, supports_spec_as_decode=True)
             self._room = prefill.room(tokens, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size)
+        if self._planner is not None:  # a step that it refuses would end the engine
+            seqs, block = vllm_config.scheduler_config.max_num_seqs, kv_cache_spec.block_size
+            planned = min(tokens, seqs * (self.reorder_batch_threshold or tokens))  # long queries are chunks
+            self._planner.check_steps(seqs, planned, -(-vllm_config.model_config.max_model_len // block) * block)
         self._tokens = torch.arange(tokens, dtype=torch.int64, device=device)
         self._positions = torch.zeros_like(self._tokens)
 
