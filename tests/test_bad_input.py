@@ -533,7 +533,7 @@ def test_stopped_when_the_result_was_there(
         with monkeypatch.context() as patch:
             patch.setattr(state, "delete", stopping)
             assert cli.main(command) == 130
-        assert refused(model) == f"{out} is finished; {partial} is left of its run, which --resume deletes"
+        assert refused(model) == f"{out} is finished; {partial} is left of its run: delete it, or let --resume do so"
         capsys.readouterr()
         assert cli.main([*command, "--resume"]) == 0
         assert capsys.readouterr().out == f"{out}: finished before; what was left of the run is deleted\n"

@@ -380,9 +380,9 @@ def test_work_that_cannot_be_counted_is_refused():
     planner.check_steps(1, tokens, 32 * units)
     plan(32 * units)
     assert planner.tensor[:4].view(torch.int32).item() == units * items
-    with pytest.raises(ValueError, match=r"16384 tokens .* lower --max-num-batched-tokens"):
+    with pytest.raises(ValueError, match=r"16384 tokens .* lower --max-num-seqs, --max-num-batched-tokens"):
         plan(32 * units + 1)
-    with pytest.raises(ValueError, match=r"16384 tokens .* lower --max-num-batched-tokens"):
+    with pytest.raises(ValueError, match=r"16384 tokens .* lower --max-num-seqs, --max-num-batched-tokens"):
         planner.check_steps(1, tokens, 32 * units + 1)
 
 

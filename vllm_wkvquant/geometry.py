@@ -156,9 +156,9 @@ def group_sizes(section: dict[str, Any], geometry: Geometry, weights: dict[str, 
                     f"{where}: group_size {size} of {name} does not divide its {columns} columns; {again}"
                 )
             out[name] = size
+    except ConfigError:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError, re.error) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(f"{where} is missing or damaged; {again}") from error
     return out
 

@@ -583,7 +583,7 @@ class Planner:
         if self._most_work(num_planned, num_tokens, most_past, queries) >= 1 << 31:
             raise ValueError(
                 f"a step of {num_tokens} tokens that may each have a past of {most_past} is more work than the CUDA "
-                "kernels can count; lower --max-num-batched-tokens or --max-model-len"
+                "kernels can count; lower --max-num-seqs, --max-num-batched-tokens or --max-model-len"
             )
 
     def _most_work(self, num_planned: int, num_tokens: int, most_past: int, queries: int) -> int:

@@ -29,7 +29,7 @@ class Notes(Console):
 
     def say(self, text: str) -> None:
         """Print one line as it is."""
-        self.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.out(text, highlight=False)
 
 
 def complain(text: str) -> None:

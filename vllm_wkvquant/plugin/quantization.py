@@ -35,7 +35,7 @@ logger = init_logger("vllm.wkvquant")
 # vLLM's own string for 4 bits and 4 bytes a token and head: it gives our pages their budget (and 0.26 their dtype)
 CACHE_DTYPE = "int4_per_token_head"
 
-# KV connectors that copy a block's bytes as they are, whatever is in them, or, the last one, none of ours
+# KV connectors that copy a block's bytes as they are, whatever is in them, or, the last two, take nothing from it
 CONNECTORS = (
     "OffloadingConnector",
     "SimpleCPUOffloadConnector",

@@ -58,7 +58,7 @@ def check_output(out: Path, resume: bool) -> None:
         raise ConfigError(f"output directory {out} is a mount point; give a new directory in it")
     partial = partial_directory(out)
     if is_finished(out):
-        raise ConfigError(f"{out} is finished; {partial} is left of its run, which --resume deletes")
+        raise ConfigError(f"{out} is finished; {partial} is left of its run: delete it, or let --resume do so")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"output directory {out} is not empty; give a new one or delete it")
     if not resume and (partial / RUN).is_file():
@@ -73,7 +73,7 @@ def is_finished(out: Path) -> bool:
     partial = partial_directory(out)
     if not (partial / RUN).is_file() or (partial / RESULT).exists() or not (out / "config.json").is_file():
         return False
-    return bool(read_object(partial / RUN).get("writing"))
+    return bool(read_object(partial / RUN).get("result_begun"))
 
 
 def finish(out: Path) -> bool:
@@ -183,8 +183,9 @@ class RunState:
         with writing(self._file("hidden", layer)):
             self._file("hidden", layer).unlink(missing_ok=True)
 
-    def _write_run(self, blocks_done: int, writing: bool = False) -> None:
-        run = {"settings": self._settings, "left_out": self._left_out, "blocks_done": blocks_done, "writing": writing}
+    def _write_run(self, blocks_done: int, result_begun: bool = False) -> None:
+        run = {"settings": self._settings, "left_out": self._left_out, "blocks_done": blocks_done}
+        run["result_begun"] = result_begun
         write_json(self.directory / RUN, run)
 
     def result(self) -> Path:
@@ -193,7 +194,7 @@ class RunState:
 
     def mark(self) -> None:
         """Note that `result` is there: once it is not, it has come to its place. Raises WriteError."""
-        self._write_run(self.blocks_done, writing=True)
+        self._write_run(self.blocks_done, result_begun=True)
 
     def close(self) -> None:
         """Delete the state, once the result is at its place."""

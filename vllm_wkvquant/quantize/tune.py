@@ -325,7 +325,7 @@ def tune(
         x.copy_(value)
     workers.agree(state)
     for c in codes:
-        c.offset = None  # with its gradient
+        c.offset = None  # not kept with the blocks
     runs = model.run_held_out(cache=False), model.run_held_out(cache=True)
     return Tuned(model.blocks, kl, kept, runs)
 
