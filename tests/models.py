@@ -1,5 +1,7 @@
-"""Tiny random models with tokenizers, saved as Hugging Face checkpoints, texts, and what was made of them."""
+"""Tiny random models with tokenizers, saved as Hugging Face checkpoints, texts, what was made of them, and damages."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from vllm_wkvquant.checkpoint import INDEX_FILE
 from vllm_wkvquant.quantize.writer import PAGE_FILE
 from vllm_wkvquant.reference import SLOW_TURN
 
@@ -116,3 +119,18 @@ def clear_fast_bias(path: Path, layers: list[int], head_size: int = 64, base: fl
     for layer in layers:
         tensors[f"model.layers.{layer}.self_attn.k_proj.bias"].view(-1, head_size)[:, fast.repeat(2)] = 0
     save_file(tensors, file, {"format": "pt"})
+
+
+def edit_config(path: Path, **changes: object) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    file = next(path.glob("*.safetensors"))
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    index = path / INDEX_FILE
+    if index.is_file():
+        index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, file.name)}))
