@@ -86,6 +86,16 @@ def test_rotary(rotary_dim, base, scaling):
     check(cases.make_case([(900, 1), (3, 1)], params, dtype=torch.float16))
 
 
+@pytest.mark.parametrize("hadamard", [True, False])
+@pytest.mark.parametrize("group", [4, 8, 16])
+def test_outliers_of_a_query(group, hadamard):
+    """A row's numbers share a scale: one that is far larger leaves the others exact enough."""
+    params = cases.make_params(2, 128, kind="none", hadamard=hadamard)
+    case = cases.make_case([(300, 1), (64, 2)], params, group=group)
+    case.query[:, :, 5] *= 30
+    check(case)
+
+
 @pytest.mark.parametrize("query_len", [1, 2, 3, 5, 8, 9, 33, 130])
 @pytest.mark.parametrize("group", [1, 4, 7])
 def test_query_len(query_len, group):

@@ -52,6 +52,11 @@ def test_parameters(emulated, kind):
     test_ops_cuda.test_parameters(kind, True, 96)
 
 
+@pytest.mark.parametrize("hadamard", [True, False])
+def test_outliers_of_a_query(emulated, hadamard):
+    test_ops_cuda.test_outliers_of_a_query(8, hadamard)
+
+
 @pytest.mark.parametrize("window", [1, 30, 129])
 def test_sliding_window(emulated, window):
     test_ops_cuda.test_sliding_window(window, 4)
