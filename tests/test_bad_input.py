@@ -146,6 +146,15 @@ def test_unsupported_architecture(refused: Callable[..., str], copy: Path) -> No
     )
 
 
+def test_bias_that_vllm_leaves_out(refused: Callable[..., str], tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", "qwen3", num_layers=1, attention_bias=True)
+    (model / "model.safetensors").unlink()  # it is refused before its weights are downloaded
+    assert refused(model) == (
+        "config.json gives o_proj a bias, which vLLM leaves out in this architecture: it would answer wrongly, so this "
+        "model cannot be served"
+    )
+
+
 def test_quantized_model(refused: Callable[..., str], checkpoint: Path) -> None:
     assert refused(checkpoint) == (
         f"{checkpoint} is already quantized (wkvquant); give the model with its 16-bit weights"

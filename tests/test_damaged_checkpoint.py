@@ -226,6 +226,14 @@ def test_tensor_that_nothing_asks_for(inspect_refused: Callable[[Path], str], da
         ({"num_hidden_layers": 5}, "quantization_config.wkvquant says number of layers 2, the model has 5; quantize"),
         ({"num_key_value_heads": 4}, "quantization_config.wkvquant says number of KV heads 2, the model has 4;"),
         ({"head_dim": 128}, "quantization_config.wkvquant says head size 64, the model has 128; quantize the model"),
+        (
+            {"bias": True},
+            "config.json: bias gives q_proj, k_proj, v_proj, o_proj a bias in vLLM, which this model lacks;",
+        ),
+        (
+            {"attention_bias": True, "architectures": ["Qwen3ForCausalLM"]},
+            "config.json gives o_proj a bias, which vLLM leaves out in this architecture",
+        ),
         ({"hidden_size": 256}, "{path}: tensor model.embed_tokens.weight has shape (256, 128), its config asks for"),
         ({"vocab_size": "256"}, "config.json: vocab_size must be a whole number of at least 1, got '256'"),
         ({"architectures": "Llama"}, "config.json: architectures must be a list of names, got 'Llama'"),

@@ -6,10 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny_model
+from engine import in_subprocess
+from models import CONFIGS, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from vllm_wkvquant.geometry import Geometry
+from vllm_wkvquant.config import ConfigError
+from vllm_wkvquant.geometry import ATTENTION, BIAS_KEYS, MLP, QKV, Geometry, check_biases, kind_of
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 
 
 def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -48,3 +57,53 @@ def test_as_transformers(family: str, options: dict[str, Any], gone: tuple[str, 
     assert shapes(config) == expected
     for architectures in ([], None):  # by the model type
         assert shapes(config | {"architectures": architectures}) == expected
+
+
+def vllm_biases(paths: list[Path]) -> list[set[str]]:
+    """Linear layers that have a bias in vLLM's models of these config.json."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.utils.network_utils import get_open_port
+
+    fused = {"qkv_proj": QKV, "o_proj": ("o_proj",), "gate_up_proj": MLP[:2], "down_proj": MLP[2:]}
+    out = []
+    for path in paths:
+        config = EngineArgs(str(path), skip_tokenizer_init=True, dtype="float16").create_engine_config()
+        with set_current_vllm_config(config):
+            if not out:
+                init_distributed_environment(1, 0, f"tcp://127.0.0.1:{get_open_port()}", 0, "gloo")
+                ensure_model_parallel_initialized(1, 1)
+            with torch.device("meta"):
+                names = [name.split(".") for name, _ in initialize_model(config).named_parameters()]
+        out.append({layer for *_, linear, kind in names if kind == "bias" for layer in fused[linear]})
+    return out
+
+
+def test_biases_as_vllm(tmp_path: Path) -> None:
+    """A model is refused where vLLM gives a bias to other layers than transformers, and where it does not it is not."""
+    settings = [{}, *({key: True} for key in BIAS_KEYS), {"attention_bias": True, "qkv_bias": False}]
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2}
+    configs, paths, stored = [], [], []
+    for family, kind in CONFIGS.items():
+        for number, changes in enumerate(settings):
+            path = tmp_path / f"{family}-{number}"
+            kind(**sizes, num_hidden_layers=1, vocab_size=256, **changes).save_pretrained(path)
+            configs.append(json.loads((path / "config.json").read_text()) | {"architectures": [ARCHITECTURES[family]]})
+            (path / "config.json").write_text(json.dumps(configs[-1]))
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+            names = [name.split(".") for name, _ in model.named_parameters()]
+            stored.append({linear for *_, linear, part in names if part == "bias"})
+            paths.append(path)
+    refused = 0
+    for config, ours, served in zip(configs, stored, in_subprocess(vllm_biases, paths), strict=True):
+        assert {name for name, has in kind_of(config).of_vllm(config).items() if has} == served
+        if ours == served:
+            check_biases(config)
+            continue
+        refused += 1
+        with pytest.raises(ConfigError, match=", ".join(n for n in (*ATTENTION, *MLP) if n in ours ^ served)):
+            check_biases(config)
+    assert refused == 10  # of 3 settings with Llama, 5 with Mistral, 2 with Qwen3

@@ -15,7 +15,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vllm_wkvquant.config import ConfigError, KVCacheConfig
-from vllm_wkvquant.geometry import KV_PARAMS, KV_PREFIX, Geometry, group_sizes, kv_tensor_name, stored_tensors
+from vllm_wkvquant.geometry import (
+    KV_PARAMS,
+    KV_PREFIX,
+    Geometry,
+    check_biases,
+    group_sizes,
+    kv_tensor_name,
+    stored_tensors,
+)
 from vllm_wkvquant.reference import KVParams
 
 QUANT_METHOD = "wkvquant"
@@ -249,6 +257,7 @@ class Checkpoint:
             raise ConfigError(f"{path} is not a wkvquant checkpoint (quant_method {method!r})")
         self.kv = KVCacheConfig.from_dict(self.config["quantization_config"].get(QUANT_METHOD))
         self.geometry = Geometry.of(self.config)
+        check_biases(self.config)
         self.kv.check_model(self.geometry.head_size, self.geometry.kv_heads, self.geometry.layers)
         of_weights = next(iter(config_groups({"": 1}).values()))["weights"]
         del of_weights["group_size"]

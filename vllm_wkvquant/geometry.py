@@ -5,7 +5,7 @@ transformers knows those of a model, too, but takes seconds to import.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,23 +26,44 @@ def kv_tensor_name(layer: int, param: str) -> str:
 class Kind:
     """What differs between model types.
 
-    biases: linear layer -> the key of config.json that gives it a bias, or True where it always has one. head_norms:
-    queries and keys have a norm each. kv_heads, head_size: where config.json lacks the key; None: as many as query
-    heads, and hidden size over those.
+    biases: linear layer -> the key of config.json that gives it a bias, or True where it always has one. of_vllm:
+    config.json -> linear layer -> whether vLLM gives it one. head_norms: queries and keys have a norm each. kv_heads,
+    head_size: where config.json lacks the key; None: as many as query heads, and hidden size over those.
     """
 
+    of_vllm: Callable[[dict[str, Any]], dict[str, Any]]
     biases: Mapping[str, str | bool] = field(default_factory=dict)
     head_norms: bool = False
     kv_heads: int | None = None
     head_size: int | None = None
 
+    def biased(self, config: dict[str, Any]) -> list[str]:
+        """Linear layers that have a bias by a config.json."""
+        return [name for name, key in self.biases.items() if key is True or (key and config.get(key))]
+
 
 QKV, MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj")
+ATTENTION = (*QKV, "o_proj")
+BIAS_KEYS = ("attention_bias", "bias", "qkv_bias", "mlp_bias")
+
+
+def _vllm_llama(config: dict[str, Any]) -> dict[str, Any]:
+    attention = config.get("attention_bias") or config.get("bias")
+    of_qkv = dict.fromkeys(QKV, config.get("qkv_bias", attention))
+    return {**of_qkv, "o_proj": attention, **dict.fromkeys(MLP, config.get("mlp_bias"))}
+
+
 KINDS = {
-    "llama": Kind(dict.fromkeys((*QKV, "o_proj"), "attention_bias") | dict.fromkeys(MLP, "mlp_bias")),
-    "mistral": Kind(kv_heads=8),
-    "qwen2": Kind(dict.fromkeys(QKV, True), kv_heads=32),
-    "qwen3": Kind(dict.fromkeys((*QKV, "o_proj"), "attention_bias"), head_norms=True, kv_heads=32, head_size=128),
+    "llama": Kind(_vllm_llama, dict.fromkeys(ATTENTION, "attention_bias") | dict.fromkeys(MLP, "mlp_bias")),
+    "mistral": Kind(_vllm_llama, kv_heads=8),  # in vLLM a Llama
+    "qwen2": Kind(lambda config: dict.fromkeys(QKV, True), dict.fromkeys(QKV, True), kv_heads=32),
+    "qwen3": Kind(
+        lambda config: dict.fromkeys(QKV, config.get("attention_bias")),
+        dict.fromkeys(ATTENTION, "attention_bias"),
+        head_norms=True,
+        kv_heads=32,
+        head_size=128,
+    ),
 }
 
 
@@ -61,6 +82,23 @@ def kind_of(config: dict[str, Any]) -> Kind:
     if kind is None:
         raise ConfigError(f"config.json: architecture {named} is not supported; supported: {', '.join(KINDS)}")
     return kind
+
+
+def check_biases(config: dict[str, Any]) -> None:
+    """Raise ConfigError where vLLM gives a bias to other layers than transformers, which neither would notice."""
+    kind = kind_of(config)
+    stored = kind.biased(config)
+    served = [name for name, has in kind.of_vllm(config).items() if has]
+    if left_out := [name for name in stored if name not in served]:
+        raise ConfigError(
+            f"config.json gives {', '.join(left_out)} a bias, which vLLM leaves out in this architecture: it would "
+            f"answer wrongly, so this model cannot be served"
+        )
+    if unset := [name for name in served if name not in stored]:
+        keys = ", ".join(key for key in BIAS_KEYS if config.get(key) and key not in kind.biases.values())
+        raise ConfigError(
+            f"config.json: {keys} gives {', '.join(unset)} a bias in vLLM, which this model lacks; set {keys} to false"
+        )
 
 
 def _size(config: dict[str, Any], key: str, default: int | None = None) -> int:
@@ -120,11 +158,9 @@ class Geometry:
         norms = {f"{name}_layernorm.weight": (self.hidden,) for name in ("input", "post_attention")}
         if self.kind.head_norms:
             norms |= {f"self_attn.{name}_norm.weight": (self.head_size,) for name in "qk"}
-        biases = {}
-        for name, (out, _) in self.linears().items():
-            key = self.kind.biases.get(name.rpartition(".")[2])
-            if key is True or (key and config.get(key)):
-                biases[f"{name}.bias"] = (out,)
+        biased = self.kind.biased(config)
+        rows = self.linears().items()
+        biases = {f"{name}.bias": (out,) for name, (out, _) in rows if name.rpartition(".")[2] in biased}
         return {**norms, **biases}
 
     def outer(self, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

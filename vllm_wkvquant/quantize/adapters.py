@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from vllm_wkvquant.checkpoint import ShardedTensors, check_plain, read_config
 from vllm_wkvquant.config import ConfigError, reason_of
-from vllm_wkvquant.geometry import architecture_of
+from vllm_wkvquant.geometry import architecture_of, check_biases
 from vllm_wkvquant.layout import HEAD_SIZES
 from vllm_wkvquant.rope import check_rope, rope_config
 
@@ -55,6 +55,7 @@ def check_supported(path: Path, config: dict[str, Any]) -> Family:
     if architecture not in FAMILIES:
         raise ConfigError(f"architecture {architecture} of {path} is not supported; supported: {', '.join(FAMILIES)}")
     check_plain(path, config)
+    check_biases(config)
     for key in ("rope_parameters", "rope_scaling"):  # of transformers 5, and before it
         check_rope(config.get(key) or {})
     return FAMILIES[architecture]
