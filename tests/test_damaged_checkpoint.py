@@ -250,6 +250,32 @@ def test_config_of_another_model(
     assert inspect_refused(damaged).startswith(message.format(path=damaged))
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        (
+            {"rope_type": "default", "rope_theta": 1.01e4},
+            "quantize the model with this rope, or serve with an explicit",
+        ),
+        (YARN, "the checkpoint's keys turn with another rotary embedding than the model's, {"),
+        ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, "dynamic NTK"),
+        ({"rope_type": "default", "rope_theta": "many"}, "{path}/config.json is not a valid model config: "),
+    ],
+)
+def test_rope_of_another_model(
+    rope: dict[str, object], message: str, inspect_refused: Callable[[Path], str], damaged: Path
+) -> None:
+    """As vLLM refuses it; a shift that does not turn is at home under any."""
+    edit_config(damaged, rope_parameters=rope)
+    assert message.replace("{path}", str(damaged)) in inspect_refused(damaged)
+    section = json.loads((damaged / "config.json").read_text())["quantization_config"]
+    edit_config(damaged, quantization_config={**section, "wkvquant": {**section["wkvquant"], "key_shift": "static"}})
+    assert cli.main(["inspect", str(damaged)]) == 0
+
+
 def test_groups_of_weights(inspect_refused: Callable[[Path], str], damaged: Path) -> None:
     where, again = "quantization_config.config_groups", "quantize the model again"
 

@@ -77,8 +77,8 @@ def test_import_is_light() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_inspecting_waits_for_no_other_package() -> None:
-    """transformers and compressed-tensors take seconds to import."""
+def test_refusing_to_inspect_waits_for_no_other_package() -> None:
+    """transformers and compressed-tensors take seconds to import, the former only where all but the rope is right."""
     code = (
         "import sys, vllm_wkvquant.cli, vllm_wkvquant.inspect\n"
         "assert not {'vllm', 'transformers', 'compressed_tensors'} & set(sys.modules), 'heavy'\n"

@@ -25,6 +25,8 @@ def inspect(path: Path) -> dict[str, Any]:
     kv = ckpt.kv
     for layer in range(kv.num_hidden_layers):
         ckpt.kv_tensors(layer)
+    if kv.key_shift == "rotating":
+        _check_rope(ckpt)
     return {
         "checkpoint": path.absolute().name,
         "architecture": architecture_of(ckpt.config),
@@ -40,6 +42,17 @@ def inspect(path: Path) -> dict[str, Any]:
         },
         **_report(path),
     }
+
+
+def _check_rope(ckpt: Checkpoint) -> None:
+    # here: transformers takes seconds, which what is refused before need not wait
+    from transformers import AutoConfig
+
+    from vllm_wkvquant.quantize.adapters import fields_that_fit
+    from vllm_wkvquant.rope import check_same_rope
+
+    with fields_that_fit(ckpt.path):
+        check_same_rope(ckpt.kv.rope, AutoConfig.from_pretrained(ckpt.path))
 
 
 def _weights(ckpt: Checkpoint) -> dict[str, Any]:

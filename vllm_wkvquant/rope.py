@@ -39,3 +39,17 @@ def rope_config(config: PreTrainedConfig) -> RopeConfig:
         rotary = LlamaRotaryEmbedding(config)  # type: ignore[arg-type]
     inv_freq = rotary.get_buffer("inv_freq")
     return RopeConfig(tuple(inv_freq.double().tolist()), 2 * inv_freq.numel(), float(rotary.attention_scaling))
+
+
+def check_same_rope(rope: RopeConfig, config: PreTrainedConfig) -> None:
+    """Raise ConfigError unless a model of this transformers config rotates keys as `rope`, which their shifts turn by,
+    says."""
+    try:
+        check_rope(config.rope_parameters)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; serve with an explicit --kv-cache-dtype") from error
+    if not rope.is_close(rope_config(config)):
+        raise ConfigError(
+            f"the checkpoint's keys turn with another rotary embedding than the model's, {config.rope_parameters}; "
+            "quantize the model with this rope, or serve with an explicit --kv-cache-dtype"
+        )

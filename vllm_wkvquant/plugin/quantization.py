@@ -23,12 +23,12 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, get_kv_quant_mode
 
 from vllm_wkvquant import ops
 from vllm_wkvquant.checkpoint import KV_PARAMS, KV_PREFIX, QUANT_METHOD, check_kv_tensor, missing_kv_tensor
-from vllm_wkvquant.config import ConfigError, KVCacheConfig, RopeConfig
+from vllm_wkvquant.config import ConfigError, KVCacheConfig
 from vllm_wkvquant.layout import PageLayout
 from vllm_wkvquant.plugin import lacks_w4_kernel
 from vllm_wkvquant.plugin.attention import WKVQuantBackend
 from vllm_wkvquant.reference import KVParams
-from vllm_wkvquant.rope import check_rope, rope_config
+from vllm_wkvquant.rope import check_same_rope
 
 logger = init_logger("vllm.wkvquant")
 
@@ -175,19 +175,6 @@ def _full_attention_spec(layer: Any, vllm_config: Any) -> FullAttentionSpec:
     )
 
 
-def _check_rope(rope: RopeConfig, hf_config: Any) -> None:
-    """Raise ConfigError unless the model rotates keys as the checkpoint's shifts turn: --hf-overrides may say else."""
-    try:
-        check_rope(hf_config.rope_parameters)
-    except ConfigError as error:
-        raise ConfigError(f"{error}; serve with an explicit --kv-cache-dtype") from error
-    if not rope.is_close(rope_config(hf_config)):
-        raise ConfigError(
-            f"the checkpoint's keys turn with another rotary embedding than the model's, {hf_config.rope_parameters}; "
-            "quantize the model with this rope, or serve with an explicit --kv-cache-dtype"
-        )
-
-
 class KVParameter(nn.Parameter):
     """A KV tensor, of which the kernels have tables that a copy into it would not change.
 
@@ -264,7 +251,7 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
                 )
         _check_connectors(vllm_config.kv_transfer_config)
         if kv.key_shift == "rotating":
-            _check_rope(kv.rope, model.hf_text_config)
+            check_same_rope(kv.rope, model.hf_text_config)  # --hf-overrides may say else
         if vllm_config.cache_config.block_size is not None:
             PageLayout(layer.head_size, vllm_config.cache_config.block_size)
 

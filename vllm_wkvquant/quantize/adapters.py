@@ -84,6 +84,8 @@ def fields_that_fit(path: Path) -> Iterator[None]:
     """Turns what transformers says of a field of config.json into a ConfigError."""
     try:
         yield
+    except ConfigError:
+        raise
     except Exception as error:  # transformers, huggingface_hub and torch have many kinds for a field that does not fit
         raise ConfigError(f"{path}/config.json is not a valid model config: {reason_of(error)}") from error
 
