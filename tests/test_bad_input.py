@@ -505,6 +505,42 @@ def test_stopped_when_the_result_was_there(
     assert contents(out) == contents(checkpoint)
 
 
+def test_what_is_not_of_the_run_stays(
+    model: Path,
+    text: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, partial = tmp_path / "out", tmp_path / "out.wkvquant-partial"
+    command = ["quantize", str(model), str(out), "--calib-text", str(text), *ARGUMENTS]
+    stays = f"; {partial} stays, for what is there is not of the run"
+    theirs = {"folder/file": b"1", "block-00000.json.bak": b"2", "notes.txt": b"3", "block-00009.json/file": b"4"}
+    for name, content in theirs.items():
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        (partial / name).write_bytes(content)
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out.endswith(f" chosen{stays}\n")
+    assert contents(partial) == theirs
+    assert contents(out) == contents(checkpoint)
+    shutil.rmtree(out)
+
+    def stop(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "delete", stop)
+        assert cli.main(command) == 130
+    for name in ("block-00001.safetensors.tmp", "hidden-00001.safetensors", "run.json.tmp"):  # of a run that was killed
+        (partial / name).touch()
+    capsys.readouterr()
+    assert cli.main([*command, "--resume"]) == 0
+    assert capsys.readouterr().out == f"{out}: finished before; what was left of the run is deleted{stays}\n"
+    assert contents(partial) == theirs
+    assert contents(out) == contents(checkpoint)
+
+
 # -- disk full
 
 

@@ -132,10 +132,10 @@ def run_quantize(args: argparse.Namespace) -> int:
     from vllm_wkvquant.quantize import launch
     from vllm_wkvquant.quantize.adapters import check_supported
     from vllm_wkvquant.quantize.plan import Settings, check_arguments, preflight_without_text
-    from vllm_wkvquant.quantize.state import check_output, finish
+    from vllm_wkvquant.quantize.state import check_output, finish, others
 
     if args.resume and finish(args.out):
-        Notes().say(f"{args.out}: finished before; what was left of the run is deleted")
+        Notes().say(f"{args.out}: finished before; what was left of the run is deleted{others(args.out)}")
         return 0
     check_output(args.out, args.resume)  # these two again below, but a download may come before that
     check_arguments(args.recipe, args.samples, args.device, args.seed)
@@ -221,7 +221,7 @@ def run_quantize(args: argparse.Namespace) -> int:
             highlight=False,
         )
     without = f", without {report['left_out']}, which did not fit in memory" if report["left_out"] else ""
-    out.say(f"{settings.out}: {report['smoothing']} chosen{without}")
+    out.say(f"{settings.out}: {report['smoothing']} chosen{without}{others(settings.out)}")
     return 0
 
 

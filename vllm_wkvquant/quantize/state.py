@@ -14,7 +14,7 @@ written while the next one is computed, the one before.
 """
 
 import json
-import shutil
+import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +32,7 @@ SUFFIX = ".wkvquant-partial"
 LOCK = "lock"  # held by the process that writes
 RUN = "run.json"
 RESULT = "checkpoint"
+OF_BLOCKS = re.compile(r"(block|hidden)-\d{5,}\.(safetensors|json)(\.tmp)?")
 
 Stage = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
@@ -91,11 +92,20 @@ def finish(out: Path) -> bool:
 
 
 def delete(partial: Path) -> None:
-    """Delete a run's state, `run.json` last: it says what the rest is."""
+    """Delete a run's state, `run.json` last: it says what the rest is. What no run writes stays, in its directory."""
     for file in partial.iterdir():
-        if file.name not in (RUN, LOCK):
+        if OF_BLOCKS.fullmatch(file.name) and not file.is_dir():
             file.unlink()
-    shutil.rmtree(partial)
+    for name in (f"{RUN}.tmp", RUN, LOCK):
+        (partial / name).unlink(missing_ok=True)
+    if not any(partial.iterdir()):
+        partial.rmdir()
+
+
+def others(out: Path) -> str:
+    """What to say where `delete` has left something; "" where it has not."""
+    partial = partial_directory(out)
+    return f"; {partial} stays, for what is there is not of the run" if partial.exists() else ""
 
 
 def left_out_before(out: Path, settings: dict[str, Any]) -> str | None:
