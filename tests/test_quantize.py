@@ -168,20 +168,33 @@ def test_checkpoint_on_disk(tmp_path: Path, text: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "dtype"),
-    [([], "float32"), (["--device", "cuda"], "bfloat16"), (["--device", "cuda", "--dtype", "float32"], "float32")],
+    ("has_gpu", "options", "device", "dtype"),
+    [
+        (False, [], "cpu", "float32"),
+        (True, [], "cuda", "bfloat16"),
+        (True, ["--device", "cpu"], "cpu", "float32"),
+        (True, ["--dtype", "float32"], "cuda", "float32"),
+        (True, ["--device", "cuda:1"], "cuda:1", "bfloat16"),
+    ],
 )
-def test_a_gpu_calibrates_in_16_bits(
-    options: list[str], dtype: str, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_gpu_is_taken_and_calibrates_in_16_bits(
+    has_gpu: bool,
+    options: list[str],
+    device: str,
+    dtype: str,
+    tmp_path: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where nothing else is said."""
     seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     monkeypatch.setattr(plan, "check_device", lambda device: None)
     monkeypatch.setattr(launch, "run", lambda settings, *_: seen.append(settings) or sys.exit(0))
     model = tiny_model(tmp_path / "model", num_layers=1)
     with pytest.raises(SystemExit):
         cli.main(["quantize", str(model), str(tmp_path / "out"), "--calib-text", str(text), *options])
-    assert [settings.dtype for settings in seen] == [dtype]
+    assert [(settings.device, settings.dtype) for settings in seen] == [(device, dtype)]
 
 
 def test_a_gpu_by_number_is_the_current_one(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

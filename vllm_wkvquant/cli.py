@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vllm_wkvquant.quantize.estimate import Estimate
 
 MODEL = "directory of a Hugging Face checkpoint, or a model's name on the hub"
+DEVICE = "cpu, cuda, or a GPU by its number, as cuda:1 (cuda where torch sees a GPU)"
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -65,7 +66,7 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seq-len", type=int, help="tokens in a window (2048, or what the model has)")
     parser.add_argument("--seed", type=int, default=0, help="which windows of the text are drawn (%(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    parser.add_argument("--device", help=DEVICE)
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
@@ -128,6 +129,7 @@ def run_quantize(args: argparse.Namespace) -> int:
     """Run `wkvquant quantize`; returns the exit status."""
     from vllm_wkvquant import self_text
     from vllm_wkvquant.checkpoint import read_config
+    from vllm_wkvquant.device import default_device
     from vllm_wkvquant.hub import find_model
     from vllm_wkvquant.quantize import launch
     from vllm_wkvquant.quantize.adapters import check_supported
@@ -137,8 +139,9 @@ def run_quantize(args: argparse.Namespace) -> int:
     if args.resume and finish(args.out):
         Notes().say(f"{args.out}: finished before; what was left of the run is deleted{others(args.out)}")
         return 0
+    device = args.device or default_device()
     check_output(args.out, args.resume)  # these two again below, but a download may come before that
-    check_arguments(args.recipe, args.samples, args.device, args.seed)
+    check_arguments(args.recipe, args.samples, device, args.seed)
     if args.own_samples < 0:
         raise ConfigError(f"--own-samples {args.own_samples} must not be negative")
     if args.own_samples and args.calib_text is None:
@@ -153,8 +156,8 @@ def run_quantize(args: argparse.Namespace) -> int:
         own_samples=args.own_samples,
         seq_len=args.seq_len,
         seed=args.seed,
-        device=args.device,
-        dtype=args.dtype or ("float32" if args.device == "cpu" else "bfloat16"),
+        device=device,
+        dtype=args.dtype or ("float32" if device == "cpu" else "bfloat16"),
         shard_size=args.shard_size,
         resume=args.resume,
         memory_budget=args.memory_budget,
@@ -169,7 +172,7 @@ def run_quantize(args: argparse.Namespace) -> int:
         if args.workers != 1:
             launch.check(settings)
         seq_len, count = preflight_without_text(settings), args.own_samples or args.samples
-        own_text = self_text.text_for(args.out, model, count, seq_len, args.seed, args.device)
+        own_text = self_text.text_for(args.out, model, count, seq_len, args.seed, device)
         settings = replace(settings, own_text=own_text) if args.own_samples else replace(settings, calib_text=own_text)
     console, out = Notes(stderr=True), Notes()
     bar = Progress(
@@ -251,7 +254,7 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens attended as they are before they become past: the prefill chunk (transformers: 1, vllm: 64)",
     )
     parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers", help="(%(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda, for --engine transformers (%(default)s)")
+    parser.add_argument("--device", help=f"of --engine transformers: {DEVICE}")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the transformers run"
     )
@@ -277,7 +280,7 @@ def add_write_text_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=2048, help="tokens of a text (%(default)s)")
     parser.add_argument("--batch", type=int, help="texts at a time (16 on a CPU, what fits and at most 128 on a GPU)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (%(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    parser.add_argument("--device", help=DEVICE)
 
 
 def run_write_text(args: argparse.Namespace) -> int:

@@ -7,6 +7,11 @@ import torch
 from vllm_wkvquant.config import ConfigError
 
 
+def default_device() -> str:
+    """Where work runs if nothing is said: on the GPU that torch sees, if it sees one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def check_device(device: str) -> None:
     """Raise ConfigError unless there is such a device here."""
     found = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)

@@ -30,7 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 from vllm_wkvquant import reference
 from vllm_wkvquant.checkpoint import Checkpoint, check_plain, read_config
 from vllm_wkvquant.config import ConfigError, reason_of
-from vllm_wkvquant.device import check_device, device_name
+from vllm_wkvquant.device import check_device, default_device, device_name
 from vllm_wkvquant.hub import find_model
 from vllm_wkvquant.layout import token_bytes
 from vllm_wkvquant.output import Notes, Result
@@ -360,7 +360,7 @@ def main(args: argparse.Namespace) -> int:
             args.window,
             args.windows,
             args.chunk,
-            args.device,
+            args.device or default_device(),
             args.engine,
             getattr(torch, args.dtype),
         )

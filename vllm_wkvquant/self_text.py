@@ -21,7 +21,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from vllm_wkvquant.checkpoint import ShardedTensors, check_plain, kv_elements, read_config
 from vllm_wkvquant.config import ConfigError
-from vllm_wkvquant.device import check_device
+from vllm_wkvquant.device import check_device, default_device
 from vllm_wkvquant.evaluate import load, load_plain
 from vllm_wkvquant.hub import find_model
 from vllm_wkvquant.output import Notes
@@ -36,6 +36,7 @@ CACHE_SHARE = 0.4
 
 def check(args: argparse.Namespace) -> None:
     """Refuse what can be before long work, and find the model. Raises ConfigError."""
+    args.device = args.device or default_device()
     check_device(args.device)
     if not args.file.parent.is_dir():
         raise ConfigError(f"the directory of {args.file} does not exist")
