@@ -46,17 +46,33 @@ def lacks_w4_kernel() -> bool:
 
 @functools.cache
 def register() -> None:
-    """Register the attention backend and the quantization method; vLLM calls this in every one of its processes."""
+    """Register the attention backend and the quantization method; vLLM calls this in every one of its processes.
+
+    A vLLM that has moved what they need runs other models without them: the log says why it then refuses ours.
+    """
     from vllm.logger import init_logger
+
+    logger = init_logger("vllm.wkvquant")
+    version = vllm_version()
+    warning = check_version(version)
+    if warning:
+        logger.warning(warning)
+    try:
+        _register()
+    except (ImportError, AttributeError) as error:
+        logger.error(
+            "vllm-wkvquant does not work with this vLLM, %s, which will not know the quantization method wkvquant: "
+            "%s: %s", version, type(error).__name__, error,
+        )  # fmt: skip
+
+
+def _register() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    warning = check_version(vllm_version())
-    if warning:
-        init_logger("vllm.wkvquant").warning(warning)
-    register_backend(AttentionBackendEnum.CUSTOM, BACKEND_PATH)
     # the class itself registers the quantization method
     import vllm_wkvquant.plugin.quantization  # noqa: F401
 
+    register_backend(AttentionBackendEnum.CUSTOM, BACKEND_PATH)
     if lacks_w4_kernel():
         from vllm_wkvquant.plugin import linear
 
