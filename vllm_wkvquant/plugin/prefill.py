@@ -98,7 +98,7 @@ def profile(output: torch.Tensor, num_kv_heads: int) -> None:
     tokens, _, head_size = output.shape
     n = room(tokens, num_kv_heads, head_size)
     seen = [output.new_empty(2, n, num_kv_heads, head_size, dtype=torch.float16)]
-    seen += [output.new_empty(output.shape, dtype=torch.float16) for _ in range(3)]  # queries, two passes' results
+    seen += [output.new_empty(output.shape, dtype=torch.float16) for _ in range(4)]  # queries, output, two passes'
 
 
 @dataclass
