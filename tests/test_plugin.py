@@ -97,6 +97,13 @@ def test_entry_point_registers_once_and_again() -> None:
     assert get_quantization_config("wkvquant") is quantization.WKVQuantConfig
 
 
+def test_a_vllm_that_lacks_a_seam_runs_other_models(monkeypatch, caplog) -> None:
+    monkeypatch.setitem(sys.modules, "vllm_wkvquant.plugin.quantization", None)
+    monkeypatch.setattr(logging.getLogger("vllm.wkvquant"), "handlers", [caplog.handler])
+    plugin.register.__wrapped__()
+    assert "will not know the quantization method wkvquant: ModuleNotFoundError: import of vllm_wkv" in caplog.text
+
+
 def test_old_vllm_is_refused_by_name() -> None:
     with pytest.raises(RuntimeError) as error:
         plugin.check_version("0.25.1")
@@ -205,9 +212,12 @@ def fake_layer(**changes) -> SimpleNamespace:
     ],
 )
 def test_explicit_cache_dtype_and_skip_list_win(monkeypatch, layer, cache_dtype, skip, ours) -> None:
+    warned: list[str] = []
     monkeypatch.setattr(quantization, "Attention", SimpleNamespace)
+    monkeypatch.setattr(quantization.logger, "warning_once", warned.append)
     cache = SimpleNamespace(cache_dtype=cache_dtype, kv_cache_dtype_skip_layers=skip)
     assert quantization.takes_4_bits(fake_layer(**layer), "model.layers.1.self_attn.attn", cache) is ours
+    assert ["all pages as large" in text for text in warned] == [True] * (skip == ["sliding_window"] and not ours)
 
 
 def test_subclasses_of_attention_keep_their_cache(monkeypatch) -> None:

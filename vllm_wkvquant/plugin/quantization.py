@@ -109,6 +109,11 @@ def takes_4_bits(layer: Attention, prefix: str, cache_config: Any) -> bool:
     if not skip:
         return True
     windowed = layer.sliding_window is not None and "sliding_window" in skip
+    if windowed:
+        logger.warning_once(
+            "wkvquant: layers with a window keep a 16-bit cache (--kv-cache-dtype-skip-layers sliding_window). Where "
+            "others have none, vLLM makes all pages as large as theirs, and the 4-bit cache saves no memory."
+        )
     return not windowed and str(extract_layer_index(prefix)) not in skip
 
 
