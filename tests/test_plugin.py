@@ -369,6 +369,19 @@ def test_update_that_tables_would_not_see_is_refused(method) -> None:
     assert bool((parameter == 1).all())
 
 
+def test_what_a_sleep_has_kept_comes_back(method) -> None:
+    """vLLM 0.32 copies it into parameters whose memory was given away."""
+    kv, layer, tensors = method(), FakeLayer(), full()
+    kv.create_weights(layer)
+    load(layer, **tensors)
+    kv.process_weights_after_loading(layer)
+    parameter = layer.get_parameter("wkv_k_shift")
+    parameter.data.fill_(7)
+    with torch.inference_mode():
+        parameter.copy_(tensors["k_shift"].clone())
+    assert torch.equal(parameter, tensors["k_shift"])
+
+
 def test_dummy_weights_are_neutral(method) -> None:
     layer, kv = FakeLayer(), method(load_format="dummy")
     kv.create_weights(layer)

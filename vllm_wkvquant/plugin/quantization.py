@@ -183,10 +183,15 @@ def _full_attention_spec(layer: Any, vllm_config: Any) -> FullAttentionSpec:
 class KVParameter(nn.Parameter):
     """A KV tensor, of which the kernels have tables that a copy into it would not change.
 
-    What makes them anew is `process_weights_after_loading`; vLLM's loaders that call it copy into `.data`.
+    What makes them anew is `process_weights_after_loading`; vLLM's loaders that call it copy into `.data`. in_tables:
+    what the tables were made of, on the host. To copy just that is allowed: vLLM does so when it wakes up.
     """
 
-    def copy_(self, *args: Any, **kwargs: Any) -> Any:
+    in_tables: torch.Tensor | None = None
+
+    def copy_(self, other: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        if self.in_tables is not None and torch.equal(other.cpu(), self.in_tables):
+            return self.data.copy_(other, non_blocking)
         raise NotImplementedError(
             "wkvquant: KV parameters cannot be updated in kernel format; reload weights in checkpoint format "
             "(is_checkpoint_format=True), or leave the wkv_* tensors out"
@@ -276,8 +281,8 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
         tensors = {}
         for param in KV_PARAMS:
             name = f"{layer.layer_name}.{KV_PREFIX}{param}"
-            # without Parameter's shell: offloading may point that elsewhere later
-            data = getattr(layer, KV_PREFIX + param).data
+            parameter = getattr(layer, KV_PREFIX + param)
+            data = parameter.data  # without Parameter's shell: offloading may point that elsewhere later
             if self._dummy and name not in self._loaded:
                 data.fill_(float(param == "k_smooth"))
             if bool(data.isnan().all()):
@@ -285,6 +290,7 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
             # some loaders copy into parameters and never call theirs
             check_kv_tensor(name, data, (layer.num_kv_heads, layer.head_size))
             tensors[param] = data
+            parameter.in_tables = data.cpu().clone()
         params = KVParams.build(self.quant_config.kv, **tensors)
         if hasattr(layer, "wkv_params"):  # loaded again: vLLM keeps the first parameters' storage, and so do graphs
             ops.renew(layer.wkv_params, params)
