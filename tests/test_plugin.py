@@ -355,12 +355,18 @@ def test_missing_and_damaged_tensors_are_named(method) -> None:
         kv.process_weights_after_loading(layer)
 
 
-def test_update_that_tables_would_not_see_is_refused(method) -> None:
-    """vLLM's reload in kernel format copies into a parameter and calls nothing; other loaders go through `.data`."""
-    kv, layer, tensors = method(), FakeLayer(), full()
+def processed(kv: quantization.WKVQuantKVCacheMethod) -> tuple[FakeLayer, dict[str, torch.Tensor]]:
+    """A layer, and the tensors that were loaded into it."""
+    layer, tensors = FakeLayer(), full()
     kv.create_weights(layer)
     load(layer, **tensors)
     kv.process_weights_after_loading(layer)
+    return layer, tensors
+
+
+def test_update_that_tables_would_not_see_is_refused(method) -> None:
+    """vLLM's reload in kernel format copies into a parameter and calls nothing; other loaders go through `.data`."""
+    layer, tensors = processed(method())
     parameter = layer.get_parameter("wkv_k_shift")
     with torch.inference_mode(), pytest.raises(NotImplementedError, match=r"kernel format.*is_checkpoint_format=True"):
         parameter.copy_(torch.ones(4, 64))
@@ -371,10 +377,7 @@ def test_update_that_tables_would_not_see_is_refused(method) -> None:
 
 def test_what_a_sleep_has_kept_comes_back(method) -> None:
     """vLLM 0.32 copies it into parameters whose memory was given away."""
-    kv, layer, tensors = method(), FakeLayer(), full()
-    kv.create_weights(layer)
-    load(layer, **tensors)
-    kv.process_weights_after_loading(layer)
+    layer, tensors = processed(method())
     parameter = layer.get_parameter("wkv_k_shift")
     parameter.data.fill_(7)
     with torch.inference_mode():

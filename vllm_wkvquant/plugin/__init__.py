@@ -69,11 +69,10 @@ def register() -> None:
 def _register() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    # the class itself registers the quantization method
-    import vllm_wkvquant.plugin.quantization  # noqa: F401
-
     register_backend(AttentionBackendEnum.CUSTOM, BACKEND_PATH)
     if lacks_w4_kernel():
         from vllm_wkvquant.plugin import linear
 
         linear.register()
+    # the class itself registers the quantization method: last, so that it is known only where all else is there
+    import vllm_wkvquant.plugin.quantization  # noqa: F401

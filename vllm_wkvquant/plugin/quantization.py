@@ -281,8 +281,8 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
         tensors = {}
         for param in KV_PARAMS:
             name = f"{layer.layer_name}.{KV_PREFIX}{param}"
-            parameter = getattr(layer, KV_PREFIX + param)
-            data = parameter.data  # without Parameter's shell: offloading may point that elsewhere later
+            # without Parameter's shell: offloading may point that elsewhere later
+            data = getattr(layer, KV_PREFIX + param).data
             if self._dummy and name not in self._loaded:
                 data.fill_(float(param == "k_smooth"))
             if bool(data.isnan().all()):
@@ -290,9 +290,10 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
             # some loaders copy into parameters and never call theirs
             check_kv_tensor(name, data, (layer.num_kv_heads, layer.head_size))
             tensors[param] = data
-            parameter.in_tables = data.cpu().clone()
         params = KVParams.build(self.quant_config.kv, **tensors)
         if hasattr(layer, "wkv_params"):  # loaded again: vLLM keeps the first parameters' storage, and so do graphs
             ops.renew(layer.wkv_params, params)
         else:
             layer.wkv_params = params
+        for param, data in tensors.items():
+            getattr(layer, KV_PREFIX + param).in_tables = data.cpu().clone()
