@@ -38,7 +38,7 @@ def run(implementation, case: cases.Case, **options) -> tuple[torch.Tensor, torc
     return out.cpu(), lse.cpu()
 
 
-def check(case: cases.Case, planner: native_cuda.Planner | None = None, **options) -> None:
+def check(case: cases.Case, planner: native_cuda.Planner | None = None, lse_error: float = 8e-3, **options) -> None:
     """Ours equals the specification, and leaves padded rows alone."""
     case = to_gpu(case)
     tokens = int(case.query_start_loc[-1])
@@ -52,7 +52,7 @@ def check(case: cases.Case, planner: native_cuda.Planner | None = None, **option
     assert (out[:tokens].double() - expected[:tokens]).abs().max() < 8 * TOLERANCE[case.query.dtype]
     # Shifts of these magnitudes are rounded to fp16: 5.5e-3 at most in thousands of rows. Keys rounded to bf16, as a
     # bf16 cache has them, make 2.5e-2.
-    assert (lse[:tokens] - expected_lse[:tokens]).abs().max() < 8e-3
+    assert (lse[:tokens] - expected_lse[:tokens]).abs().max() < lse_error
 
 
 @pytest.mark.parametrize("head_size", native_cuda.HEAD_SIZES)
@@ -93,7 +93,7 @@ def test_outliers_of_a_query(group, hadamard):
     params = cases.make_params(2, 128, kind="none", hadamard=hadamard)
     case = cases.make_case([(300, 1), (64, 2)], params, group=group)
     case.query[:, :, 5] *= 30
-    check(case)
+    check(case, lse_error=2e-2)  # fp16 rounds an outlier of 90 by up to 2^-5, which a key of 4 multiplies: 1.1e-2
 
 
 @pytest.mark.parametrize("query_len", [1, 2, 3, 5, 8, 9, 33, 130])
