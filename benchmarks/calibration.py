@@ -248,7 +248,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", default=DEFAULT, help="of `wkvquant quantize` (%(default)s)")
     parser.add_argument("--blocks", type=int, default=4, help="blocks to measure (%(default)s)")
     parser.add_argument(
-        "--samples", type=int, default=128, help="windows of text, up to 16 of which are held out (%(default)s)"
+        "--samples", type=int, default=128, help="windows of text, some of which are held out as there (%(default)s)"
     )
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens in a window (%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")

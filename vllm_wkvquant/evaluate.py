@@ -300,7 +300,7 @@ def evaluate(
     engine: str = "transformers",
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """The JSON object that `wkvquant eval --json` prints (docs/algorithm.md). Raises ConfigError on bad input."""
+    """The JSON object that `wkvquant eval --json` prints. Raises ConfigError on bad input."""
     ckpt = Checkpoint(ckpt_path)
     model = read_config(baseline)
     check_run(window, device, [ckpt.config, model], engine)

@@ -33,7 +33,7 @@ from vllm_wkvquant.reference import STEP_PAIRS, KVParams, hadamard_block, slow_p
 
 LIBRARY = Path(__file__).with_name("_wkvquant_cuda.so")
 HEAD_SIZES = (64, 96, 128, 256)
-SHARED_256 = 160 << 10  # sm_80 and sm_90 have more, sm_86 and sm_89 99 KiB; the tables of a usual layer fit
+SHARED_256 = 160 << 10  # sm_80 and sm_90 have more, sm_86, 89 and 120 99 KiB; the tables of a usual layer fit
 CHUNK = 256  # csrc/cuda/common.cuh
 CHEBYSHEV = 16
 # Largest norm of a head's shift whose part of the scores may be rounded to fp16. At head size 128 and a random query

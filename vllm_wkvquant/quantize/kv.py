@@ -1,4 +1,4 @@
-"""KV parameters of one layer from calibration statistics (docs/algorithm.md, "Keys and values")."""
+"""KV parameters of one layer from calibration statistics (docs/algorithm.md, "Steps")."""
 
 from dataclasses import dataclass, replace
 
@@ -31,11 +31,11 @@ SHIFT_TOLERANCE = 0.02  # of the squared error of attention, which dropping the 
 
 @dataclass(frozen=True)
 class KVStatistics:
-    """Of one layer, fp32 [H, D] each, over the calibration tokens but the first of each window.
+    """Of one layer, fp32 [H, D] each, over the calibration tokens but the first four of each window.
 
     k_shift: mean key before the rotary embedding (after it for a static shift); k_deviation: largest deviation from
     the shift, after the rotary embedding; q_rms: root mean square of the queries of the KV head's group; v_shift: mean
-    value; k_first, v_first: mean key and value of tokens at position 0.
+    value; k_first, v_first: mean key and value of tokens at position 0, of sequences of one token.
     """
 
     k_shift: torch.Tensor
