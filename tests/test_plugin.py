@@ -48,7 +48,7 @@ def test_model_that_is_not_quantized_is_refused() -> None:
 
 
 def test_dtypes_are_those_of_the_kernel(monkeypatch) -> None:
-    """vLLM's kernel for CPUs has no float32; where ours stands in for it, it has."""
+    """vLLM's kernels have no float32; where ours stands in for that of CPUs, it has."""
     for lacks, expected in (
         (False, {torch.float16, torch.bfloat16}),
         (True, {torch.float16, torch.bfloat16, torch.float32}),
@@ -122,7 +122,9 @@ def test_unknown_vllm_is_warned_of() -> None:
     tried = "vllm-wkvquant is tried with vLLM 0.26 to 0.33"
     assert plugin.check_version("0.34.0") == f"{tried}, found 0.34.0"
     assert plugin.check_version("1.0") == f"{tried}, found 1.0"
-    assert plugin.check_version("unknown") == f"{tried}; the version of this one, 'unknown', cannot be read"
+    for version in ("unknown", "0.1.dev1+g0123456"):  # a source tree without tags is called that
+        says = f"the version of this one, {version!r}, does not say which it is"
+        assert plugin.check_version(version) == f"{tried}; {says}"
 
 
 def test_version_is_found_under_either_name(monkeypatch) -> None:
@@ -375,6 +377,42 @@ def test_update_that_tables_would_not_see_is_refused(method) -> None:
     assert bool((parameter == 1).all())
 
 
+def reload(kv: quantization.WKVQuantKVCacheMethod, layer: FakeLayer, **tensors: torch.Tensor) -> None:
+    """As vLLM does: into parameters that have the first ones' attributes, which then come back with the new values."""
+    first = dict(layer.named_parameters())
+    for name, parameter in first.items():
+        other = torch.empty_like(parameter).as_subclass(type(parameter))
+        other.__dict__ = parameter.__dict__.copy()
+        setattr(layer, name, other)
+    load(layer, **tensors)
+    kv.process_weights_after_loading(layer)
+    for name, parameter in first.items():
+        parameter.data.copy_(getattr(layer, name))
+        setattr(layer, name, parameter)
+
+
+def test_what_a_reload_has_loaded_is_what_may_come_back(method) -> None:
+    kv = method()
+    layer, before = processed(kv)
+    after = {name: tensor + 1 for name, tensor in before.items()}
+    reload(kv, layer, **after)
+    parameter = layer.get_parameter("wkv_k_shift")
+    assert torch.equal(layer.wkv_params.k_shift, after["k_shift"])
+    with torch.inference_mode():
+        parameter.copy_(after["k_shift"].clone())
+        with pytest.raises(NotImplementedError, match="kernel format"):
+            parameter.copy_(before["k_shift"])
+
+
+def test_load_into_a_running_model_is_refused(method) -> None:
+    """`model.load_weights` of a worker's extension, after which nobody makes the tables anew."""
+    layer, tensors = processed(method())
+    load(layer, **tensors)
+    with pytest.raises(NotImplementedError, match=r"attn\.wkv_k_shift cannot be loaded into a model that is running"):
+        load(layer, k_shift=tensors["k_shift"] + 1)
+    assert torch.equal(layer.get_parameter("wkv_k_shift"), tensors["k_shift"])
+
+
 def test_what_a_sleep_has_kept_comes_back(method) -> None:
     """vLLM 0.32 copies it into parameters whose memory was given away."""
     layer, tensors = processed(method())
@@ -396,8 +434,7 @@ def test_dummy_weights_are_neutral(method) -> None:
     assert not layer.wkv_params.v_shift.any()
     # real weights that come later, as in reinforcement learning, stay
     tensors = full()
-    load(layer, **tensors)
-    kv.process_weights_after_loading(layer)
+    reload(kv, layer, **tensors)
     assert torch.equal(layer.wkv_params.k_smooth, tensors["k_smooth"])
 
 
@@ -416,6 +453,41 @@ def test_dummy_weights_are_neutral(method) -> None:
 def test_unsupported_layers_are_refused_by_name(method, layer: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         method().create_weights(FakeLayer(**layer))
+
+
+def as_draft(target: SimpleNamespace) -> SimpleNamespace:
+    """Makes the model that is being built the draft of `target`; returns vLLM's config."""
+    vllm_config = quantization.get_current_vllm_config()
+    vllm_config.speculative_config = SimpleNamespace(
+        draft_model_config=vllm_config.model_config, target_model_config=target
+    )
+    return vllm_config
+
+
+def test_a_draft_that_sleeps_with_its_target_is_refused(method, monkeypatch) -> None:
+    monkeypatch.setattr(quantization, "_sleep_is_safe", lambda: False)
+    kv = method()
+    as_draft(SimpleNamespace(enable_sleep_mode=True))
+    with pytest.raises(NotImplementedError, match=r"sleep mode of this vLLM"):
+        kv.create_weights(FakeLayer())
+
+
+def test_adapters_of_a_target_do_not_concern_its_draft(method, monkeypatch) -> None:
+    monkeypatch.setattr(quantization, "Attention", FakeLayer)
+    config, layer = method(dtype=torch.float16).quant_config, FakeLayer()
+    vllm_config = as_draft(SimpleNamespace(enable_sleep_mode=False))
+    vllm_config.lora_config, vllm_config.cache_config.cache_dtype = object(), "auto"
+    assert isinstance(config.get_quant_method(layer, layer.layer_name), quantization.WKVQuantKVCacheMethod)
+    vllm_config.speculative_config = None
+    with pytest.raises(ConfigError, match="LoRA adapters are not supported"):
+        config.get_quant_method(layer, layer.layer_name)
+
+
+def test_layers_outside_of_the_model_are_refused(method, monkeypatch) -> None:
+    """So vLLM up to 0.28 names those of its transformers backend."""
+    monkeypatch.setattr(quantization, "Attention", FakeLayer)
+    with pytest.raises(NotImplementedError, match="--model-impl transformers of this vLLM has no place"):
+        method().quant_config.get_quant_method(FakeLayer(), "0.attn")
 
 
 def test_sleep_that_drops_tables_is_refused(method, monkeypatch) -> None:
@@ -466,6 +538,17 @@ def test_connectors_that_cut_pages_are_refused(method, transfer, name: str) -> N
         NotImplementedError,
         match=rf"KV connector {name} is not known to move whole pages.* one of OffloadingConnector, .*--kv-cache-dtype",
     ):
+        method(transfer=transfer).create_weights(FakeLayer())
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_tiers_that_outlive_the_engine_are_refused(method, within: bool) -> None:
+    """vLLM names files by the model's path and the tokens: those of another cache would be read as pages of ours."""
+    options = {"spec_name": "TieringOffloadingSpec", "secondary_tiers": [{"type": "fs", "root_dir": "kv"}]}
+    transfer = connector("OffloadingConnector", kv_connector_extra_config=options)
+    if within:
+        transfer = connector("MultiConnector", kv_connector_extra_config={"connectors": [vars(transfer)]})
+    with pytest.raises(NotImplementedError, match=r"secondary_tiers .* explicit --kv-cache-dtype"):
         method(transfer=transfer).create_weights(FakeLayer())
 
 

@@ -23,8 +23,8 @@ def check_version(version: str) -> str | None:
     """Refuse a vLLM that lacks the seams with RuntimeError; return a warning for one that nobody has tried."""
     tried = f"vllm-wkvquant is tried with vLLM {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
     match = re.match(r"(\d+)\.(\d+)", version)
-    if match is None:
-        return f"{tried}; the version of this one, {version!r}, cannot be read"
+    if match is None or version.startswith(("0.0.", "0.1.dev")):  # what builds are called that know no tag
+        return f"{tried}; the version of this one, {version!r}, does not say which it is"
     number = int(match[1]), int(match[2])
     if number < OLDEST:
         oldest = f"{OLDEST[0]}.{OLDEST[1]}"

@@ -75,9 +75,9 @@ class WKVQuantConfig(CompressedTensorsConfig):
         return QUANT_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """vLLM's kernel of 4-bit weights for CPUs has no float32."""
+        """vLLM's kernels of 4-bit weights have no float32; what stands in for them on a CPU has."""
         dtypes: list[torch.dtype] = super().get_supported_act_dtypes()
-        return [d for d in dtypes if d != torch.float32 or not current_platform.is_cpu() or lacks_w4_kernel()]
+        return [d for d in dtypes if d != torch.float32 or lacks_w4_kernel()]
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         """vLLM asks twice for an attention layer, the second time after loading: the first answer holds."""
@@ -85,8 +85,13 @@ class WKVQuantConfig(CompressedTensorsConfig):
             return super().get_quant_method(layer, prefix)
         if hasattr(layer, "quant_method"):
             return layer.quant_method
+        if prefix[:1].isdigit():  # of vLLM up to 0.28, which names it so and keeps it outside of the model
+            raise NotImplementedError(
+                "wkvquant: --model-impl transformers of this vLLM has no place for the checkpoint's KV tensors; use "
+                "--model-impl vllm, or a newer vLLM"
+            )
         vllm_config = get_current_vllm_config()
-        if vllm_config.lora_config is not None:
+        if vllm_config.lora_config is not None and not _is_draft(vllm_config):
             raise ConfigError(
                 "wkvquant: LoRA adapters are not supported: v_proj and o_proj of this checkpoint are folded, and an "
                 "adapter of the original model does not fit them; merge it into the model before `wkvquant quantize`"
@@ -95,6 +100,12 @@ class WKVQuantConfig(CompressedTensorsConfig):
         if not takes_4_bits(layer, prefix, vllm_config.cache_config):
             return super().get_quant_method(layer, prefix)
         return WKVQuantKVCacheMethod(self)
+
+
+def _is_draft(vllm_config: Any) -> bool:
+    """Whether the model that is being built is the draft of another one, whose adapters are not for it."""
+    speculative = getattr(vllm_config, "speculative_config", None)
+    return speculative is not None and vllm_config.model_config is speculative.draft_model_config
 
 
 def takes_4_bits(layer: Attention, prefix: str, cache_config: Any) -> bool:
@@ -154,8 +165,15 @@ def _check_connectors(transfer: Any) -> None:
     while waiting:
         connector = waiting.pop()
         name, path = connector.get("kv_connector"), connector.get("kv_connector_module_path")
+        options = connector.get("kv_connector_extra_config") or {}
+        if options.get("secondary_tiers"):
+            raise NotImplementedError(
+                "wkvquant: secondary_tiers of a KV connector keep pages under names that do not tell 4-bit pages from "
+                "others, nor one quantization of the model from another; leave them out, or serve with an explicit "
+                "--kv-cache-dtype"
+            )
         if name == "MultiConnector" and not path:
-            waiting += (connector.get("kv_connector_extra_config") or {}).get("connectors", [])
+            waiting += options.get("connectors", [])
         elif name is not None and (name not in CONNECTORS or path):
             raise NotImplementedError(
                 f"wkvquant: the KV connector {name} is not known to move whole pages, and tokens cut out of a 4-bit "
@@ -183,14 +201,16 @@ def _full_attention_spec(layer: Any, vllm_config: Any) -> FullAttentionSpec:
 class KVParameter(nn.Parameter):
     """A KV tensor, of which the kernels have tables that a copy into it would not change.
 
-    What makes them anew is `process_weights_after_loading`; vLLM's loaders that call it copy into `.data`. in_tables:
-    what the tables were made of, on the host. To copy just that is allowed: vLLM does so when it wakes up.
+    What makes them anew is `process_weights_after_loading`; vLLM's loaders that call it copy into `.data`. To copy what
+    the tables were made of is allowed: vLLM does so when it wakes up. A reload makes them of parameters that vLLM
+    throws away; all parameters of a layer's tensor have one `method` and `kind`, as vLLM copies attributes.
     """
 
-    in_tables: torch.Tensor | None = None
+    method: "WKVQuantKVCacheMethod"
+    kind: str
 
     def copy_(self, other: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-        if self.in_tables is not None and torch.equal(other.cpu(), self.in_tables):
+        if self.method.are_in_tables(self.kind, other):
             return self.data.copy_(other, non_blocking)
         raise NotImplementedError(
             "wkvquant: KV parameters cannot be updated in kernel format; reload weights in checkpoint format "
@@ -212,10 +232,13 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
         self._check(layer, vllm_config)
         self._dummy = str(vllm_config.load_config.load_format) == "dummy"
         self._loaded: set[str] = set()
+        self._in_tables: dict[str, torch.Tensor] = {}  # what the tables were made of, on the host
+        self._live: dict[str, Any] = {}  # those that stay, or come back after a reload
         for param in KV_PARAMS:
             # NaN, because vLLM does not tell when a checkpoint lacks a tensor
             data = torch.full((layer.num_kv_heads, layer.head_size), float("nan"), dtype=torch.float32)
             parameter: Any = KVParameter(data, requires_grad=False)
+            parameter.method, parameter.kind = self, param
             parameter.weight_loader = self._loader(f"{layer.layer_name}.{KV_PREFIX}{param}")
             layer.register_parameter(KV_PREFIX + param, parameter)
 
@@ -244,12 +267,15 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
     def _check(self, layer: Any, vllm_config: Any) -> None:
         kv, model, parallel = self.quant_config.kv, vllm_config.model_config, vllm_config.parallel_config
         kv.check_model(layer.head_size, model.get_total_num_kv_heads(), model.get_total_num_hidden_layers())
+        # a draft sleeps with its target, and its own config does not say so
+        sleeper = vllm_config.speculative_config.target_model_config if _is_draft(vllm_config) else model
+        sleeps = sleeper.enable_sleep_mode and not _sleep_is_safe()
         unsupported = {
             "values of another size than keys": getattr(layer, "head_size_v", layer.head_size) != layer.head_size,
             "prefix-LM attention": bool(getattr(layer, "use_mm_prefix", False)),
             "M-RoPE": bool(model.uses_mrope),
             "decode context parallelism": parallel.decode_context_parallel_size > 1,
-            "sleep mode of this vLLM, which keeps the weights alone,": model.enable_sleep_mode and not _sleep_is_safe(),
+            "sleep mode of this vLLM, which keeps the weights alone,": sleeps,
             "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
             "batch invariance (VLLM_BATCH_INVARIANT)": envs.VLLM_BATCH_INVARIANT,
         }
@@ -265,16 +291,26 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
         if vllm_config.cache_config.block_size is not None:
             PageLayout(layer.head_size, vllm_config.cache_config.block_size)
 
-    def _loader(self, name: str) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    def _loader(self, name: str) -> Callable[[Any, torch.Tensor], None]:
         kv = self.quant_config.kv
 
-        def load(param: torch.Tensor, loaded: torch.Tensor) -> None:
+        def load(param: Any, loaded: torch.Tensor) -> None:
             check_kv_tensor(name, loaded, (kv.num_kv_heads, kv.head_size))
             rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-            param.data.copy_(loaded[local_heads(loaded.shape[0], param.shape[0], rank, world_size)])
+            of_rank = loaded[local_heads(loaded.shape[0], param.shape[0], rank, world_size)]
+            if self._live.get(param.kind) is param and not self.are_in_tables(param.kind, of_rank):
+                raise NotImplementedError(
+                    f"wkvquant: {name} cannot be loaded into a model that is running, whose kernels would not see it; "
+                    "use reload_weights, or leave the wkv_* tensors out"
+                )
+            param.data.copy_(of_rank)
             self._loaded.add(name)
 
         return load
+
+    def are_in_tables(self, kind: str, tensor: torch.Tensor) -> bool:
+        """Whether the kernels' tables were made of these values."""
+        return kind in self._in_tables and torch.equal(tensor.cpu(), self._in_tables[kind])
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Make layer.wkv_params of the loaded tensors. Raises ConfigError for one that is missing or damaged."""
@@ -296,4 +332,5 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
         else:
             layer.wkv_params = params
         for param, data in tensors.items():
-            getattr(layer, KV_PREFIX + param).in_tables = data.cpu().clone()
+            self._in_tables[param] = data.cpu().clone()
+            self._live.setdefault(param, getattr(layer, KV_PREFIX + param))
