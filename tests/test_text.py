@@ -17,12 +17,34 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_pieces_end_at_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not within blank or before indented lines; a text that is no longer than a piece, and one of one line, is one."""
+    """Not within blank or before indented lines, if there is another one; a text that is hardly longer is one piece."""
     monkeypatch.setattr(text, "PIECE", 4)
-    for content in ("", "abcd", "abcdefghij"):
+    monkeypatch.setattr(text, "SLACK", 12)
+    for content in ("", "abcd", "abcdefghij", "abcde\n fgh i"):
         assert [*pieces_of(content)] == ([content] if content else [])
     content = "ab\ncdef\n\n\n  g\nh\n12345\n\n"
     assert [*pieces_of(content)] == ["ab\ncdef\n\n\n  g\n", "h\n12345\n\n"]
+
+
+@pytest.mark.parametrize(
+    ("content", "begin"),
+    [
+        (" = a title = \n \n text of a line . \n" * 99, " "),  # WikiText
+        ("\n" * 999, "\n"),
+        ("words of one line " * 99, " "),  # text8
+        ("x" * 999, "x"),
+    ],
+)
+def test_pieces_are_bounded(content: str, begin: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no line is a good one to begin with: they end before some line, else before a space, else anywhere."""
+    monkeypatch.setattr(text, "PIECE", 100)
+    monkeypatch.setattr(text, "SLACK", 40)
+    pieces = [*pieces_of(content)]
+    assert "".join(pieces) == content
+    assert max(map(len, pieces)) <= 140
+    assert min(map(len, pieces[:-1])) >= 100
+    assert all(piece.startswith(begin) for piece in pieces[1:])
+    assert all(piece.endswith("\n") for piece in pieces[:-1]) == ("\n" in content)
 
 
 def test_pieces_have_nearly_the_tokens_of_the_whole(smollm2, monkeypatch: pytest.MonkeyPatch) -> None:

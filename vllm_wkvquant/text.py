@@ -12,7 +12,9 @@ from vllm_wkvquant.checkpoint import read_config
 from vllm_wkvquant.config import ConfigError, reason_of
 
 PIECE = 1 << 22  # characters tokenized at once, for which a tokenizer takes more than 100 bytes each
-CUT = re.compile(r"\n(?=\S)")
+SLACK = PIECE // 16  # characters more in which a good place to cut is looked for
+# before a line that is not blank or indented, where a tokenizer begins afresh, or nearly; any line; a space
+CUTS = tuple(re.compile(pattern) for pattern in (r"\n(?=\S)", r"\n", r"(?=\s)"))
 
 
 def load_tokenizer(model: Path) -> Any:
@@ -43,12 +45,13 @@ def check_known(ids: Iterable[int], model: Path, tokenizer: Any, where: str) -> 
 
 
 def pieces_of(content: str) -> Iterator[str]:
-    """`content` in pieces of PIECE characters and what is left of the line, which ends before a line that is not blank
-    or indented: there a tokenizer begins afresh, or nearly."""
+    """`content` in pieces of PIECE characters and at most SLACK more, which end where the first of CUTS that is there
+    says, or after all of these characters."""
     begin = 0
     while begin < len(content):
-        cut = CUT.search(content, begin + PIECE)
-        end = cut.end() if cut else len(content)
+        least, most = begin + PIECE, begin + PIECE + SLACK
+        cuts = (cut.search(content, least, most) for cut in (CUTS if most < len(content) else CUTS[:1]))
+        end = next((cut.end() for cut in cuts if cut), most)
         yield content[begin:end]
         begin = end
 
