@@ -22,7 +22,7 @@ from vllm_wkvquant import cli
 from vllm_wkvquant.checkpoint import INDEX_FILE
 from vllm_wkvquant.config import reason_of
 from vllm_wkvquant.quantize import state, writer
-from vllm_wkvquant.quantize.files import WriteError
+from vllm_wkvquant.quantize.files import UNNAMED, WriteError
 from vllm_wkvquant.quantize.recipes import RECIPES
 from vllm_wkvquant.quantize.state import RunState
 
@@ -532,13 +532,41 @@ def test_what_is_not_of_the_run_stays(
     with monkeypatch.context() as patch:
         patch.setattr(state, "delete", stop)
         assert cli.main(command) == 130
-    for name in ("block-00001.safetensors.tmp", "hidden-00001.safetensors", "run.json.tmp"):  # of a run that was killed
+    # of a run that was killed
+    for name in ("block-00001.safetensors.tmp", "hidden-00001.safetensors", "run.json.tmp", ".tmpR4QMZ0"):
         (partial / name).touch()
     capsys.readouterr()
     assert cli.main([*command, "--resume"]) == 0
     assert capsys.readouterr().out == f"{out}: finished before; what was left of the run is deleted{stays}\n"
     assert contents(partial) == theirs
     assert contents(out) == contents(checkpoint)
+
+
+def test_files_that_a_killed_run_had_not_finished(
+    refused: Callable[..., str], model: Path, text: Path, tmp_path: Path
+) -> None:
+    """They are not counted as what the run has already, and are deleted when its state is opened."""
+    interrupt(model, text, tmp_path / "out")
+    partial = tmp_path / "out.wkvquant-partial"
+    whole, held = sorted(partial.iterdir()), state.held_bytes(tmp_path / "out")
+    theirs = [partial / name for name in (".tmpR4QMZ", "notes.tmp", "block-00001.json.tmp0")]
+    for name in (".tmpR4QMZ0", "block-00001.safetensors.tmp", "hidden-00002.safetensors.tmp", "run.json.tmp"):
+        (partial / name).write_bytes(bytes(1000))
+    assert state.held_bytes(tmp_path / "out") == held
+    for file in theirs:
+        file.touch()
+    assert refused(model, "--resume", "--seed", "1").startswith(f"{partial} was begun with other settings ")
+    assert sorted(partial.iterdir()) == sorted([*whole, *theirs])
+
+
+def test_safetensors_leaves_a_file_of_that_name(tmp_path: Path) -> None:
+    """Where it is killed while it writes."""
+    code = "import torch; from safetensors.torch import save_file; save_file({'a': torch.zeros(1 << 27)}, 'file')"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path) as process:
+        while process.poll() is None:
+            if found := [*tmp_path.iterdir()]:
+                process.kill()
+                assert UNNAMED.fullmatch(found[0].name)
 
 
 # -- disk full

@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 
 from vllm_wkvquant.config import ConfigError
 
+UNNAMED = re.compile(r"\.tmp[0-9A-Za-z]{6}")  # of safetensors, until it renames it; a killed process leaves it
+
 
 def lock(file: IO[str], what: Path) -> None:
     """Hold an open file, with which goes `what`, until it is closed. Raises ConfigError where another process does."""

@@ -26,13 +26,14 @@ from safetensors.torch import load_file
 
 from vllm_wkvquant.checkpoint import read_object
 from vllm_wkvquant.config import ConfigError
-from vllm_wkvquant.quantize.files import lock, write_json, write_tensors, writing
+from vllm_wkvquant.quantize.files import UNNAMED, lock, write_json, write_tensors, writing
 
 SUFFIX = ".wkvquant-partial"
 LOCK = "lock"  # held by the process that writes
 RUN = "run.json"
 RESULT = "checkpoint"
-OF_BLOCKS = re.compile(r"(block|hidden)-\d{5,}\.(safetensors|json)(\.tmp)?")
+OF_BLOCKS = re.compile(r"(block|hidden)-\d{5,}\.(safetensors|json)")
+UNFINISHED = re.compile(rf"({OF_BLOCKS.pattern}|{re.escape(RUN)})\.tmp|{UNNAMED.pattern}")
 
 Stage = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
@@ -43,8 +44,9 @@ def partial_directory(out: Path) -> Path:
 
 
 def held_bytes(out: Path) -> int:
-    """Bytes of the files that an interrupted run towards `out` has left."""
-    return sum(file.stat().st_size for file in partial_directory(out).rglob("*") if file.is_file())
+    """Bytes of the files that an interrupted run towards `out` has left, but for those that it had not finished."""
+    files = (file for file in partial_directory(out).rglob("*") if file.is_file())
+    return sum(file.stat().st_size for file in files if not UNFINISHED.fullmatch(file.name))
 
 
 def check_output(out: Path, resume: bool) -> None:
@@ -93,13 +95,19 @@ def finish(out: Path) -> bool:
 
 def delete(partial: Path) -> None:
     """Delete a run's state, `run.json` last: it says what the rest is. What no run writes stays, in its directory."""
-    for file in partial.iterdir():
-        if OF_BLOCKS.fullmatch(file.name) and not file.is_dir():
-            file.unlink()
-    for name in (f"{RUN}.tmp", RUN, LOCK):
+    delete_files(partial, UNFINISHED)
+    delete_files(partial, OF_BLOCKS)
+    for name in (RUN, LOCK):
         (partial / name).unlink(missing_ok=True)
     if not any(partial.iterdir()):
         partial.rmdir()
+
+
+def delete_files(partial: Path, names: re.Pattern[str]) -> None:
+    """Delete the files of a run's state that have such names."""
+    for file in partial.iterdir():
+        if names.fullmatch(file.name) and not file.is_dir():
+            file.unlink()
 
 
 def others(out: Path) -> str:
@@ -135,6 +143,8 @@ class RunState:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.directory / LOCK, "w")  # noqa: SIM115, held until the process ends
         lock(self._lock, self.directory)
+        with writing(self.directory):
+            delete_files(self.directory, UNFINISHED)
         if (self.directory / RUN).is_file():
             self._resume()
 
