@@ -1,7 +1,9 @@
 """`wkvquant write-text`: text of the model's own."""
 
+import errno
 import fcntl
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -17,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from vllm_wkvquant import cli, self_text
-from vllm_wkvquant.quantize import launch, plan
+from vllm_wkvquant.quantize import files, launch, plan
 from vllm_wkvquant.text import read_tokens
 
 
@@ -162,6 +164,42 @@ def test_a_model_is_quantized_on_text_of_its_own(tmp_path: Path, capsys, monkeyp
         assert cli.main(["quantize", str(model), str(tmp_path / "none"), *options, *option]) == 2
         assert option[1] in capsys.readouterr().err
     assert not list(tmp_path.glob("none*"))
+
+
+def test_a_text_of_its_own_that_is_empty(tmp_path: Path) -> None:
+    """It is written again."""
+    model = tiny_model(tmp_path / "model", num_layers=1)
+    command = ["quantize", str(model), str(tmp_path / "out"), "--recipe", "rtn", "--samples", "4", "--seq-len", "48"]
+    assert cli.main(command) == 0
+    (own,) = tmp_path.glob("out.own-*.txt")
+    written = own.read_text()
+    shutil.rmtree(tmp_path / "out")
+    own.write_text("")
+    assert cli.main(command) == 0
+    assert own.read_text() == written
+
+
+def test_a_text_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, own, flushed = tiny_model(tmp_path / "model", num_layers=1), tmp_path / "own.txt", []
+    commit = files.commit
+
+    def watched(temporary: Path, path: Path) -> None:
+        assert not path.exists()
+        flushed.append((path, temporary.read_text()))
+        commit(temporary, path)
+
+    monkeypatch.setattr(files, "commit", watched)
+    assert run(model, own, "--tokens", 16, "--length", 16) == 0
+    assert flushed == [(own, own.read_text())]
+    assert [*tmp_path.glob("own*")] == [own]
+    own.unlink()
+
+    def full(temporary: Path, path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(files, "commit", full)
+    assert run(model, own, "--tokens", 16, "--length", 16) == 2
+    assert [*tmp_path.glob("own*")] == [tmp_path / "own.txt.partial"]
 
 
 def test_a_model_is_quantized_on_both(tmp_path: Path, capsys) -> None:

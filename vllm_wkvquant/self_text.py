@@ -10,7 +10,6 @@ import gc
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,7 +24,7 @@ from vllm_wkvquant.device import check_device, default_device
 from vllm_wkvquant.evaluate import load, load_plain
 from vllm_wkvquant.hub import find_model
 from vllm_wkvquant.output import Notes
-from vllm_wkvquant.quantize.files import WriteError, lock
+from vllm_wkvquant.quantize.files import WriteError, lock, write_bytes
 from vllm_wkvquant.quantize.plan import check_seed
 from vllm_wkvquant.text import check_known, load_tokenizer, prefix_of, read_tokens
 
@@ -109,8 +108,8 @@ def going_on(partial: Path) -> Iterator[None]:
     """Turns what cannot be written into a ConfigError, which says how to go on."""
     try:
         yield
-    except OSError as error:
-        failed = WriteError(Path(error.filename or partial), error)
+    except (OSError, WriteError) as error:
+        failed = WriteError(Path(error.filename or partial), error) if isinstance(error, OSError) else error
         kept = f"; {partial} keeps the finished texts: {failed.remedy}, then run the same command again"
         raise ConfigError(f"{failed}{kept if partial.is_file() else ''}") from error
 
@@ -154,11 +153,14 @@ def write_file(file: Path, model: Path, tokens: int, length: int, batch: int, se
         finally:
             if not batches:
                 partial.unlink(missing_ok=True)
-        whole = partial.with_name(partial.name + ".txt")
-        whole.write_text("\n\n".join(text for texts in batches for text in texts) + "\n", encoding="utf-8")
-        os.replace(whole, file)
+        write_bytes(file, ("\n\n".join(text for texts in batches for text in texts) + "\n").encode())
         partial.unlink(missing_ok=True)
     return sum(rows)
+
+
+def is_empty(file: Path) -> bool:
+    """Whether this is a file without a byte."""
+    return file.is_file() and file.stat().st_size == 0
 
 
 def text_for(out: Path, model: Path, samples: int, seq_len: int, seed: int, device: str) -> Path:
@@ -168,6 +170,8 @@ def text_for(out: Path, model: Path, samples: int, seq_len: int, seed: int, devi
     while True:
         named = json.dumps([str(model.absolute()), weights, texts, length, seed, device])
         file = out.with_name(f"{out.name}.own-{hashlib.sha256(named.encode()).hexdigest()[:8]}.txt")
+        if is_empty(file):  # as one that was not flushed is after a power failure
+            file.unlink()
         if not file.exists():
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
