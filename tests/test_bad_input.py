@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 import torch
 from models import contents, edit_config, edit_tensors, save_text, tiny_model
+from safetensors.torch import save_file
 
 from vllm_wkvquant import cli
-from vllm_wkvquant.checkpoint import INDEX_FILE
+from vllm_wkvquant.checkpoint import INDEX_FILE, ShardedTensors
 from vllm_wkvquant.config import reason_of
-from vllm_wkvquant.quantize import state, writer
+from vllm_wkvquant.quantize import blocks, pipeline, state, writer
 from vllm_wkvquant.quantize.files import UNNAMED, WriteError
 from vllm_wkvquant.quantize.recipes import RECIPES
 from vllm_wkvquant.quantize.state import RunState
@@ -400,8 +401,6 @@ def test_float16_overflows(recipe: str, stopped: Callable[..., str], copy: Path,
 
 
 def test_a_loss_that_is_not_finite(stopped: Callable[..., str], model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_wkvquant.quantize import blocks
-
     monkeypatch.setattr(blocks, "learn", lambda *_: [1.0, float("nan")])
     assert stopped(model, "--recipe", "best") == "block 0: loss has NaN or infinity in float32; is the model sound?"
 
@@ -461,6 +460,63 @@ def test_resume_with_other_settings(
     )
     edit_tensors(copy, lambda tensors: tensors["lm_head.weight"].zero_())
     assert refused(copy, "--resume").startswith(f"{partial} was begun with other settings (weight files): ")
+    weights, before = copy / "model.safetensors", (model / "model.safetensors").stat()
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert weights.stat().st_size == before.st_size
+    assert refused(copy, "--resume").startswith(f"{partial} was begun with other settings (weight files): ")
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "done"),
+    [(pipeline, "quantize_block", 0), (blocks, "fold_value", 0), (RunState, "commit", 1), (pipeline, "judge", 2)],
+)
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_model_that_changes(
+    module: Any,
+    name: str,
+    done: int,
+    gone: bool,
+    stopped: Callable[..., str],
+    copy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before a block is loaded, after that, between two, and after the last one: what has read it is not kept."""
+    weights, real = copy / "model.safetensors", getattr(module, name)
+    content = weights.read_bytes()
+
+    def change(*args: Any) -> Any:
+        if gone:
+            weights.unlink(missing_ok=True)
+        else:
+            weights.write_bytes(content)
+        return real(*args)
+
+    os.utime(weights, ns=(0, 0))
+    monkeypatch.setattr(module, name, change)
+    assert stopped(copy) == (
+        f"{weights} has changed since this run began, and what comes of it would be a mixture; start again with a new "
+        f"output directory"
+    )
+    run = tmp_path / "out.wkvquant-partial" / "run.json"
+    assert (json.loads(run.read_text())["blocks_done"] if run.is_file() else 0) == done
+
+
+@pytest.mark.parametrize("size", [1, 1000, 1 << 20])
+def test_weights_are_known_by_a_sample(size: int, tmp_path: Path) -> None:
+    """Of the same size and time: their first and last bytes, names, and what is large."""
+    file = tmp_path / "model.safetensors"
+
+    def digest(name: str, data: torch.Tensor) -> str:
+        save_file({name: data.to(torch.uint8)}, file)
+        os.utime(file, ns=(0, 0))
+        return ShardedTensors(tmp_path).digest()
+
+    places, zeros = torch.arange(size), torch.zeros(size)
+    others = [places == 0, places == size - 1, (places >= size // 3) & (places < size // 3 + size // 60 + 4096)]
+    found = [digest("a", zeros), *(digest("a", other) for other in others[: min(size, 3)]), digest("b", zeros)]
+    assert len({*found}) == len(found)
+    assert digest("a", zeros) == found[0]
 
 
 def test_stopped_when_the_result_was_there(

@@ -7,6 +7,7 @@ Weights are compressed-tensors `pack-quantized` (asymmetric uint4 in groups alon
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from vllm_wkvquant.reference import KVParams
 
 QUANT_METHOD = "wkvquant"
 INDEX_FILE = "model.safetensors.index.json"
+SAMPLES, SAMPLE_BYTES = 64, 4096  # of a file of weights, to know it by: to read all of it takes minutes
 
 
 def check_kv_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
@@ -141,6 +143,7 @@ class ShardedTensors:
         absent = sorted(f for f in set(self.files.values()) if not (path / f).is_file())
         if absent:
             raise ConfigError(f"{path} lacks the shards {absent} that its index names")
+        self._begun_with = {file: self._stat(file) for file in sorted(set(self.files.values()))}
 
     @contextlib.contextmanager
     def _open(self, file: str) -> Iterator[Any]:
@@ -153,11 +156,39 @@ class ShardedTensors:
         except OSError as error:
             raise ConfigError(f"{self.path / file} cannot be read: {error.strerror or error}") from error
 
+    def _stat(self, file: str) -> tuple[int, int] | None:
+        try:
+            stat = (self.path / file).stat()
+        except OSError:
+            return None
+        return stat.st_size, stat.st_mtime_ns
+
+    def check_unchanged(self) -> None:
+        """Raise ConfigError where a file is gone, or has another size or time of change than it had at first."""
+        for file, before in self._begun_with.items():
+            if self._stat(file) != before:
+                raise ConfigError(
+                    f"{self.path / file} has changed since this run began, and what comes of it would be a mixture; "
+                    f"start again with a new output directory"
+                )
+
     def digest(self) -> str:
-        """Of the files' names, sizes and times of change: other weights have another."""
-        stats = [(f, (self.path / f).stat()) for f in sorted(set(self.files.values()))]
-        named = [(f, stat.st_size, stat.st_mtime_ns) for f, stat in stats]
+        """Of the files' names, sizes, times of change and samples: other weights have another."""
+        named = [(file, stat, self._sample(file)) for file, stat in self._begun_with.items()]
         return hashlib.sha256(repr(named).encode()).hexdigest()[:16]
+
+    def _sample(self, file: str) -> str:
+        """SHA-256 of a file's header and of SAMPLES blocks that are evenly spaced over its tensors."""
+        with (self.path / file).open("rb") as f:
+            size = f.seek(0, os.SEEK_END)
+            f.seek(0)
+            begin = min(size, 8 + int.from_bytes(f.read(8), "little"))
+            f.seek(0)
+            digest = hashlib.sha256(f.read(begin))
+            for i in range(SAMPLES):
+                f.seek(begin + max(0, size - begin - SAMPLE_BYTES) * i // (SAMPLES - 1))
+                digest.update(f.read(SAMPLE_BYTES))
+        return digest.hexdigest()
 
     def __contains__(self, name: str) -> bool:
         return name in self.files

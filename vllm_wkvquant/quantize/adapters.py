@@ -200,7 +200,8 @@ class ModelAdapter:
 
     def load_block(self, layer: int, dtype: torch.dtype, device: str) -> torch.nn.Module:
         """One decoder block with its weights, [out, in] each; freed by the caller dropping it. Raises ConfigError where
-        one of them is not finite."""
+        one of them is not finite, or the model has changed."""
+        self.tensors.check_unchanged()
         prefix, block = self.block_prefix(layer), self.empty_block(layer)
         loaded = {n: t.to(device, dtype) for n, t in self.tensors.get(self.block_names(layer)).items()}
         if name := not_finite(loaded):
@@ -221,7 +222,9 @@ class ModelAdapter:
         return self.tensors.get([name])[name]
 
     def load_head(self, dtype: torch.dtype, device: str) -> torch.nn.Sequential:
-        """Final norm and language-model head: hidden [..., hidden] -> logits [..., vocabulary]."""
+        """Final norm and language-model head: hidden [..., hidden] -> logits [..., vocabulary].
+        Raises ConfigError where the model has changed."""
+        self.tensors.check_unchanged()
         family = self.family
         head_name = f"{family.embedding if self.tied else family.head}.weight"
         loaded = self.tensors.get([f"{family.norm}.weight", head_name])

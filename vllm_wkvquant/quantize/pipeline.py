@@ -70,6 +70,7 @@ def quantize(
         ahead = Ahead(plan)
         for layer in range(done, layers):
             tensors, report = quantize_block(plan, layer, hidden, ahead)
+            plan.adapter.tensors.check_unchanged()
             whole = of_all_workers(plan, hidden)
             if state:
                 state.commit(tensors, report, whole)
@@ -226,6 +227,7 @@ def finish(
         "layers": layers,
     }
     config = adapter.output_config(quantization_config(plan.kv, adapter.group_sizes))
+    adapter.tensors.check_unchanged()
     page = render(settings.out.name, report, details, estimated, took)
     writer.close(settings.model, config, report, page)
     state.close()
