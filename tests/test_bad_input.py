@@ -561,6 +561,50 @@ def test_stopped_when_the_result_was_there(
     assert contents(out) == contents(checkpoint)
 
 
+def test_a_finished_run_with_other_settings(
+    refused: Callable[..., str],
+    model: Path,
+    copy: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is refused, and its state stays, as it does on a dry run."""
+    out, partial = tmp_path / "out", tmp_path / "out.wkvquant-partial"
+    command = ["quantize", str(model), str(out), "--calib-text", str(text), *ARGUMENTS]
+
+    def stop(_: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "delete", stop)
+        assert cli.main(command) == 130
+    left = contents(partial)
+    edit_config(copy, rms_norm_eps=1e-4)
+    other_text = save_text(tmp_path / "other.txt", seed=1)
+    made = f"{out} is finished and was made with other settings "
+    assert refused(model, "--resume", "--recipe", "static") == (
+        f"{made}(recipe): recipe was 'rtn', now 'static'; use the same ones or a new directory"
+    )
+    for arguments, differing in (
+        (["--samples", "5"], "(calibration tokens, samples): "),
+        (["--own-samples", "1"], "(own_samples): own_samples was 0, now 1; "),
+        (["--seq-len", "48"], "(calibration tokens, seq_len): "),
+        (["--dtype", "bfloat16"], "(dtype): dtype was 'float32', now 'bfloat16'; "),
+        (["--recipe", "static", "--dry-run"], "(recipe): "),
+    ):
+        assert refused(model, "--resume", *arguments).startswith(f"{made}{differing}")
+    assert refused(copy, "--resume").startswith(f"{made}(config.json, weight files): ")
+    assert refused(model, "--resume", calib_text=other_text).startswith(f"{made}(calibration tokens): ")
+    capsys.readouterr()
+    assert cli.main([*command, "--resume", "--dry-run"]) == 0
+    assert capsys.readouterr().out == f"{out}: finished before; what was left of the run would be deleted\n"
+    assert contents(partial) == left
+    assert cli.main([*command, "--resume"]) == 0
+    assert not partial.exists()
+
+
 def test_what_is_not_of_the_run_stays(
     model: Path,
     text: Path,

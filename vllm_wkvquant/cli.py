@@ -133,14 +133,13 @@ def run_quantize(args: argparse.Namespace) -> int:
     from vllm_wkvquant.hub import find_model
     from vllm_wkvquant.quantize import launch
     from vllm_wkvquant.quantize.adapters import check_supported
-    from vllm_wkvquant.quantize.plan import Settings, check_arguments, preflight_without_text
-    from vllm_wkvquant.quantize.state import check_output, finish, others
+    from vllm_wkvquant.quantize.plan import Settings, asked_again, check_arguments, preflight_without_text
+    from vllm_wkvquant.quantize.state import check_output, finish, is_finished, others
 
-    if args.resume and finish(args.out):
-        Notes().say(f"{args.out}: finished before; what was left of the run is deleted{others(args.out)}")
-        return 0
+    finished = args.resume and is_finished(args.out)
     device = args.device or default_device()
-    check_output(args.out, args.resume)  # these two again below, but a download may come before that
+    if not finished:
+        check_output(args.out, args.resume)  # these two again below, but a download may come before that
     check_arguments(args.recipe, args.samples, device, args.seed)
     if args.own_samples < 0:
         raise ConfigError(f"--own-samples {args.own_samples} must not be negative")
@@ -165,6 +164,11 @@ def run_quantize(args: argparse.Namespace) -> int:
         workers=args.workers,
         ray=args.ray,
     )
+    if finished:
+        finish(args.out, asked_again(settings), args.dry_run)
+        then = "would be deleted" if args.dry_run else f"is deleted{others(args.out)}"
+        Notes().say(f"{args.out}: finished before; what was left of the run {then}")
+        return 0
     if args.calib_text is None or args.own_samples:
         if args.ray or args.dry_run:
             instead = "leave out --own-samples" if args.own_samples else "give one with --calib-text"

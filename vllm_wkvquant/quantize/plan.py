@@ -216,24 +216,52 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
+def asked_for(settings: Settings, recipe: Recipe, adapter: ModelAdapter, seq_len: int) -> dict[str, Any]:
+    """The part of `fingerprint` that is neither of the packages nor of the text."""
+    return {
+        "recipe": recipe.name,
+        "samples": settings.samples,
+        "own_samples": settings.own_samples,
+        "seq_len": seq_len,
+        "seed": settings.seed,
+        "workers": settings.workers,
+        "device": settings.device,
+        "dtype": settings.dtype,
+        "config.json": _digest(settings.model / "config.json"),
+        "weight files": adapter.tensors.digest(),
+    }
+
+
+def of_tokens(windows: Windows) -> dict[str, Any]:
+    """The part of `fingerprint` that is of the text."""
+    return {"calibration tokens": hashlib.sha256(windows.tokens.numpy().tobytes()).hexdigest()[:16]}
+
+
 def fingerprint(plan: Plan) -> dict[str, Any]:
     """What the bytes of the result depend on, but for what is left out of the recipe; a resumed run must agree with the
     interrupted one in all of it. plan: as it was asked for, before `place`."""
-    settings, model = plan.settings, plan.settings.model
     parts = [field.name for field in fields(plan.recipe) if field.name not in ("name", "summary")]
     return {
         "version": vllm_wkvquant.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "recipe": plan.recipe.name,
+        **asked_for(plan.settings, plan.recipe, plan.adapter, plan.windows.tokens.shape[1]),
         **{f"recipe.{part}": repr(getattr(plan.recipe, part)) for part in parts},
-        "samples": settings.samples,
-        "seq_len": plan.windows.tokens.shape[1],
-        "seed": settings.seed,
-        "workers": plan.workers.size,
-        "device": settings.device,
-        "dtype": settings.dtype,
-        "config.json": _digest(model / "config.json"),
-        "calibration tokens": hashlib.sha256(plan.all_windows.tokens.numpy().tobytes()).hexdigest()[:16],
-        "weight files": plan.adapter.tensors.digest(),
+        **of_tokens(plan.all_windows),
     }
+
+
+def asked_again(settings: Settings) -> dict[str, Any]:
+    """The part of `fingerprint` that is asked for, to compare a finished run with. Raises ConfigError.
+
+    calib_text of `settings` may be Path(). Text that the model has written is not looked at: it may be gone by now.
+    """
+    recipe = check_arguments(settings.recipe, settings.samples, settings.device, settings.seed)
+    CalibrationAttention()
+    adapter = ModelAdapter(settings.model, ATTENTION)
+    seq_len = window_length(settings.seq_len, int(adapter.config.max_position_embeddings))
+    asked = asked_for(settings, recipe, adapter, seq_len)
+    if settings.own_samples or settings.calib_text == Path():
+        return asked
+    windows = read_windows(settings.model, settings.calib_text, settings.samples, seq_len, settings.seed)
+    return {**asked, **of_tokens(windows)}

@@ -79,18 +79,37 @@ def is_finished(out: Path) -> bool:
     return bool(read_object(partial / RUN).get("result_begun"))
 
 
-def finish(out: Path) -> bool:
-    """Delete the state of a run that `is_finished`, where it is one. Raises ConfigError."""
-    if not is_finished(out):
-        return False
+def finish(out: Path, asked: dict[str, Any], dry_run: bool) -> None:
+    """Delete the state of a run that `is_finished`, or only check. Raises ConfigError.
+
+    asked: of the settings that the run shall have had.
+    """
     partial = partial_directory(out)
+    before = read_object(partial / RUN)["settings"]
+    if differing := difference({name: before.get(name) for name in asked}, asked):
+        raise ConfigError(
+            f"{out} is finished and was made with other settings {differing}; use the same ones or a new directory"
+        )
+    if dry_run:
+        return
     try:
         with open(partial / LOCK, "w") as file:
             lock(file, partial)
             delete(partial)
     except OSError as error:
         raise ConfigError(f"{partial} cannot be deleted: {error.strerror}") from error
-    return True
+
+
+def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Names of the settings that differ, and what the first of them was and is; "" where none does."""
+    differing = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
+    if "recipe" in differing:  # which says it of its parts
+        differing = [k for k in differing if not k.startswith("recipe.")]
+    if not differing:
+        return ""
+    k = differing[0]
+    was, new = (shorten(repr(said.get(k)), 200, placeholder=" ...") for said in (before, now))
+    return f"({', '.join(differing)}): {k} was {was}, now {new}"
 
 
 def delete(partial: Path) -> None:
@@ -150,16 +169,10 @@ class RunState:
 
     def _resume(self) -> None:
         run = json.loads((self.directory / RUN).read_text())
-        before = run["settings"]
-        differing = sorted(k for k in {*before, *self._settings} if before.get(k) != self._settings.get(k))
-        if "recipe" in differing:  # which says it of its parts
-            differing = [k for k in differing if not k.startswith("recipe.")]
-        if differing:
-            k = differing[0]
-            was, now = (shorten(repr(said.get(k)), 200, placeholder=" ...") for said in (before, self._settings))
+        if differing := difference(run["settings"], self._settings):
             raise ConfigError(
-                f"{self.directory} was begun with other settings ({', '.join(differing)}): {k} was {was}, now {now}; "
-                f"use the same ones or delete that directory"
+                f"{self.directory} was begun with other settings {differing}; use the same ones or delete that "
+                f"directory"
             )
         self.blocks_done = run["blocks_done"]
 
