@@ -298,7 +298,8 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
             check_kv_tensor(name, loaded, (kv.num_kv_heads, kv.head_size))
             rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
             of_rank = loaded[local_heads(loaded.shape[0], param.shape[0], rank, world_size)]
-            if self._live.get(param.kind) is param and not self.are_in_tables(param.kind, of_rank):
+            kind: str = param.kind
+            if self._live.get(kind) is param and not self.are_in_tables(kind, of_rank):
                 raise NotImplementedError(
                     f"wkvquant: {name} cannot be loaded into a model that is running, whose kernels would not see it; "
                     "use reload_weights, or leave the wkv_* tensors out"
