@@ -420,7 +420,7 @@ def test_errors_are_those_of_folded_weights(smoothed) -> None:
     runner, adapter, learned = smoothed
     with torch.no_grad():
         folded = learned._folded()
-        tensors, errors = blocks.quantize_weights(adapter, 0, runner.block, learned)
+        tensors, errors = blocks.quantize_weights(adapter, 0, runner.block, {}, learned)
     assert 0 < max(errors.values()) < 0.15
     for name in (adapter.family.v_proj, adapter.family.o_proj):
         prefix = f"{adapter.block_prefix(0)}{name}."

@@ -20,14 +20,14 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_wkvquant import cli, layout, native_cuda, past_only, reference
-from vllm_wkvquant.checkpoint import KV_PARAMS, Checkpoint, kv_tensor_name
+from vllm_wkvquant.checkpoint import KV_PARAMS, Checkpoint, ShardedTensors, kv_tensor_name
 from vllm_wkvquant.config import KVCacheConfig, RopeConfig
 from vllm_wkvquant.evaluate import ATTENTION, SimulatedCache, load_quantized
 from vllm_wkvquant.inspect import inspect
 from vllm_wkvquant.quantize import attention, blocks, kv, launch, plan
 from vllm_wkvquant.quantize.adapters import group_size
 from vllm_wkvquant.quantize.calibration import SKIPPED, held_out_of, read_windows, samples_for
-from vllm_wkvquant.quantize.fold import fold_value
+from vllm_wkvquant.quantize.fold import fold_rows, fold_value
 from vllm_wkvquant.quantize.pipeline import mean_and_se, quantize
 from vllm_wkvquant.quantize.plan import Settings, preflight
 from vllm_wkvquant.quantize.recipes import RECIPES, RTN, SEARCHED, Smoothing
@@ -105,6 +105,21 @@ def test_streaming_equals_the_whole_model(name: str, recipe: str, tmp_path: Path
     found = report["tuning"]["cache"] if report["tuning"] else chosen
     assert found["kl"] == pytest.approx(kl, rel=2e-2)
     assert kl > 1e-5
+
+
+def test_norms_and_biases_are_those_of_the_model(tmp_path: Path, text: Path) -> None:
+    """Whatever type calibration runs in; v_proj's bias is folded from the model's, too."""
+    model = tiny_model(tmp_path / "model", "qwen2", key_bias=30.0, dtype=torch.float16, num_layers=2)
+    recipe = replace(RTN, value_balance=0.0)
+    quantize(settings(model, tmp_path / "out", text, recipe=recipe, dtype="bfloat16"))
+    source, made = ShardedTensors(model), ShardedTensors(tmp_path / "out")
+    kept = [n for n in source.names() if n in made]
+    assert len(kept) == 3 + 2 * 5  # embedding, norm and head; two norms and three biases of a block
+    for name in kept:
+        expected = source.get([name])[name]
+        if name.endswith("v_proj.bias"):
+            expected = fold_rows(expected, torch.ones(2, 64), hadamard=True).half()
+        assert torch.equal(made.get([name])[name], expected), name
 
 
 def test_reference_pass_gives_the_whole_models_logits(tmp_path: Path, text: Path) -> None:

@@ -19,7 +19,7 @@ from vllm_wkvquant.quantize import kv
 from vllm_wkvquant.quantize.adapters import ModelAdapter, not_finite, overflows
 from vllm_wkvquant.quantize.attention import QKV
 from vllm_wkvquant.quantize.calibration import SKIPPED, Windows
-from vllm_wkvquant.quantize.fold import fold_value
+from vllm_wkvquant.quantize.fold import fold_rows, fold_value
 from vllm_wkvquant.quantize.learn import LearnedBlock, LearnedCache, LearnedWeight, learn, relative_mse
 from vllm_wkvquant.quantize.plan import Plan
 from vllm_wkvquant.quantize.recipes import ALL, LEARNED, SEARCHED, SLOW, Smoothing
@@ -106,7 +106,8 @@ def quantize_block(
         output_error["rounded"] = rounded_error(plan, runner, reference[train:], hidden[EXACT][train:])
         clock.lap("rounded")
         learned = learn_block(plan, layer, runner, ahead, reference, hidden[EXACT], hidden[FIRST], clock)
-    tensors, weight_error = quantize_weights(adapter, layer, block, learned)
+    others = other_tensors(plan, layer, v_smooth, learned)
+    tensors, weight_error = quantize_weights(adapter, layer, block, others, learned)
     clock.lap("round")
 
     captured: list[QKV] = []
@@ -306,22 +307,40 @@ def balance_value(
     return kv.normalize(ratio**plan.recipe.value_balance)
 
 
+def other_tensors(
+    plan: Plan, layer: int, v_smooth: torch.Tensor, learned: LearnedBlock | None
+) -> dict[str, torch.Tensor]:
+    """A block's norms and biases by parameter name, in the model's type: as they are stored, whatever type calibration
+    runs in, and v_proj's bias folded in fp32."""
+    adapter, prefix, v_bias = plan.adapter, plan.adapter.block_prefix(layer), f"{plan.adapter.family.v_proj}.bias"
+    quantized = {f"{prefix}{name}.weight" for name in adapter.family.linears}
+    stored = adapter.tensors.get([n for n in adapter.block_names(layer) if n not in quantized])
+    others = {n.removeprefix(prefix): t for n, t in stored.items()}
+    if v_bias in others:
+        bias = fold_rows(others[v_bias].to(v_smooth.device), v_smooth, plan.recipe.value_hadamard)
+        others[v_bias] = learned.fold_bias(bias) if learned else bias
+    return {name: t.to(adapter.dtype).cpu() for name, t in others.items()}
+
+
 def quantize_weights(
-    adapter: ModelAdapter, layer: int, block: torch.nn.Module, learned: LearnedBlock | None
+    adapter: ModelAdapter,
+    layer: int,
+    block: torch.nn.Module,
+    others: dict[str, torch.Tensor],
+    learned: LearnedBlock | None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Round a block's linear layers in place, to nearest or as learned; returns all its tensors by checkpoint name, and
-    each layer's error."""
+    each layer's error. others: of `other_tensors`."""
     prefix = adapter.block_prefix(layer)
     codes = {}
     if learned:
         codes = learned.quantize()
         learned.fold()
     tensors, errors = {}, {}
-    quantized_names = {f"{name}.weight" for name in adapter.family.linears}
-    for name, parameter in block.named_parameters():
-        if name not in quantized_names:  # norms and biases: run what is stored
-            tensors[prefix + name] = parameter.to(adapter.dtype).cpu()
-            parameter.data = parameter.to(adapter.dtype).to(parameter.dtype)
+    for name, other in others.items():  # run what is stored
+        tensors[prefix + name] = other
+        parameter = block.get_parameter(name)
+        parameter.data = other.to(parameter.device, parameter.dtype)
     for name in adapter.family.linears:
         linear: Any = block.get_submodule(name)
         quantized = codes.get(name) or round_to_nearest(

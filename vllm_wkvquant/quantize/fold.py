@@ -9,21 +9,28 @@ import torch
 from vllm_wkvquant.reference import hadamard_matrix
 
 
+def transform(size: int, hadamard: bool, device: torch.device) -> torch.Tensor:
+    """H [D, D], the identity where there is no rotation."""
+    return (hadamard_matrix(size) if hadamard else torch.eye(size)).to(device)
+
+
+def fold_rows(rows: torch.Tensor, smooth: torch.Tensor, hadamard: bool) -> torch.Tensor:
+    """v_proj's weight [H * D, in] or bias [H * D] as `fold_value` gives it, in fp32."""
+    heads, size = smooth.shape
+    forward = transform(size, hadamard, smooth.device) @ torch.diag_embed(1 / smooth)  # [H, D, D], v -> v'
+    return (forward @ rows.float().view(heads, size, -1)).view_as(rows)
+
+
 def fold_value(v_proj: torch.nn.Linear, o_proj: torch.nn.Linear, smooth: torch.Tensor, hadamard: bool) -> None:
     """Rewrite v_proj [H * D, in] and its bias, and o_proj [out, Hq * D], in place.
 
     smooth: fp32 [H, D], divided out of V's channels; query head j belongs to KV head j // (Hq / H).
     """
     heads, size = smooth.shape
-    matrix = hadamard_matrix(size) if hadamard else torch.eye(size)
-    matrix = matrix.to(v_proj.weight.device)
-    forward = matrix @ torch.diag_embed(1 / smooth)  # [H, D, D], v -> v'
-    backward = torch.diag_embed(smooth) @ matrix
-    rows = v_proj.weight.float().view(heads, size, -1)
-    v_proj.weight.data = (forward @ rows).view_as(v_proj.weight).to(v_proj.weight.dtype)
+    v_proj.weight.data = fold_rows(v_proj.weight, smooth, hadamard).to(v_proj.weight.dtype)
     if v_proj.bias is not None:
-        bias = v_proj.bias.float().view(heads, size, 1)
-        v_proj.bias.data = (forward @ bias).view_as(v_proj.bias).to(v_proj.bias.dtype)
+        v_proj.bias.data = fold_rows(v_proj.bias, smooth, hadamard).to(v_proj.bias.dtype)
+    backward = torch.diag_embed(smooth) @ transform(size, hadamard, smooth.device)
     out = o_proj.weight.shape[0]
     columns = o_proj.weight.float().view(out, heads, -1, size)  # [out, H, Hq / H, D]
     folded = torch.einsum("ohgd,hde->ohge", columns, backward)

@@ -238,26 +238,23 @@ class LearnedBlock:
         columns = smooth[:, None].expand(heads, group, size).reshape(-1)
         return {self.v_proj: v / smooth.reshape(-1, 1), self.o_proj: o * columns}
 
-    def _bias(self) -> torch.Tensor | None:
-        """v_proj's bias where it has one that the smoothing of V changes."""
-        if self.cache is None or self.v_linear.bias is None:
-            return None
-        return self.v_linear.bias.float() / self.cache.log_v.exp().flatten()
+    def fold_bias(self, bias: torch.Tensor) -> torch.Tensor:
+        """v_proj's bias, which `fold_value` has folded, with the smoothing of V that is learned; fp32 in, fp32 out."""
+        return bias if self.cache is None else bias / self.cache.log_v.exp().flatten()
 
     def fake(self) -> dict[str, torch.Tensor]:
         """Parameters as the checkpoint will give them, by name, with straight-through gradients."""
-        folded, bias = self._folded(), self._bias()
+        folded, bias = self._folded(), self.v_linear.bias
         fake = {f"{name}.weight": w.fake(folded.get(name)) for name, w in self.weights.items()}
-        return fake if bias is None else {**fake, f"{self.v_proj}.bias": bias}
+        if self.cache is not None and bias is not None:
+            fake[f"{self.v_proj}.bias"] = self.fold_bias(bias.float())
+        return fake
 
     def fold(self) -> None:
-        """Give v_proj and o_proj the weights that `quantize` rounds, and v_proj its bias, once codes are taken."""
+        """Give v_proj and o_proj the weights that `quantize` rounds, once codes are taken."""
         for name, folded in self._folded().items():
             linear = self.v_linear if name == self.v_proj else self.o_linear
             linear.weight.data = folded.detach().to(self.dtype)
-        bias = self._bias()
-        if bias is not None:
-            self.v_linear.bias.data = bias.detach().to(self.dtype)
 
     def quantize(self) -> dict[str, QuantizedWeight]:
         """The codes of `fake`, by module path."""
