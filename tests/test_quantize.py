@@ -25,7 +25,7 @@ from vllm_wkvquant.config import KVCacheConfig, RopeConfig
 from vllm_wkvquant.evaluate import ATTENTION, SimulatedCache, load_quantized
 from vllm_wkvquant.inspect import inspect
 from vllm_wkvquant.quantize import attention, blocks, kv, launch, plan
-from vllm_wkvquant.quantize.adapters import group_size
+from vllm_wkvquant.quantize.adapters import ModelAdapter, group_size
 from vllm_wkvquant.quantize.calibration import SKIPPED, held_out_of, read_windows, samples_for
 from vllm_wkvquant.quantize.fold import fold_rows, fold_value
 from vllm_wkvquant.quantize.pipeline import mean_and_se, quantize
@@ -120,6 +120,29 @@ def test_norms_and_biases_are_those_of_the_model(tmp_path: Path, text: Path) -> 
         if name.endswith("v_proj.bias"):
             expected = fold_rows(expected, torch.ones(2, 64), hadamard=True).half()
         assert torch.equal(made.get([name])[name], expected), name
+
+
+@pytest.mark.parametrize(
+    ("stored", "said", "expected"),
+    [
+        (torch.float16, None, torch.float16),
+        (torch.float16, "float32", torch.float16),
+        (torch.bfloat16, None, torch.bfloat16),
+        (torch.float32, None, torch.bfloat16),
+        (torch.float32, "float16", torch.float16),
+    ],
+)
+def test_type_of_what_stays_16_bit(
+    stored: torch.dtype, said: str | None, expected: torch.dtype, tmp_path: Path
+) -> None:
+    """The config's, or the stored one where the config gives none of 16 bits."""
+    model = tiny_model(tmp_path / "model", num_layers=1, dtype=stored)
+    config = json.loads((model / "config.json").read_text())
+    del config["dtype"]
+    (model / "config.json").write_text(json.dumps(config | ({"torch_dtype": said} if said else {})))
+    adapter = ModelAdapter(model, "sdpa")
+    assert adapter.dtype == expected
+    assert adapter.output_config({})["dtype"] == str(expected).removeprefix("torch.")
 
 
 def test_reference_pass_gives_the_whole_models_logits(tmp_path: Path, text: Path) -> None:

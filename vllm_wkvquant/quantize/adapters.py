@@ -16,6 +16,7 @@ from vllm_wkvquant.geometry import architecture_of, check_biases
 from vllm_wkvquant.layout import HEAD_SIZES
 from vllm_wkvquant.rope import check_rope, rope_config
 
+HALF_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}  # by the names in safetensors' headers
 GROUP_SIZES = (128, 64, 32)  # what vLLM's 4-bit kernels take, largest first
 
 
@@ -114,9 +115,8 @@ class ModelAdapter:
         self.tied = bool(config.tie_word_embeddings)
         if self.head_size not in HEAD_SIZES:
             raise ConfigError(f"head size {self.head_size} is not supported; supported: {list(HEAD_SIZES)}")
-        # of the tensors that stay 16-bit, and of the scales; a model in fp32 is stored in bf16. The skeleton below sets
-        # the config's dtype to its own.
-        self.dtype = config.dtype if config.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+        # of the tensors that stay 16-bit, and of the scales. The skeleton below sets the config's dtype to its own.
+        self.dtype = self._half_dtype()
         with fields_that_fit(path), torch.device("meta"):
             self.skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation=attention
@@ -126,6 +126,14 @@ class ModelAdapter:
         self.rope = rope_config(config)
         self._shapes = self._check_tensors()
         self.group_sizes = self._check_groups()
+
+    def _half_dtype(self) -> torch.dtype:
+        """The config's type, or the stored embedding's where that is no 16-bit one; bf16 for a model in fp32."""
+        dtype = self.config.dtype
+        if isinstance(dtype, torch.dtype) and dtype in HALF_DTYPES.values():
+            return dtype
+        stored, _ = self.tensors.headers().get(f"{self.family.embedding}.weight", ("", ()))
+        return HALF_DTYPES.get(stored, torch.bfloat16)
 
     def _check_tensors(self) -> dict[str, tuple[int, ...]]:
         expected = {n: tuple(p.shape) for n, p in self.skeleton.named_parameters(remove_duplicate=False)}
