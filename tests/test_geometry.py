@@ -1,6 +1,7 @@
 """geometry.py: what it says of a config.json is what transformers makes of it."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from models import CONFIGS, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from vllm_wkvquant.config import ConfigError
-from vllm_wkvquant.geometry import ATTENTION, BIAS_KEYS, MLP, QKV, Geometry, check_biases, kind_of
+from vllm_wkvquant.geometry import ATTENTION, BIAS_KEYS, MLP, QKV, Geometry, check_biases, check_served, kind_of
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -59,24 +60,35 @@ def test_as_transformers(family: str, options: dict[str, Any], gone: tuple[str, 
         assert shapes(config | {"architectures": architectures}) == expected
 
 
-def vllm_biases(paths: list[Path]) -> list[set[str]]:
-    """Linear layers that have a bias in vLLM's models of these config.json."""
+def vllm_models(paths: list[Path]) -> Iterator[torch.nn.Module | None]:
+    """vLLM's models of these config.json without weights; None where it refuses one."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.network_utils import get_open_port
 
-    fused = {"qkv_proj": QKV, "o_proj": ("o_proj",), "gate_up_proj": MLP[:2], "down_proj": MLP[2:]}
-    out = []
-    for path in paths:
+    for number, path in enumerate(paths):
         config = EngineArgs(str(path), skip_tokenizer_init=True, dtype="float16").create_engine_config()
         with set_current_vllm_config(config):
-            if not out:
+            if number == 0:
                 init_distributed_environment(1, 0, f"tcp://127.0.0.1:{get_open_port()}", 0, "gloo")
                 ensure_model_parallel_initialized(1, 1)
-            with torch.device("meta"):
-                names = [name.split(".") for name, _ in initialize_model(config).named_parameters()]
+            try:
+                with torch.device("meta"):
+                    model = initialize_model(config)
+            except (AssertionError, ValueError):
+                model = None
+        yield model
+
+
+def vllm_biases(paths: list[Path]) -> list[set[str]]:
+    """Linear layers that have a bias in vLLM's models of these config.json."""
+    fused = {"qkv_proj": QKV, "o_proj": ("o_proj",), "gate_up_proj": MLP[:2], "down_proj": MLP[2:]}
+    out = []
+    for model in vllm_models(paths):
+        assert model
+        names = [name.split(".") for name, _ in model.named_parameters()]
         out.append({layer for *_, linear, kind in names if kind == "bias" for layer in fused[linear]})
     return out
 
@@ -107,3 +119,36 @@ def test_biases_as_vllm(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=", ".join(n for n in (*ATTENTION, *MLP) if n in ours ^ served)):
             check_biases(config)
     assert refused == 10  # of 3 settings with Llama, 5 with Mistral, 2 with Qwen3
+
+
+def vllm_refuses(paths: list[Path]) -> list[bool]:
+    """Whether vLLM refuses the models of these config.json."""
+    return [model is None for model in vllm_models(paths)]
+
+
+def test_refused_as_vllm(tmp_path: Path) -> None:
+    """Activations, and windows of some layers."""
+    slides = {"use_sliding_window": True, "sliding_window": 32}
+    settings: list[dict[str, Any]] = [{}, {"hidden_act": "gelu"}]
+    of_qwen = [{**slides, "max_window_layers": n} for n in (0, 1, 2)]
+    of_qwen += [{"max_window_layers": 1}, {**slides, "max_window_layers": 1, "sliding_window": None}]
+    of_qwen += [{"layer_types": ["full_attention", "sliding_attention"], "max_window_layers": 1}]
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2}
+    configs, paths = [], []
+    for family, kind in CONFIGS.items():
+        for number, changes in enumerate([*settings, *(of_qwen if family.startswith("qwen") else [])]):
+            path = tmp_path / f"{family}-{number}"
+            kind(**sizes, num_hidden_layers=2, vocab_size=256, sliding_window=None).save_pretrained(path)
+            config = json.loads((path / "config.json").read_text()) | {"architectures": [ARCHITECTURES[family]]}
+            config.pop("layer_types", None)
+            configs.append(config | changes)
+            (path / "config.json").write_text(json.dumps(configs[-1]))
+            paths.append(path)
+    served = in_subprocess(vllm_refuses, paths)
+    for config, refused in zip(configs, served, strict=True):
+        if refused:
+            with pytest.raises(ConfigError, match="vLLM"):
+                check_served(config)
+        else:
+            check_served(config)
+    assert sum(served) == 4 + 2 * 2

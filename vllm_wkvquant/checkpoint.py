@@ -21,6 +21,7 @@ from vllm_wkvquant.geometry import (
     KV_PREFIX,
     Geometry,
     check_biases,
+    check_served,
     group_sizes,
     kv_tensor_name,
     stored_tensors,
@@ -289,6 +290,7 @@ class Checkpoint:
         self.kv = KVCacheConfig.from_dict(self.config["quantization_config"].get(QUANT_METHOD))
         self.geometry = Geometry.of(self.config)
         check_biases(self.config)
+        check_served(self.config)
         self.kv.check_model(self.geometry.head_size, self.geometry.kv_heads, self.geometry.layers)
         of_weights = next(iter(config_groups({"": 1}).values()))["weights"]
         del of_weights["group_size"]

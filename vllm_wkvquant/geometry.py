@@ -27,13 +27,15 @@ class Kind:
     """What differs between model types.
 
     biases: linear layer -> the key of config.json that gives it a bias, or True where it always has one. of_vllm:
-    config.json -> linear layer -> whether vLLM gives it one. head_norms: queries and keys have a norm each. kv_heads,
-    head_size: where config.json lacks the key; None: as many as query heads, and hidden size over those.
+    config.json -> linear layer -> whether vLLM gives it one. head_norms: queries and keys have a norm each.
+    one_window: vLLM gives all layers the same sliding window, or none. kv_heads, head_size: where config.json lacks the
+    key; None: as many as query heads, and hidden size over those.
     """
 
     of_vllm: Callable[[dict[str, Any]], dict[str, Any]]
     biases: Mapping[str, str | bool] = field(default_factory=dict)
     head_norms: bool = False
+    one_window: bool = False
     kv_heads: int | None = None
     head_size: int | None = None
 
@@ -56,11 +58,12 @@ def _vllm_llama(config: dict[str, Any]) -> dict[str, Any]:
 KINDS = {
     "llama": Kind(_vllm_llama, dict.fromkeys(ATTENTION, "attention_bias") | dict.fromkeys(MLP, "mlp_bias")),
     "mistral": Kind(_vllm_llama, kv_heads=8),  # in vLLM a Llama
-    "qwen2": Kind(lambda config: dict.fromkeys(QKV, True), dict.fromkeys(QKV, True), kv_heads=32),
+    "qwen2": Kind(lambda config: dict.fromkeys(QKV, True), dict.fromkeys(QKV, True), one_window=True, kv_heads=32),
     "qwen3": Kind(
         lambda config: dict.fromkeys(QKV, config.get("attention_bias")),
         dict.fromkeys(ATTENTION, "attention_bias"),
         head_norms=True,
+        one_window=True,
         kv_heads=32,
         head_size=128,
     ),
@@ -99,6 +102,32 @@ def check_biases(config: dict[str, Any]) -> None:
         raise ConfigError(
             f"config.json: {keys} gives {', '.join(unset)} a bias in vLLM, which this model lacks; set {keys} to false"
         )
+
+
+def check_served(config: dict[str, Any]) -> None:
+    """Raise ConfigError for a model that vLLM refuses, or whose attention it computes in another way. Biases aside."""
+    act = config.get("hidden_act", "silu")
+    if act != "silu":
+        raise ConfigError(f"config.json: hidden_act {act!r} is not supported: vLLM has only silu in this architecture")
+    if config.get("dual_chunk_attention_config"):
+        raise ConfigError(
+            "config.json: dual_chunk_attention_config is not supported: neither calibration nor the 4-bit cache has "
+            "dual chunk attention"
+        )
+    if kind_of(config).one_window and _mixes_windows(config):
+        raise ConfigError(
+            "config.json gives some layers a sliding window and others none (layer_types, or use_sliding_window with "
+            "max_window_layers), which vLLM does not support in this architecture"
+        )
+
+
+def _mixes_windows(config: dict[str, Any]) -> bool:
+    """Whether transformers gives some of a Qwen's layers a sliding window and others none; defaults are its own."""
+    if isinstance(types := config.get("layer_types"), list):
+        return len(set(map(str, types))) > 1
+    full = config.get("max_window_layers", 28)
+    slides = config.get("use_sliding_window") and config.get("sliding_window", 4096) is not None
+    return bool(slides) and type(full) is int and 0 < full < _size(config, "num_hidden_layers", 32)
 
 
 def _size(config: dict[str, Any], key: str, default: int | None = None) -> int:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from vllm_wkvquant.checkpoint import ShardedTensors, check_plain, read_config
 from vllm_wkvquant.config import ConfigError, reason_of
-from vllm_wkvquant.geometry import architecture_of, check_biases
+from vllm_wkvquant.geometry import architecture_of, check_biases, check_served
 from vllm_wkvquant.layout import HEAD_SIZES
 from vllm_wkvquant.rope import check_rope, rope_config
 
@@ -57,6 +57,7 @@ def check_supported(path: Path, config: dict[str, Any]) -> Family:
         raise ConfigError(f"architecture {architecture} of {path} is not supported; supported: {', '.join(FAMILIES)}")
     check_plain(path, config)
     check_biases(config)
+    check_served(config)
     for key in ("rope_parameters", "rope_scaling"):  # of transformers 5, and before it
         check_rope(config.get(key) or {})
     return FAMILIES[architecture]
