@@ -9,8 +9,8 @@ from huggingface_hub.utils import filter_repo_objects
 from models import contents, save_text, tiny_model
 
 from vllm_wkvquant import cli
-from vllm_wkvquant.hub import OTHERS, UNUSED, WEIGHTS, find_model
-from vllm_wkvquant.quantize.writer import COPIED
+from vllm_wkvquant.hub import FOLDERS, OTHERS, UNUSED, WEIGHTS, find_model
+from vllm_wkvquant.quantize.writer import COPIED, companions
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -65,17 +65,41 @@ def test_an_unsupported_model_is_refused_before_its_weights(
     assert cli.main(command) == 2  # an output directory that is not empty costs no download at all
     assert asked == [OTHERS]
     assert find_model(Path("org/tiny")) == hub
-    assert asked[1:] == [OTHERS, [*OTHERS, WEIGHTS]]
+    assert asked[1:] == [OTHERS, FOLDERS, [*OTHERS, WEIGHTS]]
 
 
 def test_what_is_downloaded() -> None:
-    """Of Mistral's repositories neither the copy of the weights nor what is in folders; the tokenizer is copied on."""
+    """Of Mistral's repositories neither the copy of the weights nor what is in folders."""
     wanted = ["config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json", "tekken.json"]
     others = ["README.md", "consolidated.safetensors", "consolidated-00001-of-00002.safetensors", "original/a.json"]
     assert [
         *filter_repo_objects([*wanted, *others], allow_patterns=[*OTHERS, WEIGHTS], ignore_patterns=UNUSED)
     ] == wanted
-    assert any(Path("tekken.json").match(pattern) for pattern in COPIED)
+
+
+def test_all_that_is_copied_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint made by a name on the hub has the files of one made from a copy of the repository."""
+    local, snapshot = tmp_path / "local", tmp_path / "snapshot"
+    names = ["LICENSE", "LICENSES/MIT.txt", "NOTICE", "tokenizer_config.json", "onnx/tokenizer.json", "README.md"]
+    for pattern in COPIED:
+        name = pattern.replace("*", "x")
+        names += [f"{name}/file"] if name == "additional_chat_templates" else [name]
+    for name in names:
+        (local / name).parent.mkdir(parents=True, exist_ok=True)
+        (local / name).touch()
+
+    def download(_: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+            (snapshot / name).touch()
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert find_model(Path("org/tiny")) == snapshot
+    expected = [p.relative_to(local) for p in companions(local)]
+    assert len(expected) == len(names) - 2
+    assert [p.relative_to(snapshot) for p in companions(snapshot)] == expected
+    assert sorted(p for p in snapshot.rglob("*") if p.is_file()) == sorted(companions(snapshot))
 
 
 def test_an_unknown_name_is_refused(hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vllm_wkvquant.config import ConfigError, reason_of
+from vllm_wkvquant.quantize.writer import COPIED
 
 WEIGHTS = "*.safetensors"
-OTHERS = ["*.json", "*.jinja", "*.txt", "*.model"]  # config, index, tokenizer
+OTHERS = ["*.json", "*.jinja", "*.txt", *COPIED]  # config, index, tokenizer and what else a checkpoint has, too
+FOLDERS = [f"{pattern}/*" for pattern in COPIED]  # whose files are copied, too
 UNUSED = ["*/*", "consolidated*.safetensors"]  # Mistral's own format: the same weights again
 
 
@@ -22,13 +24,14 @@ def find_model(model: Path, check: Callable[[Path], object] = lambda folder: Non
         return model
     from huggingface_hub import snapshot_download
 
-    def download(*patterns: str) -> Path:
+    def download(patterns: list[str], unused: list[str]) -> Path:
         try:
-            return Path(snapshot_download(name, allow_patterns=[*OTHERS, *patterns], ignore_patterns=UNUSED))
+            return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=unused))
         except Exception as error:  # of the hub, its HTTP library or the file system: they have no common base
             raise ConfigError(
                 f"{name} is no directory here and cannot be had from the hub: {reason_of(error)}"
             ) from error
 
-    check(download())
-    return download(WEIGHTS)
+    check(download(OTHERS, UNUSED))
+    download(FOLDERS, [])
+    return download([*OTHERS, WEIGHTS], UNUSED)
