@@ -17,7 +17,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from models import clear_fast_bias, contents, save_text, tiny_model
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from vllm_wkvquant import cli, layout, native_cuda, past_only, reference
 from vllm_wkvquant.checkpoint import KV_PARAMS, Checkpoint, ShardedTensors, kv_tensor_name
@@ -143,6 +143,20 @@ def test_type_of_what_stays_16_bit(
     adapter = ModelAdapter(model, "sdpa")
     assert adapter.dtype == expected
     assert adapter.output_config({})["dtype"] == str(expected).removeprefix("torch.")
+
+
+def test_code_that_is_not_copied_is_not_named(tmp_path: Path, text: Path) -> None:
+    """With --trust-remote-code the checkpoint loads as without."""
+    model, out = tiny_model(tmp_path / "model", num_layers=1), tmp_path / "out"
+    before = {}
+    for name, auto in (("config.json", "AutoConfig"), ("tokenizer_config.json", "AutoTokenizer")):
+        before[name] = json.loads((model / name).read_text())
+        (model / name).write_text(json.dumps(before[name] | {"auto_map": {auto: "code.Own"}}))
+    quantize(settings(model, out, text))
+    assert "auto_map" not in json.loads((out / "config.json").read_text())
+    assert json.loads((out / "tokenizer_config.json").read_text()) == before["tokenizer_config.json"]
+    AutoConfig.from_pretrained(out, trust_remote_code=True)
+    assert AutoTokenizer.from_pretrained(out, trust_remote_code=True)("a")["input_ids"]
 
 
 def test_reference_pass_gives_the_whole_models_logits(tmp_path: Path, text: Path) -> None:

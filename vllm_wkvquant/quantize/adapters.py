@@ -246,8 +246,9 @@ class ModelAdapter:
         return torch.nn.Sequential(norm, head).requires_grad_(False)
 
     def output_config(self, quantization_config: dict[str, Any]) -> dict[str, Any]:
-        """config.json of the quantized model: the model's own, with `quantization_config` and the stored dtype."""
-        config = {k: v for k, v in self.raw_config.items() if k != "torch_dtype"}
+        """config.json of the quantized model: the model's own, with `quantization_config` and the stored dtype, without
+        `auto_map`, whose Python files a checkpoint does not have."""
+        config = {k: v for k, v in self.raw_config.items() if k not in ("torch_dtype", "auto_map")}
         return {**config, "dtype": str(self.dtype).removeprefix("torch."), "quantization_config": quantization_config}
 
 

@@ -47,14 +47,26 @@ def check_companions(model: Path) -> None:
             raise ConfigError(f"{file} cannot be copied to the checkpoint: {error.strerror}") from error
 
 
+def without_code(data: bytes) -> bytes:
+    """A JSON file without `auto_map`, whose Python files a checkpoint does not have; as it is where it has none."""
+    try:
+        content = json.loads(data)
+    except ValueError:
+        return data
+    if not isinstance(content, dict) or "auto_map" not in content:
+        return data
+    del content["auto_map"]
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
 def copy_companions(model: Path, directory: Path) -> None:
-    """Copy `companions`. Raises WriteError."""
+    """Copy `companions`, the tokenizer's config as `without_code`. Raises WriteError."""
     for file in companions(model):
         target = directory / file.relative_to(model)
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             data = file.read_bytes()
-        write_bytes(target, data)
+        write_bytes(target, without_code(data) if file.name == "tokenizer_config.json" else data)
 
 
 class CheckpointWriter:
