@@ -272,6 +272,21 @@ def test_tokenizer(refused: Callable[..., str], copy: Path) -> None:
     assert refused(copy).startswith(f"the tokenizer of {copy} cannot be loaded: ")
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_no_tokenizer(
+    family: str, refused: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers makes up an empty one."""
+    model = tiny_model(tmp_path / "model", family, num_layers=1)
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    message = f"{model} has no tokenizer: 'a' has no tokens; add the tokenizer's files"
+    assert refused(model) == message
+    assert cli.main(["quantize", str(model), str(tmp_path / "out"), *ARGUMENTS]) == 2  # on text of its own
+    assert cli.main(["write-text", str(model), str(tmp_path / "own.txt")]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n" * 2
+
+
 def test_reason_of_several_lines() -> None:
     assert reason_of(OSError("one\n  two")) == "one two"
     assert reason_of(TimeoutError()) == "TimeoutError"

@@ -20,9 +20,12 @@ CUTS = tuple(re.compile(pattern) for pattern in (r"\n(?=\S)", r"\n", r"(?=\s)"))
 def load_tokenizer(model: Path) -> Any:
     """The model's tokenizer. Raises ConfigError."""
     try:
-        return AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model)
     except Exception as error:  # transformers raises anything here: OSError, ValueError, KeyError, the Rust side's own
         raise ConfigError(f"the tokenizer of {model} cannot be loaded: {reason_of(error)}") from error
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes up an empty one for Qwen
+        raise ConfigError(f"{model} has no tokenizer: 'a' has no tokens; add the tokenizer's files")
+    return tokenizer
 
 
 def prefix_of(tokenizer: Any) -> list[int]:
