@@ -9,7 +9,7 @@ import torch
 from models import save_text, tiny_model
 
 from vllm_wkvquant import reference
-from vllm_wkvquant.checkpoint import Checkpoint, unpack_weight
+from vllm_wkvquant.checkpoint import Checkpoint, ShardedTensors, unpack_weight
 from vllm_wkvquant.config import ConfigError
 from vllm_wkvquant.quantize import blocks, learn, pipeline
 from vllm_wkvquant.quantize.adapters import ModelAdapter
@@ -319,6 +319,19 @@ def test_the_paper_learns(model, tmp_path, monkeypatch) -> None:
     params = Checkpoint(tmp_path / "out").kv_params(0)
     assert params.k_first is not None
     torch.testing.assert_close(params.k_first, params.k_shift, rtol=0, atol=0)
+
+
+def test_what_is_reported_of_the_values_smoothing_is_folded(model, tmp_path, monkeypatch) -> None:
+    """Its start and what is learned: v_proj's bias is divided by both."""
+    source = tiny_model(tmp_path / "model", "qwen2", num_layers=1, dtype=torch.float16)
+    assert PAPER.learning
+    learning = dataclasses.replace(PAPER.learning, epochs=2, batch=1)
+    report = run((source, model[1]), tmp_path / "out", monkeypatch, learning, paper=True)
+    name = "model.layers.0.self_attn.v_proj.bias"
+    bias, folded = (ShardedTensors(path).get([name])[name].float() for path in (source, tmp_path / "out"))
+    factors = bias / folded
+    expected = [factors.min().item(), factors.max().item()]
+    assert report["layers"][0]["v_smooth"] == pytest.approx(expected, rel=2e-3)
 
 
 def test_targets_are_the_16_bit_models_wherever_a_run_begins(tmp_path, monkeypatch) -> None:
