@@ -169,6 +169,22 @@ def test_activation_and_attention_that_vllm_lacks(family: str, refused: Callable
     )
 
 
+@pytest.mark.parametrize(("family", "all_slide"), [("llama", False), ("mistral", True)])
+def test_windows_of_vllm_alone(family: str, all_slide: bool, refused: Callable[..., str], tmp_path: Path) -> None:
+    """vLLM's Llama, which is its Mistral, too, heeds layer_types; transformers' Llama has no windows."""
+    model = tiny_model(tmp_path / "model", family, num_layers=2)
+    (model / "model.safetensors").unlink()
+    mixed = "config.json gives some layers a sliding window and others none (layer_types"
+    taken = f"{model} has neither {INDEX_FILE} nor model.safetensors"
+    for types, message in (
+        (["full_attention", "sliding_attention"], mixed),
+        (["sliding_attention"] * 2, taken if all_slide else mixed),
+        (["full_attention"] * 2, taken),
+    ):
+        edit_config(model, layer_types=types)
+        assert refused(model).startswith(message), types
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_some_layers_with_a_window(family: str, refused: Callable[..., str], tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model", family, num_layers=2)

@@ -114,17 +114,21 @@ def check_served(config: dict[str, Any]) -> None:
             "config.json: dual_chunk_attention_config is not supported: neither calibration nor the 4-bit cache has "
             "dual chunk attention"
         )
-    if kind_of(config).one_window and _mixes_windows(config):
+    if _mixes_windows(config):
         raise ConfigError(
             "config.json gives some layers a sliding window and others none (layer_types, or use_sliding_window with "
-            "max_window_layers), which vLLM does not support in this architecture"
+            "max_window_layers), which vLLM does not support, or not as transformers, in this architecture"
         )
 
 
 def _mixes_windows(config: dict[str, Any]) -> bool:
-    """Whether transformers gives some of a Qwen's layers a sliding window and others none; defaults are its own."""
+    """Whether some layers have a sliding window and others none. A Llama's have one in vLLM alone, by layer_types.
+    Defaults are those of transformers."""
+    kind = kind_of(config)
     if isinstance(types := config.get("layer_types"), list):
-        return len(set(map(str, types))) > 1
+        return len(set(map(str, types))) > 1 or (kind is KINDS["llama"] and "sliding_attention" in types)
+    if not kind.one_window:
+        return False
     full = config.get("max_window_layers", 28)
     slides = config.get("use_sliding_window") and config.get("sliding_window", 4096) is not None
     return bool(slides) and type(full) is int and 0 < full < _size(config, "num_hidden_layers", 32)

@@ -315,6 +315,7 @@ def other_tensors(
     runs in, and v_proj's bias folded in fp32."""
     adapter, prefix, v_bias = plan.adapter, plan.adapter.block_prefix(layer), f"{plan.adapter.family.v_proj}.bias"
     quantized = {f"{prefix}{name}.weight" for name in adapter.family.linears}
+    adapter.tensors.check_unchanged()
     stored = adapter.tensors.get([n for n in adapter.block_names(layer) if n not in quantized])
     others = {n.removeprefix(prefix): t for n, t in stored.items()}
     if v_bias in others:
