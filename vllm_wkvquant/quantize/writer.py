@@ -25,13 +25,17 @@ COPIED = (
     "generation_config.json",
     "chat_template*",
     "additional_chat_templates",
+    "modules.json",  # with the next three what sentence-transformers makes of hidden states
+    "config_sentence_transformers.json",
+    "sentence_*_config.json",
+    "[0-9]_*",
     "LICENSE*",
     "NOTICE*",
 )
 
 
 def companions(model: Path) -> list[Path]:
-    """Files of a model that its checkpoint has, too: tokenizer, generation settings and licences."""
+    """Files of a model that its checkpoint has, too: tokenizer, generation settings, pooling and licences."""
     files = []
     for source in sorted({path for pattern in COPIED for path in model.glob(pattern)}):
         files += [source] if source.is_file() else sorted(p for p in source.rglob("*") if p.is_file())
