@@ -378,12 +378,9 @@ def test_update_that_tables_would_not_see_is_refused(method) -> None:
 
 
 def reload(kv: quantization.WKVQuantKVCacheMethod, layer: FakeLayer, **tensors: torch.Tensor) -> None:
-    """As vLLM does: into parameters that have the first ones' attributes, which then come back with the new values."""
+    """As vLLM does: into parameters that are created again, and of which the first ones then take the values."""
     first = dict(layer.named_parameters())
-    for name, parameter in first.items():
-        other = torch.empty_like(parameter).as_subclass(type(parameter))
-        other.__dict__ = parameter.__dict__.copy()
-        setattr(layer, name, other)
+    kv.create_weights(layer)
     load(layer, **tensors)
     kv.process_weights_after_loading(layer)
     for name, parameter in first.items():
@@ -402,6 +399,8 @@ def test_what_a_reload_has_loaded_is_what_may_come_back(method) -> None:
         parameter.copy_(after["k_shift"].clone())
         with pytest.raises(NotImplementedError, match="kernel format"):
             parameter.copy_(before["k_shift"])
+    with pytest.raises(NotImplementedError, match="cannot be loaded into a model that is running"):
+        load(layer, k_shift=before["k_shift"])
 
 
 def test_load_into_a_running_model_is_refused(method) -> None:

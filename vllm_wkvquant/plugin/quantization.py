@@ -202,8 +202,8 @@ class KVParameter(nn.Parameter):
     """A KV tensor, of which the kernels have tables that a copy into it would not change.
 
     What makes them anew is `process_weights_after_loading`; vLLM's loaders that call it copy into `.data`. To copy what
-    the tables were made of is allowed: vLLM does so when it wakes up. A reload makes them of parameters that vLLM
-    throws away; all parameters of a layer's tensor have one `method` and `kind`, as vLLM copies attributes.
+    the tables were made of is allowed: vLLM does so when it wakes up. A reload makes them of parameters of its own,
+    which vLLM throws away; those that stay know by `method`, the layer's.
     """
 
     method: "WKVQuantKVCacheMethod"
@@ -223,6 +223,11 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
 
     quant_config: WKVQuantConfig
 
+    def __init__(self, quant_config: WKVQuantConfig) -> None:
+        super().__init__(quant_config)
+        self._in_tables: dict[str, torch.Tensor] = {}  # what the tables were made of, on the host
+        self._live: dict[str, Any] = {}  # the first parameters, which come back after a reload
+
     def create_weights(self, layer: Any) -> None:
         """Register wkv_* fp32 [this rank's KV heads, head_size], NaN until loaded, and swap the layer's backend.
 
@@ -232,8 +237,6 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
         self._check(layer, vllm_config)
         self._dummy = str(vllm_config.load_config.load_format) == "dummy"
         self._loaded: set[str] = set()
-        self._in_tables: dict[str, torch.Tensor] = {}  # what the tables were made of, on the host
-        self._live: dict[str, Any] = {}  # those that stay, or come back after a reload
         for param in KV_PARAMS:
             # NaN, because vLLM does not tell when a checkpoint lacks a tensor
             data = torch.full((layer.num_kv_heads, layer.head_size), float("nan"), dtype=torch.float32)
