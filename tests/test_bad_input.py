@@ -169,39 +169,45 @@ def test_activation_and_attention_that_vllm_lacks(family: str, refused: Callable
     )
 
 
-@pytest.mark.parametrize(("family", "all_slide"), [("llama", False), ("mistral", True)])
-def test_windows_of_vllm_alone(family: str, all_slide: bool, refused: Callable[..., str], tmp_path: Path) -> None:
-    """vLLM's Llama, which is its Mistral, too, heeds layer_types; transformers' Llama has no windows."""
-    model = tiny_model(tmp_path / "model", family, num_layers=2)
-    (model / "model.safetensors").unlink()
-    mixed = "config.json gives some layers a sliding window and others none (layer_types"
-    taken = f"{model} has neither {INDEX_FILE} nor model.safetensors"
-    for types, message in (
-        (["full_attention", "sliding_attention"], mixed),
-        (["sliding_attention"] * 2, taken if all_slide else mixed),
-        (["full_attention"] * 2, taken),
-    ):
-        edit_config(model, layer_types=types)
-        assert refused(model).startswith(message), types
+WINDOWS = "config.json gives layers a sliding window (sliding_window, layer_types, use_sliding_window with "
+SLIDING, FULL = ["sliding_attention"] * 2, ["full_attention"] * 2
+OF_QWEN: list[tuple[dict[str, Any], bool]] = [
+    ({"layer_types": [*FULL[:1], *SLIDING[:1]]}, True),
+    ({"layer_types": FULL, "use_sliding_window": True, "sliding_window": 32}, True),  # all slide in vLLM 0.26
+    ({"layer_types": SLIDING}, False),
+    ({"layer_types": None, "max_window_layers": 1}, True),
+    ({"max_window_layers": 2}, True),  # the same
+    ({"max_window_layers": 0}, False),
+    ({"max_window_layers": 1, "sliding_window": None}, False),
+    ({"sliding_window": 32, "use_sliding_window": False}, False),
+]
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_some_layers_with_a_window(family: str, refused: Callable[..., str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        # vLLM's Llama, which is its Mistral, too, heeds these keys; transformers' Llama has no windows
+        ("llama", [({"layer_types": SLIDING}, True), ({"layer_types": FULL}, False), ({"sliding_window": 32}, True)]),
+        ("llama", [({"sliding_window": 32, "use_sliding_window": False}, True), ({"sliding_window": None}, False)]),
+        # transformers' Mistral slides in all layers
+        ("mistral", [({"sliding_window": 32}, False), ({"layer_types": SLIDING}, False)]),
+        ("mistral", [({"sliding_window": 32, "layer_types": FULL}, True)]),
+        ("mistral", [({"layer_types": [*FULL[:1], *SLIDING[:1]]}, True)]),
+        ("mistral", [({"layer_types": FULL, "sliding_window": None}, False)]),
+        ("qwen2", OF_QWEN),
+        ("qwen3", OF_QWEN),
+    ],
+)
+def test_windows_that_vllm_reads_otherwise(
+    family: str, settings: list[tuple[dict[str, Any], bool]], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    """Each setting with those before it."""
     model = tiny_model(tmp_path / "model", family, num_layers=2)
     (model / "model.safetensors").unlink()
-    mixed = "config.json gives some layers a sliding window and others none (layer_types, or use_sliding_window with "
     taken = f"{model} has neither {INDEX_FILE} nor model.safetensors"
-    for changes, message in (
-        ({"layer_types": ["full_attention", "sliding_attention"]}, mixed),
-        ({"layer_types": ["sliding_attention"] * 2}, taken),
-        ({"layer_types": None, "use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}, mixed),
-        ({"max_window_layers": 2}, taken),
-        ({"max_window_layers": 0}, taken),
-        ({"max_window_layers": 1, "sliding_window": None}, taken),
-        ({"sliding_window": 32, "use_sliding_window": False}, taken),
-    ):
+    for changes, differ in settings:
         edit_config(model, **changes)
-        assert refused(model).startswith(message), changes
+        assert refused(model).startswith(WINDOWS if differ else taken), changes
 
 
 def test_quantized_model(refused: Callable[..., str], checkpoint: Path) -> None:
@@ -557,10 +563,9 @@ def test_a_model_that_changes(
 
     os.utime(weights, ns=(0, 0))
     monkeypatch.setattr(module, name, change)
-    assert stopped(copy) == (
-        f"{weights} has changed since this run began, and what comes of it would be a mixture; start again with a new "
-        f"output directory"
-    )
+    changed = "has changed since this run began, and what comes of it would be a mixture; start again with a new output"
+    lost = "cannot be read any more; put it back and go on with --resume"
+    assert stopped(copy) == (f"{weights} {lost}" if gone else f"{weights} {changed} directory")
     run = tmp_path / "out.wkvquant-partial" / "run.json"
     assert (json.loads(run.read_text())["blocks_done"] if run.is_file() else 0) == done
 
@@ -648,7 +653,7 @@ def test_a_finished_run_with_other_settings(
     other_text = save_text(tmp_path / "other.txt", seed=1)
     made = f"{out} is finished and was made with other settings "
     assert refused(model, "--resume", "--recipe", "static") == (
-        f"{made}(recipe): recipe was 'rtn', now 'static'; use the same ones or a new directory"
+        f"{made}(recipe): recipe was 'rtn', now 'static'; use the same ones or a new directory, or delete {partial}"
     )
     for arguments, differing in (
         (["--samples", "5"], "(calibration tokens, samples): "),
@@ -726,10 +731,12 @@ def test_safetensors_leaves_a_file_of_that_name(tmp_path: Path) -> None:
     """Where it is killed while it writes."""
     code = "import torch; from safetensors.torch import save_file; save_file({'a': torch.zeros(1 << 27)}, 'file')"
     with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path) as process:
-        while process.poll() is None:
-            if found := [*tmp_path.iterdir()]:
-                process.kill()
-                assert UNNAMED.fullmatch(found[0].name)
+        seen: set[str] = set()
+        while process.poll() is None and not seen:
+            seen = {file.name for file in tmp_path.iterdir()}
+        process.kill()
+    assert len(seen) == 1
+    assert UNNAMED.fullmatch(seen.pop())
 
 
 # -- disk full

@@ -121,18 +121,34 @@ def test_biases_as_vllm(tmp_path: Path) -> None:
     assert refused == 10  # of 3 settings with Llama, 5 with Mistral, 2 with Qwen3
 
 
-def vllm_refuses(paths: list[Path]) -> list[bool]:
-    """Whether vLLM refuses the models of these config.json."""
-    return [model is None for model in vllm_models(paths)]
+def vllm_windows(paths: list[Path]) -> list[list[int | None] | None]:
+    """Sliding windows of the layers of vLLM's models of these config.json; None where it refuses one."""
+    from vllm.model_executor.layers.attention import Attention
+
+    out: list[list[int | None] | None] = []
+    for model in vllm_models(paths):
+        layers = [layer for layer in model.modules() if isinstance(layer, Attention)] if model else None
+        out.append([layer.sliding_window for layer in layers] if layers else None)
+    return out
 
 
-def test_refused_as_vllm(tmp_path: Path) -> None:
-    """Activations, and windows of some layers."""
-    slides = {"use_sliding_window": True, "sliding_window": 32}
-    settings: list[dict[str, Any]] = [{}, {"hidden_act": "gelu"}]
+def transformers_windows(path: Path) -> list[int | None]:
+    """Those of transformers' layers: a Llama has none, a Mistral one in all, whatever layer_types says."""
+    config = AutoConfig.from_pretrained(path)
+    if config.model_type == "llama":
+        return [None] * 2
+    slides = ["sliding_attention"] * 2 if config.model_type == "mistral" else config.layer_types
+    return [config.sliding_window if kind == "sliding_attention" else None for kind in slides]
+
+
+def test_served_as_vllm(tmp_path: Path) -> None:
+    """What is taken vLLM serves, with the windows that transformers gives."""
+    sliding, full = ["sliding_attention"] * 2, ["full_attention"] * 2
+    window, slides = {"sliding_window": 32}, {"use_sliding_window": True, "sliding_window": 32}
+    settings: list[dict[str, Any]] = [{}, {"hidden_act": "gelu"}, window, {**window, "use_sliding_window": False}]
+    settings += [{**slides, "layer_types": types} for types in (sliding, full, [*full[:1], *sliding[:1]])]
     of_qwen = [{**slides, "max_window_layers": n} for n in (0, 1, 2)]
     of_qwen += [{"max_window_layers": 1}, {**slides, "max_window_layers": 1, "sliding_window": None}]
-    of_qwen += [{"layer_types": ["full_attention", "sliding_attention"], "max_window_layers": 1}]
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2}
     configs, paths = [], []
     for family, kind in CONFIGS.items():
@@ -144,11 +160,12 @@ def test_refused_as_vllm(tmp_path: Path) -> None:
             configs.append(config | changes)
             (path / "config.json").write_text(json.dumps(configs[-1]))
             paths.append(path)
-    served = in_subprocess(vllm_refuses, paths)
-    for config, refused in zip(configs, served, strict=True):
-        if refused:
-            with pytest.raises(ConfigError, match="vLLM"):
-                check_served(config)
-        else:
+    taken = dict.fromkeys(CONFIGS, 0)
+    for config, path, served in zip(configs, paths, in_subprocess(vllm_windows, paths), strict=True):
+        try:
             check_served(config)
-    assert sum(served) == 4 + 2 * 2
+        except ConfigError:
+            continue
+        assert served == transformers_windows(path), (path.name, config)
+        taken[config["model_type"]] += 1
+    assert taken == {"llama": 1, "mistral": 4, "qwen2": 7, "qwen3": 7}

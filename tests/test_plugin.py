@@ -477,16 +477,22 @@ def test_adapters_of_a_target_do_not_concern_its_draft(method, monkeypatch) -> N
     vllm_config = as_draft(SimpleNamespace(enable_sleep_mode=False))
     vllm_config.lora_config, vllm_config.cache_config.cache_dtype = object(), "auto"
     assert isinstance(config.get_quant_method(layer, layer.layer_name), quantization.WKVQuantKVCacheMethod)
-    vllm_config.speculative_config = None
-    with pytest.raises(ConfigError, match="LoRA adapters are not supported"):
-        config.get_quant_method(layer, layer.layer_name)
+    as_draft(vllm_config.model_config)  # of itself, as vLLM says of n-grams
+    for speculative in (vllm_config.speculative_config, None):
+        vllm_config.speculative_config = speculative
+        with pytest.raises(ConfigError, match="LoRA adapters are not supported"):
+            config.get_quant_method(layer, layer.layer_name)
 
 
 def test_layers_outside_of_the_model_are_refused(method, monkeypatch) -> None:
     """So vLLM up to 0.28 names those of its transformers backend."""
     monkeypatch.setattr(quantization, "Attention", FakeLayer)
+    config, vllm_config = method(dtype=torch.float16).quant_config, quantization.get_current_vllm_config()
+    vllm_config.lora_config, vllm_config.cache_config.cache_dtype = None, "auto"
     with pytest.raises(NotImplementedError, match="--model-impl transformers of this vLLM has no place"):
-        method().quant_config.get_quant_method(FakeLayer(), "0.attn")
+        config.get_quant_method(FakeLayer(), "0.attn")
+    vllm_config.cache_config.cache_dtype = "bfloat16"  # plain W4, for which no KV tensors are needed
+    assert not isinstance(config.get_quant_method(FakeLayer(), "0.attn"), quantization.WKVQuantKVCacheMethod)
 
 
 def test_sleep_that_drops_tables_is_refused(method, monkeypatch) -> None:

@@ -144,7 +144,7 @@ class ShardedTensors:
         absent = sorted(f for f in set(self.files.values()) if not (path / f).is_file())
         if absent:
             raise ConfigError(f"{path} lacks the shards {absent} that its index names")
-        self._begun_with = {file: self._stat(file) for file in sorted(set(self.files.values()))}
+        self._stats_at_first = {file: self._stat(file) for file in sorted(set(self.files.values()))}
 
     @contextlib.contextmanager
     def _open(self, file: str) -> Iterator[Any]:
@@ -166,8 +166,11 @@ class ShardedTensors:
 
     def check_unchanged(self) -> None:
         """Raise ConfigError where a file is gone, or has another size or time of change than it had at first."""
-        for file, before in self._begun_with.items():
+        for file, before in self._stats_at_first.items():
             if self._stat(file) != before:
+                if self._stat(file) is None:
+                    lost = "cannot be read any more; put it back and go on with --resume"
+                    raise ConfigError(f"{self.path / file} {lost}")
                 raise ConfigError(
                     f"{self.path / file} has changed since this run began, and what comes of it would be a mixture; "
                     f"start again with a new output directory"
@@ -175,7 +178,7 @@ class ShardedTensors:
 
     def digest(self) -> str:
         """Of the files' names, sizes, times of change and samples: other weights have another."""
-        named = [(file, stat, self._sample(file)) for file, stat in self._begun_with.items()]
+        named = [(file, stat, self._sample(file)) for file, stat in self._stats_at_first.items()]
         return hashlib.sha256(repr(named).encode()).hexdigest()[:16]
 
     def _sample(self, file: str) -> str:

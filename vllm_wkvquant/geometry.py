@@ -28,14 +28,14 @@ class Kind:
 
     biases: linear layer -> the key of config.json that gives it a bias, or True where it always has one. of_vllm:
     config.json -> linear layer -> whether vLLM gives it one. head_norms: queries and keys have a norm each.
-    one_window: vLLM gives all layers the same sliding window, or none. kv_heads, head_size: where config.json lacks the
-    key; None: as many as query heads, and hidden size over those.
+    window_keys: it slides only with use_sliding_window, from max_window_layers on. kv_heads, head_size: where
+    config.json lacks the key; None: as many as query heads, and hidden size over those.
     """
 
     of_vllm: Callable[[dict[str, Any]], dict[str, Any]]
     biases: Mapping[str, str | bool] = field(default_factory=dict)
     head_norms: bool = False
-    one_window: bool = False
+    window_keys: bool = False
     kv_heads: int | None = None
     head_size: int | None = None
 
@@ -58,12 +58,12 @@ def _vllm_llama(config: dict[str, Any]) -> dict[str, Any]:
 KINDS = {
     "llama": Kind(_vllm_llama, dict.fromkeys(ATTENTION, "attention_bias") | dict.fromkeys(MLP, "mlp_bias")),
     "mistral": Kind(_vllm_llama, kv_heads=8),  # in vLLM a Llama
-    "qwen2": Kind(lambda config: dict.fromkeys(QKV, True), dict.fromkeys(QKV, True), one_window=True, kv_heads=32),
+    "qwen2": Kind(lambda config: dict.fromkeys(QKV, True), dict.fromkeys(QKV, True), window_keys=True, kv_heads=32),
     "qwen3": Kind(
         lambda config: dict.fromkeys(QKV, config.get("attention_bias")),
         dict.fromkeys(ATTENTION, "attention_bias"),
         head_norms=True,
-        one_window=True,
+        window_keys=True,
         kv_heads=32,
         head_size=128,
     ),
@@ -114,24 +114,29 @@ def check_served(config: dict[str, Any]) -> None:
             "config.json: dual_chunk_attention_config is not supported: neither calibration nor the 4-bit cache has "
             "dual chunk attention"
         )
-    if _mixes_windows(config):
+    if _windows_differ(config):
         raise ConfigError(
-            "config.json gives some layers a sliding window and others none (layer_types, or use_sliding_window with "
-            "max_window_layers), which vLLM does not support, or not as transformers, in this architecture"
+            "config.json gives layers a sliding window (sliding_window, layer_types, use_sliding_window with "
+            "max_window_layers) in a way that vLLM refuses, or reads otherwise than transformers, in this architecture"
         )
 
 
-def _mixes_windows(config: dict[str, Any]) -> bool:
-    """Whether some layers have a sliding window and others none. A Llama's have one in vLLM alone, by layer_types.
-    Defaults are those of transformers."""
-    kind = kind_of(config)
-    if isinstance(types := config.get("layer_types"), list):
-        return len(set(map(str, types))) > 1 or (kind is KINDS["llama"] and "sliding_attention" in types)
-    if not kind.one_window:
+def _windows_differ(config: dict[str, Any]) -> bool:
+    """Whether transformers and any vLLM may give a layer different windows. Both read alike: no window for a Llama,
+    which has none in transformers, one in all layers for a Mistral, in all or none for a Qwen. Defaults are those of
+    transformers."""
+    kind, types = kind_of(config), config.get("layer_types")
+    slides = config.get("sliding_window", None if kind is KINDS["llama"] else 4096) is not None
+    types = {str(t) for t in types} if isinstance(types, list) else set()
+    if len(types) > 1:
+        return True
+    if kind is KINDS["llama"]:
+        return slides or "sliding_attention" in types
+    if not kind.window_keys:
+        return slides and types == {"full_attention"}
+    if not (slides and config.get("use_sliding_window")):
         return False
-    full = config.get("max_window_layers", 28)
-    slides = config.get("use_sliding_window") and config.get("sliding_window", 4096) is not None
-    return bool(slides) and type(full) is int and 0 < full < _size(config, "num_hidden_layers", 32)
+    return types != {"sliding_attention"} if types else config.get("max_window_layers", 28) != 0
 
 
 def _size(config: dict[str, Any], key: str, default: int | None = None) -> int:

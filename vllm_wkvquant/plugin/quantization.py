@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +40,6 @@ CACHE_DTYPE = "int4_per_token_head"
 CONNECTORS = (
     "OffloadingConnector",
     "SimpleCPUOffloadConnector",
-    "HF3FSKVConnector",
     "DecodeBenchConnector",
     "ExampleHiddenStatesConnector",
 )
@@ -85,11 +85,6 @@ class WKVQuantConfig(CompressedTensorsConfig):
             return super().get_quant_method(layer, prefix)
         if hasattr(layer, "quant_method"):
             return layer.quant_method
-        if prefix[:1].isdigit():  # of vLLM up to 0.28, which names it so and keeps it outside of the model
-            raise NotImplementedError(
-                "wkvquant: --model-impl transformers of this vLLM has no place for the checkpoint's KV tensors; use "
-                "--model-impl vllm, or a newer vLLM"
-            )
         vllm_config = get_current_vllm_config()
         if vllm_config.lora_config is not None and not _is_draft(vllm_config):
             raise ConfigError(
@@ -99,13 +94,20 @@ class WKVQuantConfig(CompressedTensorsConfig):
         _warn_of_w4a8(vllm_config.model_config.dtype)
         if not takes_4_bits(layer, prefix, vllm_config.cache_config):
             return super().get_quant_method(layer, prefix)
+        if re.fullmatch(r"\d+\.attn", prefix):  # of vLLM up to 0.28, which keeps such layers outside of the model
+            raise NotImplementedError(
+                "wkvquant: --model-impl transformers of this vLLM has no place for the checkpoint's KV tensors; use "
+                "--model-impl vllm, a newer vLLM, or an explicit --kv-cache-dtype"
+            )
         return WKVQuantKVCacheMethod(self)
 
 
 def _is_draft(vllm_config: Any) -> bool:
     """Whether the model that is being built is the draft of another one, whose adapters are not for it."""
     speculative = getattr(vllm_config, "speculative_config", None)
-    return speculative is not None and vllm_config.model_config is speculative.draft_model_config
+    if speculative is None or speculative.draft_model_config is speculative.target_model_config:  # n-grams have this
+        return False
+    return vllm_config.model_config is speculative.draft_model_config
 
 
 def takes_4_bits(layer: Attention, prefix: str, cache_config: Any) -> bool:
@@ -207,10 +209,10 @@ class KVParameter(nn.Parameter):
     """
 
     method: "WKVQuantKVCacheMethod"
-    kind: str
+    kv_param: str
 
     def copy_(self, other: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-        if self.method.are_in_tables(self.kind, other):
+        if self.method.are_in_tables(self.kv_param, other):
             return self.data.copy_(other, non_blocking)
         raise NotImplementedError(
             "wkvquant: KV parameters cannot be updated in kernel format; reload weights in checkpoint format "
@@ -226,7 +228,7 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
     def __init__(self, quant_config: WKVQuantConfig) -> None:
         super().__init__(quant_config)
         self._in_tables: dict[str, torch.Tensor] = {}  # what the tables were made of, on the host
-        self._live: dict[str, Any] = {}  # the first parameters, which come back after a reload
+        self._serving: dict[str, Any] = {}  # the first parameters, which a reload brings back
 
     def create_weights(self, layer: Any) -> None:
         """Register wkv_* fp32 [this rank's KV heads, head_size], NaN until loaded, and swap the layer's backend.
@@ -241,7 +243,7 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
             # NaN, because vLLM does not tell when a checkpoint lacks a tensor
             data = torch.full((layer.num_kv_heads, layer.head_size), float("nan"), dtype=torch.float32)
             parameter: Any = KVParameter(data, requires_grad=False)
-            parameter.method, parameter.kind = self, param
+            parameter.method, parameter.kv_param = self, param
             parameter.weight_loader = self._loader(f"{layer.layer_name}.{KV_PREFIX}{param}")
             layer.register_parameter(KV_PREFIX + param, parameter)
 
@@ -301,8 +303,8 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
             check_kv_tensor(name, loaded, (kv.num_kv_heads, kv.head_size))
             rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
             of_rank = loaded[local_heads(loaded.shape[0], param.shape[0], rank, world_size)]
-            kind: str = param.kind
-            if self._live.get(kind) is param and not self.are_in_tables(kind, of_rank):
+            kv_param: str = param.kv_param
+            if self._serving.get(kv_param) is param and not self.are_in_tables(kv_param, of_rank):
                 raise NotImplementedError(
                     f"wkvquant: {name} cannot be loaded into a model that is running, whose kernels would not see it; "
                     "use reload_weights, or leave the wkv_* tensors out"
@@ -312,9 +314,9 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
 
         return load
 
-    def are_in_tables(self, kind: str, tensor: torch.Tensor) -> bool:
+    def are_in_tables(self, kv_param: str, tensor: torch.Tensor) -> bool:
         """Whether the kernels' tables were made of these values."""
-        return kind in self._in_tables and torch.equal(tensor.cpu(), self._in_tables[kind])
+        return kv_param in self._in_tables and torch.equal(tensor.cpu(), self._in_tables[kv_param])
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Make layer.wkv_params of the loaded tensors. Raises ConfigError for one that is missing or damaged."""
@@ -337,4 +339,4 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
             layer.wkv_params = params
         for param, data in tensors.items():
             self._in_tables[param] = data.cpu().clone()
-            self._live.setdefault(param, getattr(layer, KV_PREFIX + param))
+            self._serving.setdefault(param, getattr(layer, KV_PREFIX + param))

@@ -120,7 +120,7 @@ def quantize_block(
     if learned and learned.cache:
         statistics = replace(statistics, **learned.cache.shifts())
         params = {LEARNED: learned.cache.params()}
-        v_smooth = v_smooth * learned.cache.log_v.exp()  # all that is folded
+        v_smooth = v_smooth * learned.cache.log_v.exp()  # all that is folded: these recipes have no rotation
     else:
         statistics, params = layer_params(plan, statistics, captured, o_proj.weight)  # type: ignore[arg-type]
     clock.lap("search")

@@ -88,7 +88,8 @@ def finish(out: Path, asked: dict[str, Any], dry_run: bool) -> None:
     before = read_object(partial / RUN)["settings"]
     if differing := difference({name: before.get(name) for name in asked}, asked):
         raise ConfigError(
-            f"{out} is finished and was made with other settings {differing}; use the same ones or a new directory"
+            f"{out} is finished and was made with other settings {differing}; use the same ones or a new directory, or "
+            f"delete {partial}"
         )
     if dry_run:
         return
