@@ -11,6 +11,7 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # gwN: its share of the cor
 import pytest
 import torch
 
+pytest.register_assert_rewrite("quantizing")  # of which tests load the fixtures by `pytest_plugins`
 os.environ.setdefault("VLLM_CPU_INT4_W4A8", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

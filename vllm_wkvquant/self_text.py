@@ -158,11 +158,6 @@ def write_file(file: Path, model: Path, tokens: int, length: int, batch: int, se
     return sum(rows)
 
 
-def is_empty(file: Path) -> bool:
-    """Whether this is a file without a byte."""
-    return file.is_file() and file.stat().st_size == 0
-
-
 def text_for(out: Path, model: Path, samples: int, seq_len: int, seed: int, device: str) -> Path:
     """Text of the model's own for `samples` windows of `seq_len` tokens, kept beside `out`; what is there is used."""
     length, texts = min(seq_len, positions_of(model)), samples + 1
@@ -170,7 +165,7 @@ def text_for(out: Path, model: Path, samples: int, seq_len: int, seed: int, devi
     while True:
         named = json.dumps([str(model.absolute()), weights, texts, length, seed, device])
         file = out.with_name(f"{out.name}.own-{hashlib.sha256(named.encode()).hexdigest()[:8]}.txt")
-        if is_empty(file):  # as one that was not flushed is after a power failure
+        if file.is_file() and file.stat().st_size == 0:  # as one that was not flushed is after a power failure
             file.unlink()
         if not file.exists():
             try:
