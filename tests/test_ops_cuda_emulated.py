@@ -62,6 +62,11 @@ def test_sliding_window(emulated, window):
     test_ops_cuda.test_sliding_window(window, 4)
 
 
+@pytest.mark.parametrize(("head_size", "group"), [(64, 8), (96, 4), (128, 1), (256, 8)])
+def test_heads_with_a_sliding_window(emulated, head_size, group):
+    test_ops_cuda.test_heads_with_a_sliding_window(head_size, group)
+
+
 def test_pages_before_a_window_may_be_gone(emulated):
     """Their entries in the table name another sequence's pages or none, and bytes there may be any."""
     case = cases.make_case([(300, 1), (90, 1)], cases.make_params(2, 64), dtype=torch.float16, block_size=16)
@@ -163,6 +168,11 @@ def test_more_sequences_than_threads(emulated):
 
 def test_rotary(emulated):
     test_ops_cuda.test_rotary(32, 1e4, 1.35)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_long_with_large_shift(emulated, dtype):
+    test_ops_cuda.test_long_with_large_shift(8191, dtype)
 
 
 def test_score_of_the_shift(emulated):

@@ -121,9 +121,16 @@ def test_pages_before_a_window_may_be_gone(triton):
 
 
 @gpu
+@pytest.mark.parametrize("head_size", layout.HEAD_SIZES)
+def test_heads_with_a_sliding_window(triton, head_size):
+    test_ops_cuda.test_heads_with_a_sliding_window(head_size, 4)
+
+
+@gpu
 @pytest.mark.parametrize("past", [8191, 131071])
-def test_long_with_large_shift(triton, past):
-    test_ops_cuda.test_long_with_large_shift(past)
+@pytest.mark.parametrize("dtype", list(test_ops_cuda.TOLERANCE))
+def test_long_with_large_shift(triton, past, dtype):
+    test_ops_cuda.test_long_with_large_shift(past, dtype)
 
 
 @kernels
@@ -203,8 +210,9 @@ def test_repeats_bit_for_bit(triton):
 
 
 @gpu
-def test_graph_replay(triton):
-    test_ops_cuda.test_graph_replay()
+@pytest.mark.parametrize(("query_len", "dtype"), [(1, torch.float16), (3, torch.bfloat16)])
+def test_graph_replay(triton, query_len, dtype):
+    test_ops_cuda.test_graph_replay(query_len, dtype)
 
 
 @kernels
