@@ -12,7 +12,8 @@ the gathering alone; `cuda-decode` the kernel of decodes, which takes any chunk;
 cache.
 
 bytes of decode are those of past tokens, which must be read; read_fraction is bytes over time over B, the better of a
-2 GiB device copy (read + written) and a 2 GiB read-only reduction in the same process, the `bandwidth` rows. max_error
+2 GiB device copy (read + written) and 2 GiB read-only reductions in the same process, the `bandwidth` rows; where an
+H100 or H200 reads less than LEAST_BANDWIDTH, nothing else is measured. max_error
 is against an fp64 reference over what the variant's cache holds, for the first sequence and KV head (prefill: and
 its first queries). A peer that fails
 gives a row with an `error` and no time.
@@ -50,6 +51,7 @@ BASE = 5e5  # of the rotary embedding, Llama 3's
 PAGE = 16  # of the other peers' caches, vLLM's default
 FILL = 8192  # tokens written at once
 TURNS = 3  # of each build
+LEAST_BANDWIDTH = {"H100 80GB HBM3": 2800, "H200": 4000}  # GB/s that an idle one reaches
 SHAPES = (
     "8x1x1024,8x16x1024,8x64x1024,8x1x8192,8x1x32768,8x1x131072,8x16x8192,8x64x2048,8x8x32768,"
     "32x1x32768,32x8x32768,32x64x1024,4x8x32768"
@@ -785,7 +787,7 @@ def prefill_rows(kv_heads: int, count: int, past: int, args: argparse.Namespace)
         )  # fmt: skip
         found.append(attempt(row, measure))
 
-    for kind in ("rotating", "none"):
+    for kind in args.kinds:
         for variant in args.variants:
             if not args.no_peers:
                 add(variant, lambda row, kind=kind, variant=variant: step.measure(row, kind, variant))
@@ -822,24 +824,25 @@ def plan_row(kv_heads: int, batch: int, context: int) -> Row:
 
 def write_rows(tokens: int, peers: bool) -> Iterator[Row]:
     """Tokens into random slots, and ours into slots in order, too."""
-    kv_heads, block, copies = 8, 64, 4
+    kv_heads, block, count = 8, 64, max(1 << 15, tokens)
     params = make_params(kv_heads, BASE).to("cuda")
-    count = max(1 << 15, tokens)
+    token = layout.token_bytes(HEAD_SIZE)
+    copies = math.ceil(COLD_BYTES / (count * kv_heads * token))  # of ours; a peer's have more bytes
     slots = [torch.randperm(count, device="cuda")[:tokens] for _ in range(copies)]
     in_order = torch.arange(tokens, device="cuda")
     data = [random_kv(params, in_order) for _ in range(copies)]
-    token = layout.token_bytes(HEAD_SIZE)
-    pages = torch.zeros(count // block, kv_heads, block, token, dtype=torch.uint8, device="cuda")
+    pages = torch.zeros(copies, count // block, kv_heads, block, token, dtype=torch.uint8, device="cuda")
 
     def reshape_and_cache() -> Call:
         from vllm import _custom_ops
 
-        k16, v16 = (torch.zeros(count // PAGE, PAGE, kv_heads, HEAD_SIZE, dtype=DTYPE, device="cuda") for _ in "kv")
+        shape = (copies, count // PAGE, PAGE, kv_heads, HEAD_SIZE)
+        k16, v16 = (torch.zeros(shape, dtype=DTYPE, device="cuda") for _ in "kv")
         one = torch.ones(1, device="cuda")
-        return lambda i: _custom_ops.reshape_and_cache_flash(*data[i], k16, v16, slots[i], "auto", one, one)
+        return lambda i: _custom_ops.reshape_and_cache_flash(*data[i], k16[i], v16[i], slots[i], "auto", one, one)
 
     def ours(where: list[torch.Tensor]) -> Callable[[], Call]:
-        return lambda: lambda i: native_cuda.cache_write(*data[i], pages, where[i], in_order, params)
+        return lambda: lambda i: native_cuda.cache_write(*data[i], pages[i], where[i], in_order, params)
 
     cases = [("cuda", token, ours(slots), None), ("cuda", token, ours([in_order] * copies), "slots in order")]
     if peers:
@@ -871,6 +874,10 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
     measured = bandwidth_rows()
     yield from measured
     peak = max(row.gbps for row in measured)
+    device = torch.cuda.get_device_name()
+    least = next((gbps for name, gbps in LEAST_BANDWIDTH.items() if name in device), 0)
+    if peak < least:
+        raise SystemExit(f"{device} reads {peak:.0f} GB/s, less than {least}: the run is invalid; is the GPU in use?")
     for tokens in args.writes if args.op in ("write", "all") else []:
         yield from write_rows(tokens, not args.no_peers)
     for shape in filter(None, args.prefills.split(",") if args.op in ("prefill", "all") else []):

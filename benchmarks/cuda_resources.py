@@ -44,6 +44,17 @@ def shared_bytes(head_size: int, tiles: int, strands: int) -> int:
     return native_cuda.library().wkvquant_cuda_shared_bytes(ctypes.byref(fields), tiles, strands)
 
 
+def described(symbol: str) -> tuple[str, tuple[int, int, int] | None]:
+    """A kernel's name with its template's arguments, and those of an attention kernel. Others keep their symbols."""
+    if found := re.search(r"paged_attentionILi(\d+)ELi(\d+)ELi(\d+)EE", symbol):
+        head_size, tiles, strands = map(int, found.groups())
+        return f"paged_attention<{head_size}, {tiles}, {strands}>", (head_size, tiles, strands)
+    if found := re.search(r"(gather_kv|cache_write)ILi(\d+)E(f|6__half|13__nv_bfloat16)E", symbol):
+        dtype = {"f": "float"}.get(found[3], found[3].partition("__")[2])
+        return f"{found[1]}<{found[2]}, {dtype}>", None
+    return "plan_step" if "plan_step" in symbol else symbol, None
+
+
 def main() -> None:
     """Print the table; exit with 1 on spills."""
     if not native_cuda.LIBRARY.exists():
@@ -55,16 +66,12 @@ def main() -> None:
     for line in listed.splitlines():
         if found := re.match(r"arch = (\S+)", line):
             arch = found[1]
-        if found := re.search(
-            r"(paged_attention|gather_kv|cache_write)ILi(\d+)E(?:Li(\d+)ELi(\d+)E|f|6__half|13__nv_bfloat16)?E", line
-        ):
-            kernel = found[1], int(found[2]), int(found[3] or 0), int(found[4] or 0)
-            dtype = next((name for name in ("half", "nv_bfloat16") if f"__{name}E" in line), "float")
+        if found := re.match(r" Function (\w+):", line):
+            kernel = described(found[1])
         if kernel and (found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line)):
             registers, stack, static = map(int, found.groups())
-            name, head_size, tiles, strands = kernel
-            shown = f"{name}<{head_size}, {tiles}, {strands}>" if tiles else f"{name}<{head_size}, {dtype}>"
-            shared = static + (shared_bytes(head_size, tiles, strands) if tiles else 0)
+            shown, sizes = kernel
+            shared = static + (shared_bytes(*sizes) if sizes else 0)
             allowed = KNOWN.get((arch, shown), 0)
             print(f"{arch:8}{shown:46}{registers:10}{stack:7}{shared:15}")
             if stack > allowed:

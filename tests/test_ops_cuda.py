@@ -114,8 +114,9 @@ def test_sliding_window(window, query_len):
 @pytest.mark.parametrize("head_size", native_cuda.HEAD_SIZES)
 @pytest.mark.parametrize("group", [1, 4, 8])
 def test_heads_with_a_sliding_window(head_size, group):
-    lengths = [(n, query_len) for n, query_len in ((0, 3), (70, 1), (300, 2), (1111, 5))]
-    check(cases.make_case(lengths, cases.make_params(2, head_size), group=group, dtype=torch.bfloat16), sliding_window=90)
+    params = cases.make_params(2, head_size)
+    case = cases.make_case([(0, 3), (70, 1), (300, 2), (1111, 5)], params, group=group, dtype=torch.bfloat16)
+    check(case, sliding_window=90)
 
 
 def run_gather(implementation, case: cases.Case, first: list[int], last: list[int]) -> tuple[torch.Tensor, ...]:
