@@ -212,6 +212,25 @@ def test_score_of_the_shift():
     assert (lse[:1] - expected[:1]).abs().max() < 4e-3
 
 
+@pytest.mark.parametrize("largest", [7000, 32000, 60000])
+def test_large_values(largest):
+    """A weight times a scale that fp16 has no number for leaves the mean of the values between them."""
+    params = cases.make_params(1, 128, kind="none")
+    case = cases.make_case([(1280, 1)], params)
+    positions = torch.arange(1280)
+    values = largest * (2 * torch.rand(1280, 1, 128, generator=torch.Generator().manual_seed(0)) - 1)
+    rising = (positions // 32 % 2)[:, None, None] * torch.ones(1, 128) / 128
+    case.query.fill_(1 / case.scale)
+    case.key.zero_()
+    case.value.zero_()
+    reference.cache_write(rising, values, case.kv_cache, case.past_slots, positions, params)
+    out = run(native_cuda.paged_attention, to_gpu(case))[0][:1]
+    assert out.abs().max() < largest  # that of NaN is not
+    if largest == 7000:
+        expected = run(reference.paged_attention, replace(case, query=case.query.double()))[0][:1]
+        assert (out.double() - expected).norm() < 2e-3 * expected.norm()
+
+
 @pytest.mark.parametrize("group", [1, 2, 4, 8])
 @pytest.mark.parametrize("kind", ["rotating", "none"])
 def test_long(group, kind):
@@ -378,8 +397,11 @@ def test_a_plan_that_does_not_fit_is_refused():
         run(native_cuda.paged_attention, case, plan=plan, sliding_window=16)
     with pytest.raises(ValueError, match="does not fit a layer"):
         run(native_cuda.paged_attention, case, plan=replace(plan, num_heads=2))
-    with pytest.raises(ValueError, match="does not fit 2 rows"):
+    with pytest.raises(ValueError, match="2 sequences, 2 rows"):
         run(native_cuda.paged_attention, replace(case, query=case.query[:2]), plan=replace(plan, num_tokens=3))
+    fewer = {n: getattr(case, n)[:k] for n, k in (("seq_lens", 1), ("query_start_loc", 2), ("block_table", 1))}
+    with pytest.raises(ValueError, match="does not fit 1 sequences"):
+        run(native_cuda.paged_attention, replace(case, **fewer), plan=plan)
     with pytest.raises(ValueError, match="block table of"):
         run(native_cuda.paged_attention, replace(case, block_table=case.block_table[:, :1]), plan=plan)
     with pytest.raises(ValueError, match="3 of 2 sequences"):

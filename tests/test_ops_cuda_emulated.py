@@ -175,6 +175,11 @@ def test_long_with_large_shift(emulated, dtype):
     test_ops_cuda.test_long_with_large_shift(8191, dtype)
 
 
+@pytest.mark.parametrize("largest", [7000, 32000, 60000])
+def test_large_values(emulated, largest):
+    test_ops_cuda.test_large_values(largest)
+
+
 def test_score_of_the_shift(emulated):
     test_ops_cuda.test_score_of_the_shift()
 

@@ -134,6 +134,12 @@ def test_long_with_large_shift(triton, past, dtype):
 
 
 @kernels
+@pytest.mark.parametrize("largest", some([7000, 32000, 60000], [60000]))
+def test_large_values(triton, largest):
+    test_ops_cuda.test_large_values(largest)
+
+
+@kernels
 def test_score_of_the_shift(triton):
     test_ops_cuda.test_score_of_the_shift()
 

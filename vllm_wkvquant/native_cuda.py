@@ -494,6 +494,7 @@ class Plan(Served):
     tensor: torch.Tensor
     num_heads: int
     sliding_window: int
+    num_seqs: int
     num_tokens: int
     most_past: int
     queries: int
@@ -570,7 +571,7 @@ class Planner:
             _raise("plan", status)
         return Plan(
             like.device, like.num_kv_heads, like.head_size, self.tensor, self.num_heads, self.sliding_window,
-            num_tokens, most_past, queries, teams,
+            num_planned, num_tokens, most_past, queries, teams,
         )  # fmt: skip
 
     def check_steps(self, max_seqs: int, max_tokens: int, most_past: int) -> None:
@@ -609,7 +610,9 @@ class Planner:
         return self._teams[queries]
 
 
-def _check_plan(plan: Plan, like: Served, heads: int, sliding_window: int, rows: int, most_past: int) -> None:
+def _check_plan(
+    plan: Plan, like: Served, heads: int, sliding_window: int, seqs: int, rows: int, most_past: int
+) -> None:
     wanted = (like.device, like.num_kv_heads, like.head_size, heads, sliding_window)
     has = (plan.device, plan.num_kv_heads, plan.head_size, plan.num_heads, plan.sliding_window)
     check(
@@ -617,9 +620,9 @@ def _check_plan(plan: Plan, like: Served, heads: int, sliding_window: int, rows:
         f"a plan for (device, KV heads, head size, heads, window) {has} does not fit a layer that has {wanted}",
     )
     check(
-        plan.num_tokens <= rows and plan.most_past <= most_past,
-        f"a plan of {plan.num_tokens} tokens over at most {plan.most_past} does not fit {rows} rows and a block table "
-        f"of {most_past} tokens",
+        plan.num_seqs <= seqs and plan.num_tokens <= rows and plan.most_past <= most_past,
+        f"a plan of {plan.num_seqs} sequences and {plan.num_tokens} tokens over at most {plan.most_past} does not fit "
+        f"{seqs} sequences, {rows} rows and a block table of {most_past} tokens",
     )
 
 
@@ -655,7 +658,7 @@ def paged_attention(
             plan = planner.plan(query_start_loc, seq_lens, seqs, rows, most_past)
             after_write = False  # what ran last is the planner
         else:
-            _check_plan(plan, like, heads, sliding_window, rows, most_past)
+            _check_plan(plan, like, heads, sliding_window, seqs, rows, most_past)
         args = PagedAttention(
             query=query.data_ptr(),
             key=key.data_ptr(),

@@ -297,7 +297,7 @@ __device__ __forceinline__ void Kernel<D, NT, Strands>::softmax(int first, bool 
         min_sum[n][j] = fmaf(x[j], v[i].y, min_sum[n][j]);
         x[j] *= v[i].x;
       }
-      w[i] = transpose(pack_half2(x[0], x[1]));
+      w[i] = transpose(pack_finite(x[0], x[1]));
     }
 #pragma unroll
     for (int x = 0; x < 2; ++x) {

@@ -24,6 +24,13 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+// Two fp16, the largest finite ones where that is too few.
+__device__ __forceinline__ uint32_t pack_finite(float low, float high) {
+  uint32_t y;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+
 // x, as if it could be another number.
 __device__ __forceinline__ int hidden(int x) {
   asm volatile("" : "+r"(x));

@@ -195,6 +195,13 @@ inline uint32_t transpose(uint32_t x) {
   return e(2 * t, g) | e(2 * t + 1, g) << 16;
 }
 inline float exp2_fast(float x) { return exp2f(x); }
+inline uint32_t pack_finite(float low, float high) {
+  auto finite = [](float x) { return std::isnan(x) ? x : fminf(fmaxf(x, -65504.0f), 65504.0f); };
+  __half2 h = __floats2half2_rn(finite(low), finite(high));
+  uint32_t y;
+  memcpy(&y, &h, 4);
+  return y;
+}
 template <int N>
 inline void load_words(const uint8_t* p, uint32_t* w) {
   if ((uintptr_t)p % (4 * N)) {
