@@ -8,13 +8,14 @@ namespace wkvquant {
 
 constexpr int kLayoutVersion = 1;
 constexpr int kTile = 16;
-constexpr int kHeadSizes[] = {64, 80, 96, 128, 256};
+
+// Unnamed: every ISA compiles its own copy, none may be merged at link time.
+namespace {
 
 // Bytes of one token and KV head: 4-bit codes of K and V, and fp16 (scale, minimum) of each.
-static constexpr int64_t token_bytes(int64_t head_size) { return 2 * (head_size / 2 + 4); }
+constexpr int64_t token_bytes(int64_t head_size) { return 2 * (head_size / 2 + 4); }
 
-// Byte offsets inside one (block, head) slice. `static`: every ISA compiles its own copy, none may be merged at link
-// time.
+// Byte offsets inside one (block, head) slice.
 struct PageLayout {
   int64_t head_size, block_size;
 
@@ -33,4 +34,5 @@ struct PageLayout {
   }
 };
 
+}  // namespace
 }  // namespace wkvquant

@@ -119,6 +119,25 @@ def test_sliding_window(window: int) -> None:
     check(make_case(lengths, make_params(2, 64), group=2), sliding_window=window)
 
 
+@pytest.mark.parametrize("group", [63, 64])
+def test_many_query_heads_of_a_key_head(group: int) -> None:
+    check(make_case([(70, 2), (0, 3)], make_params(1, 64), group=group))
+    with pytest.raises(ValueError, match="64 query heads"):
+        run_attention(native.paged_attention, make_case([(70, 2)], make_params(1, 64), group=group + 2))
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_numbers_that_are_none_show(name: str, number: float) -> None:
+    """A step's infinity or NaN makes the rows that see it NaN, as in the specification."""
+    case = make_case([(50, 2), (30, 1)], make_params(1, 64))
+    getattr(case, name)[0, 0, 3] = number
+    expected = run_attention(reference.paged_attention, case)[0][:3].isfinite().all(-1)
+    assert not expected.all()
+    for variant, function in implementations("paged_attention"):
+        assert torch.equal(run_attention(function, case)[0][:3].isfinite().all(-1), expected), variant
+
+
 @pytest.mark.parametrize("kind", ["static", "none"])
 @pytest.mark.parametrize("hadamard", [True, False])
 @pytest.mark.parametrize("head_size", HEAD_SIZES)

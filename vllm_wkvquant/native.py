@@ -27,6 +27,7 @@ ERRORS = {
     2: (ValueError, "query_start_loc, seq_lens and block_table do not fit each other or the rows of query"),
     3: (ValueError, "block_table names a block that kv_cache does not have"),
     4: (MemoryError, "no memory for the workspace of paged_attention"),
+    5: (ValueError, "the CPU kernels take 64 query heads to a KV head at most"),
 }
 
 

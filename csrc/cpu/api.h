@@ -8,7 +8,7 @@
 extern "C" {
 
 enum WkvDtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
-enum WkvStatus : int32_t { kOk = 0, kBadSlot = 1, kBadSequence = 2, kBadBlock = 3, kNoMemory = 4 };
+enum WkvStatus : int32_t { kOk = 0, kBadSlot = 1, kBadSequence = 2, kBadBlock = 3, kNoMemory = 4, kBadGroup = 5 };
 
 struct WkvParams {
   const float* k_smooth;      // [num_kv_heads, head_size]

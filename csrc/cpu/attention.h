@@ -28,7 +28,7 @@ namespace {
 
 constexpr int kChunk = wkvquant::kChunk;
 constexpr int kTiles = kChunk / wkvquant::kTile;
-constexpr int kRows = 64;  // of an item; a multiple of the largest group of query heads served without splitting it
+constexpr int kRows = 64;  // of an item; no group of query heads is larger
 constexpr int kKeys = 64;  // current keys of a block
 constexpr int kMinSplit = 512;
 constexpr int kItemsPerThread = 4;
@@ -594,6 +594,7 @@ struct Plan {
 
 // Sequences and the blocks of their past fit the tensors.
 inline int check(const wkvquant::AttentionArgs& a) {
+  if (a.num_heads > kRows * a.params->num_kv_heads) return kBadGroup;
   if (a.query_start_loc[0] < 0 || a.query_start_loc[a.num_seqs] > a.num_tokens) return kBadSequence;
   for (int seq = 0; seq < a.num_seqs; ++seq) {
     const int queries = a.query_start_loc[seq + 1] - a.query_start_loc[seq];

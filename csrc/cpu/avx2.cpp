@@ -57,8 +57,6 @@ struct Avx2 : Generic {
     _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_cvtps_ph(h.lo, _MM_FROUND_TO_NEAREST_INT));
     _mm_storeu_si128(static_cast<__m128i*>(p) + 1, _mm256_cvtps_ph(h.hi, _MM_FROUND_TO_NEAREST_INT));
   }
-  static WKV_INLINE uint16_t to_half(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
-  static WKV_INLINE float half_to_float(uint16_t h) { return _cvtsh_ss(h); }
 
   static WKV_INLINE f32 load_bfloat(const void* p) {
     const __m128i* b = static_cast<const __m128i*>(p);

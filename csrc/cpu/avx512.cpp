@@ -24,8 +24,6 @@ struct Avx512 : Generic {
   static WKV_INLINE void store_half(void* p, f32 x) {
     _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
   }
-  static WKV_INLINE uint16_t to_half(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
-  static WKV_INLINE float half_to_float(uint16_t h) { return _cvtsh_ss(h); }
   static WKV_INLINE void store_shorts(void* p, i32 x) {
     _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)x));
   }

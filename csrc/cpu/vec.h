@@ -47,7 +47,7 @@ WKV_INLINE i32 round_int(f32 x) {
 // generic code where they can: GCC takes a 64-byte one apart lane by lane without AVX-512.
 template <class Isa>
 WKV_INLINE f32 exp2_vec(f32 x) {
-  const f32 clamped = Isa::max(x, splat(-100.0f));
+  const f32 clamped = Isa::max(splat(-100.0f), x);  // the second, where that is NaN
   const f32 magic = splat(12582912.0f);
   const f32 shifted = clamped + magic;
   const f32 f = clamped - (shifted - magic);
@@ -117,7 +117,6 @@ struct Generic {
     }
     return sign | (u + 0xc8000fff + (u >> 13 & 1)) >> 13;
   }
-  static WKV_INLINE float half_to_float(uint16_t h) { return from_half(u32{h})[0]; }
   static WKV_INLINE f32 load_half(const void* p) {
     const u32 h = __builtin_convertvector(load<u16>(p), u32);
     // The inputs of a step may hold infinities, unlike a page.
