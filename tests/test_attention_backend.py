@@ -102,6 +102,8 @@ def test_decode_is_captured_where_kernels_of_a_gpu_are(monkeypatch) -> None:
     params = [layer_with_params().wkv_params for _ in range(2)]
     reserved, planned, checked = [], [], []
 
+    made = []
+
     class Planner:
         def check_steps(self, *limits):
             checked.append(limits)
@@ -112,8 +114,7 @@ def test_decode_is_captured_where_kernels_of_a_gpu_are(monkeypatch) -> None:
             return len(planned)
 
     def planner(layers, num_heads, window):
-        assert [id(x) for x in layers] == [id(x) for x in params]
-        assert (num_heads, window) == (6, 128)
+        made.append(([id(x) for x in layers], num_heads, window))
         return Planner() if ops.default_variant("cpu", 64) == "cuda" else None
 
     vllm_config = SimpleNamespace(
@@ -149,15 +150,21 @@ def test_decode_is_captured_where_kernels_of_a_gpu_are(monkeypatch) -> None:
     assert [(id(p), n) for p, n in reserved] == 2 * [(id(p), 5) for p in params]
     assert planned == [(1, 24, 8 * 32), (1, 40, 8 * 32), (1, 24, 8 * 32)]
     assert checked == [(5, 24, 512)]
+    ids = [id(x) for x in params]
+    assert made == 2 * [(ids, 6, 128)]
     # heads or windows that differ from layer to layer have no plan in common
     monkeypatch.setattr(ops, "default_variant", lambda device_type, head_size: "cuda")
     layer = vllm_config.compilation_config.static_forward_context["b"]
     for heads, window in ((2, 128), (6, 0)):
         layer.num_heads, layer.impl.sliding_window = heads, window
+        checked.clear()
+        made.clear()
         b = attention.WKVQuantMetadataBuilder(spec, ["a", "b"], vllm_config, torch.device("cpu"))
         step = b.build(0, common([(3, 1)], [3]))
         assert step.plan is None
         assert step.positions.tolist() == [3]
+        assert made == [(ids[:1], 6, 128), (ids[1:], heads, window)]
+        assert checked == 2 * [(5, 24, 512)]
 
 
 def test_non_causal_attention_is_refused() -> None:

@@ -119,7 +119,8 @@ def cache_write(
     contiguous, rows may be strided (views into a fused qkv). kv_cache: uint8 [num_blocks, num_kv_heads, block_size,
     token_bytes], layout.py. slot_mapping: int64 [T], block * block_size + index; negative slots are padding and
     skipped. positions: int64 [>= T], index of each token in its sequence. variant: a key of
-    `TABLE["cache_write"]`; the device's default otherwise. Raises ValueError on shapes that do not fit.
+    `TABLE["cache_write"]`; the device's default otherwise. Compiled variants may store finite numbers for a token that
+    has others. Raises ValueError on shapes that do not fit.
     """
     implementation = TABLE["cache_write"][variant or default_variant(key.device.type, key.shape[-1])]
     implementation(key, value, kv_cache, slot_mapping, positions, params)

@@ -19,6 +19,7 @@ from vllm.v1.attention.backend import (
 from vllm_wkvquant import ops, reference
 from vllm_wkvquant.layout import HEAD_SIZES, TILE, PageLayout, token_bytes
 from vllm_wkvquant.plugin import prefill
+from vllm_wkvquant.reference import KVParams
 
 
 class WKVQuantBackend(AttentionBackend):
@@ -101,7 +102,7 @@ class WKVQuantMetadataBuilder(AttentionMetadataBuilder[WKVQuantMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         PageLayout(kv_cache_spec.head_size, kv_cache_spec.block_size)
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        self._flash, self._room, self._window, self._planner = None, 0, 0, None
+        self._flash, self._room, self._window, self._planner, planners = None, 0, 0, None, []
         self._block_size = kv_cache_spec.block_size
         if _captures(device.type, kv_cache_spec.head_size):
             compilation = vllm_config.compilation_config
@@ -110,20 +111,23 @@ class WKVQuantMetadataBuilder(AttentionMetadataBuilder[WKVQuantMetadata]):
             for layer in layers:
                 ops.reserve(layer.wkv_params, vllm_config.scheduler_config.max_num_seqs)
             # layers with and without a window share a spec without vLLM's hybrid cache manager
-            kinds = {(layer.num_heads, layer.impl.sliding_window) for layer in layers}
+            kinds: dict[tuple[int, int], list[KVParams]] = {}
+            for layer in layers:
+                kinds.setdefault((layer.num_heads, layer.impl.sliding_window), []).append(layer.wkv_params)
             windows = {window for _, window in kinds}
             self._window = 0 if 0 in windows else max(windows)
-            if len(kinds) == 1:  # else every call plans for itself
-                self._planner = ops.planner([x.wkv_params for x in layers], *kinds.pop())
+            planners = [x for kind, params in kinds.items() if (x := ops.planner(params, *kind)) is not None]
+            if len(kinds) == 1 and planners:  # else every call plans for itself
+                self._planner = planners[0]
             if not prefill.extends_sequences(vllm_config.speculative_config):
                 self._flash = prefill.flash_attention(kv_cache_spec.head_size, vllm_config.model_config.dtype)
         if self._flash is not None:
             self._init_reorder_batch_threshold(prefill.SHORT, supports_spec_as_decode=True)
             self._room = prefill.room(tokens, kv_cache_spec.num_kv_heads, kv_cache_spec.head_size)
-        if self._planner is not None:  # a step that it refuses would end the engine
+        for planner in planners:  # a step that one refuses would end the engine
             seqs, block = vllm_config.scheduler_config.max_num_seqs, kv_cache_spec.block_size
             planned = min(tokens, seqs * (self.reorder_batch_threshold or tokens))  # long queries are chunks
-            self._planner.check_steps(seqs, planned, -(-vllm_config.model_config.max_model_len // block) * block)
+            planner.check_steps(seqs, planned, -(-vllm_config.model_config.max_model_len // block) * block)
         self._tokens = torch.arange(tokens, dtype=torch.int64, device=device)
         self._positions = torch.zeros_like(self._tokens)
 
