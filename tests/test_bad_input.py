@@ -114,6 +114,8 @@ def test_activation_and_attention_that_vllm_lacks(family: str, refused: Callable
         "config.json: dual_chunk_attention_config is not supported: neither calibration nor the 4-bit cache has dual "
         "chunk attention"
     )
+    edit_config(model, dual_chunk_attention_config=None, is_causal=False)
+    assert refused(model) == "config.json: is_causal false is not supported: vLLM gives such a model no KV cache"
 
 
 WINDOWS = "config.json gives layers a sliding window (sliding_window, layer_types, use_sliding_window with "

@@ -114,6 +114,8 @@ def check_served(config: dict[str, Any]) -> None:
             "config.json: dual_chunk_attention_config is not supported: neither calibration nor the 4-bit cache has "
             "dual chunk attention"
         )
+    if config.get("is_causal") is False:
+        raise ConfigError("config.json: is_causal false is not supported: vLLM gives such a model no KV cache")
     if _windows_differ(config):
         raise ConfigError(
             "config.json gives layers a sliding window (sliding_window, layer_types, use_sliding_window with "
