@@ -9,6 +9,7 @@ parallel groups are global to a process.
 import itertools
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 from ckpt import VOCAB, write_checkpoint
 from engine import RecordingScheduler, Result, engine, generate, in_subprocess
 from llama import ReferenceLlama
+from safetensors.torch import load_file, save_file
 from test_attention_backend import flash_stand_in
 from transformers import AutoTokenizer
 from vllm.model_executor.models.utils import extract_layer_index
@@ -402,8 +404,13 @@ def test_dummy_weights(tiny) -> None:
 
 
 def test_reloaded_weights(tiny, tmp_path) -> None:
-    """Those of another checkpoint, into the same tensors: a captured graph has the addresses."""
+    """Those of another checkpoint, into the same tensors: a captured graph has the addresses. Damaged ones before."""
     other = write_checkpoint(tmp_path / "other", seed=1)
+    damaged = shutil.copytree(other, tmp_path / "damaged")
+    weights = load_file(damaged / "model.safetensors")
+    del weights["model.layers.0.self_attn.attn.wkv_v_shift"]
+    weights["model.layers.1.self_attn.attn.wkv_k_shift"].fill_(torch.nan)
+    save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
     prompts = [prompt(100)]
     with engine(other) as llm:
         expected = generate(llm, prompts, 16)
@@ -413,6 +420,9 @@ def test_reloaded_weights(tiny, tmp_path) -> None:
         tensors = [("model.layers.1.self_attn.attn.wkv_k_shift", torch.zeros(4, 64))]
         with pytest.raises(NotImplementedError, match="cannot be updated in kernel format"):
             llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors, "is_checkpoint_format": False})
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(damaged)})
+        llm.reset_prefix_cache()
+        assert bool(generate(llm, prompts, 4)[0].logprobs.isfinite().all())
         llm.collective_rpc("reload_weights", kwargs={"weights_path": str(other)})
         after = [(id(x.wkv_params), x.wkv_params.k_smooth.data_ptr()) for x in attention_layers(llm)]
         assert after == before == [(id(x.wkv_params), x.wkv_k_smooth.data_ptr()) for x in attention_layers(llm)]

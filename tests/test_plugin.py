@@ -8,6 +8,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 import vllm_wkvquant
-from vllm_wkvquant import checkpoint, plugin
+from vllm_wkvquant import checkpoint, ops, plugin
 from vllm_wkvquant.config import ConfigError, KVCacheConfig, RopeConfig
 from vllm_wkvquant.plugin import attention, quantization
 from vllm_wkvquant.rope import rope_config
@@ -403,6 +405,37 @@ def test_what_a_reload_has_loaded_is_what_may_come_back(method) -> None:
         load(layer, k_shift=before["k_shift"])
 
 
+def test_a_reload_that_cannot_be_taken_keeps_what_was_before(method, monkeypatch) -> None:
+    """An exception would leave vLLM's layers half loaded, so that no later reload takes."""
+    kv, errors, warnings = method(), [], []
+    monkeypatch.setattr(quantization.logger, "error", lambda text, *args: errors.append(text % args))
+    monkeypatch.setattr(quantization.logger, "warning_once", lambda text, *args: warnings.append(text % args))
+    layer, before = processed(kv)
+    after = {name: tensor + 1 for name, tensor in before.items()}
+    nan = after["k_shift"].clone()
+    nan[2, 3] = torch.nan
+    refuse = Mock(side_effect=ValueError("no room; restart the engine"))
+    for tensors, fits, message in (
+        ({"k_smooth": after["k_smooth"]}, True, "wkv_k_shift is missing"),
+        ({**after, "k_shift": nan}, True, "wkv_k_shift contains NaN"),
+        ({**after, "k_shift": after["k_shift"][:2]}, True, "wkv_k_shift has shape (2, 64)"),
+        (after, False, "no room; restart the engine"),
+    ):
+        with monkeypatch.context() as patch:
+            if not fits:
+                patch.setattr(ops, "renew", refuse)
+            reload(kv, layer, **tensors)
+        assert message in errors.pop()
+        for name, tensor in before.items():
+            assert torch.equal(getattr(layer.wkv_params, name), tensor)
+            assert torch.equal(layer.get_parameter(f"wkv_{name}"), tensor)
+    reload(kv, layer, **before)
+    assert not errors + warnings
+    reload(kv, layer, **after)
+    assert "reset the prefix cache" in warnings.pop()
+    assert torch.equal(layer.wkv_params.k_shift, after["k_shift"])
+
+
 def test_load_into_a_running_model_is_refused(method) -> None:
     """`model.load_weights` of a worker's extension, after which nobody makes the tables anew."""
     layer, tensors = processed(method())
@@ -547,14 +580,26 @@ def test_connectors_that_cut_pages_are_refused(method, transfer, name: str) -> N
 
 
 @pytest.mark.parametrize("within", [False, True])
-def test_tiers_that_outlive_the_engine_are_refused(method, within: bool) -> None:
+@pytest.mark.parametrize(
+    ("option", "value"), [("secondary_tiers", [{"type": "fs", "root_dir": "kv"}]), ("spec_module_path", "of.others")]
+)
+def test_tiers_that_outlive_the_engine_are_refused(method, option: str, value: Any, within: bool) -> None:
     """vLLM names files by the model's path and the tokens: those of another cache would be read as pages of ours."""
-    options = {"spec_name": "TieringOffloadingSpec", "secondary_tiers": [{"type": "fs", "root_dir": "kv"}]}
+    options = {"spec_name": "TieringOffloadingSpec", option: value}
     transfer = connector("OffloadingConnector", kv_connector_extra_config=options)
     if within:
         transfer = connector("MultiConnector", kv_connector_extra_config={"connectors": [vars(transfer)]})
-    with pytest.raises(NotImplementedError, match=r"secondary_tiers .* explicit --kv-cache-dtype"):
+    with pytest.raises(NotImplementedError, match=rf"{option} .* explicit --kv-cache-dtype"):
         method(transfer=transfer).create_weights(FakeLayer())
+
+
+def test_files_of_whole_sectors_are_refused(method) -> None:
+    options = {"kv_offload_backend": "disk"}
+    name = "SimpleCPUOffloadConnector"
+    with pytest.raises(NotImplementedError, match="use_page_cache"):
+        method(transfer=connector(name, kv_connector_extra_config=options)).create_weights(FakeLayer())
+    options["use_page_cache"] = True
+    method(transfer=connector(name, kv_connector_extra_config=options)).create_weights(FakeLayer())
 
 
 @pytest.mark.parametrize("name", quantization.CONNECTORS)

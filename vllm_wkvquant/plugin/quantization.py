@@ -168,11 +168,17 @@ def _check_connectors(transfer: Any) -> None:
         connector = waiting.pop()
         name, path = connector.get("kv_connector"), connector.get("kv_connector_module_path")
         options = connector.get("kv_connector_extra_config") or {}
-        if options.get("secondary_tiers"):
+        for option in ("secondary_tiers", "spec_module_path"):
+            if options.get(option):
+                raise NotImplementedError(
+                    f"wkvquant: {option} of a KV connector may keep pages under names that do not tell 4-bit pages "
+                    "from others, nor one quantization of the model from another; leave it out, or serve with an "
+                    "explicit --kv-cache-dtype"
+                )
+        if options.get("kv_offload_backend") == "disk" and not options.get("use_page_cache"):
             raise NotImplementedError(
-                "wkvquant: secondary_tiers of a KV connector keep pages under names that do not tell 4-bit pages from "
-                "others, nor one quantization of the model from another; leave them out, or serve with an explicit "
-                "--kv-cache-dtype"
+                "wkvquant: without the page cache files take pieces of whole sectors, and 4-bit pages are none; add "
+                "use_page_cache to kv_connector_extra_config, or leave out kv_offload_backend"
             )
         if name == "MultiConnector" and not path:
             waiting += options.get("connectors", [])
@@ -229,6 +235,7 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
         super().__init__(quant_config)
         self._in_tables: dict[str, torch.Tensor] = {}  # what the tables were made of, on the host
         self._serving: dict[str, Any] = {}  # the first parameters, which a reload brings back
+        self._damaged: dict[str, ConfigError] = {}  # of a reload, which goes on
 
     def create_weights(self, layer: Any) -> None:
         """Register wkv_* fp32 [this rank's KV heads, head_size], NaN until loaded, and swap the layer's backend.
@@ -300,10 +307,17 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
         kv = self.quant_config.kv
 
         def load(param: Any, loaded: torch.Tensor) -> None:
-            check_kv_tensor(name, loaded, (kv.num_kv_heads, kv.head_size))
-            rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-            of_rank = loaded[local_heads(loaded.shape[0], param.shape[0], rank, world_size)]
             kv_param: str = param.kv_param
+            try:
+                check_kv_tensor(name, loaded, (kv.num_kv_heads, kv.head_size))
+            except ConfigError as error:
+                if not self._in_tables:
+                    raise
+                self._damaged[kv_param] = error
+                of_rank = torch.full_like(param, float("nan"))
+            else:
+                rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+                of_rank = loaded[local_heads(loaded.shape[0], param.shape[0], rank, world_size)]
             if self._serving.get(kv_param) is param and not self.are_in_tables(kv_param, of_rank):
                 raise NotImplementedError(
                     f"wkvquant: {name} cannot be loaded into a model that is running, whose kernels would not see it; "
@@ -319,9 +333,26 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
         return kv_param in self._in_tables and torch.equal(tensor.cpu(), self._in_tables[kv_param])
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Make layer.wkv_params of the loaded tensors. Raises ConfigError for one that is missing or damaged."""
+        """Make layer.wkv_params of the loaded tensors. Raises ConfigError for one that is missing or damaged.
+
+        A reload keeps the ones before then, and where kernels in graphs cannot take the new ones: an exception would
+        leave layers half loaded that vLLM never loads again, and a cache works with any it has.
+        """
+        try:
+            self._make_params(layer)
+        except ValueError as error:
+            if not self._in_tables:
+                raise
+            logger.error("wkvquant: %s keeps the KV tensors from before the reload: %s", layer.layer_name, error)
+            for param, before in self._in_tables.items():
+                getattr(layer, KV_PREFIX + param).data.copy_(before)
+        self._damaged.clear()
+
+    def _make_params(self, layer: Any) -> None:
         tensors = {}
         for param in KV_PARAMS:
+            if param in self._damaged:
+                raise self._damaged[param]
             name = f"{layer.layer_name}.{KV_PREFIX}{param}"
             # without Parameter's shell: offloading may point that elsewhere later
             data = getattr(layer, KV_PREFIX + param).data
@@ -335,6 +366,11 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
         params = KVParams.build(self.quant_config.kv, **tensors)
         if hasattr(layer, "wkv_params"):  # loaded again: vLLM keeps the first parameters' storage, and so do graphs
             ops.renew(layer.wkv_params, params)
+            if not all(self.are_in_tables(param, data) for param, data in tensors.items()):
+                logger.warning_once(
+                    "wkvquant: the reload changed KV tensors, which pages from before it were not written with: reset "
+                    "the prefix cache, with running requests and KV connectors, before the next request"
+                )
         else:
             layer.wkv_params = params
         for param, data in tensors.items():
