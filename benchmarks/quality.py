@@ -81,7 +81,7 @@ def files_digest(path: Path) -> str:
 def weight_bits(ckpt: Checkpoint) -> float:
     """Stored bits of a quantized weight, with its share of scale and zero point."""
     bits = weights = 0
-    for name, shape in ckpt.tensors.shapes().items():
+    for name, (_, shape) in ckpt.tensors.headers().items():
         elements = torch.Size(shape).numel()
         if name.endswith(".weight_packed"):
             weights += 8 * elements

@@ -101,7 +101,7 @@ def test_every_variant_makes_a_checkpoint(made: Path) -> None:
 
     def tensors(name: str) -> dict[str, torch.Tensor]:
         ckpt = Checkpoint(made / f"{name}-0")
-        return ckpt.tensors.get([n for n in ckpt.tensors.shapes() if ".layers." in n])
+        return ckpt.tensors.get([n for n in ckpt.tensors.headers() if ".layers." in n])
 
     def report_of(name: str) -> dict[str, Any]:
         return json.loads((made / f"{name}-0" / "wkvquant.json").read_text())

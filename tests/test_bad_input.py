@@ -50,6 +50,18 @@ def test_model_in_another_format(refused: Callable[..., str], copy: Path) -> Non
     )
 
 
+@pytest.mark.parametrize(
+    ("dtype", "stored"), [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.float64, "F64")]
+)
+def test_weights_of_other_types(refused: Callable[..., str], copy: Path, dtype: torch.dtype, stored: str) -> None:
+    """As quantized files have them, here without a word of it in config.json."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    edit_tensors(copy, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    assert refused(copy) == (
+        f"{copy}: tensor {name} is stored as {stored}, not in 16 or 32 bits; give the model that it was made from"
+    )
+
+
 def test_config_of_other_types(refused: Callable[..., str], copy: Path) -> None:
     edit_config(copy, num_hidden_layers="two")
     assert refused(copy).startswith(f"{copy}/config.json is not a valid model config: ")

@@ -87,8 +87,8 @@ CODES_AND_CACHE = ("weight_packed", "wkv_k_smooth", "wkv_k_shift", "wkv_v_shift"
 def test_what_tuning_changes(made: tuple[Path, dict[str, Any]], name: str, changing: tuple[str, ...]) -> None:
     """Steps, norms and biases of the blocks, their codes if they may move, and nothing else."""
     plain, tuned = (Checkpoint(made[0] / n).tensors for n in ("plain", name))
-    names = list(plain.shapes())
-    assert list(tuned.shapes()) == names
+    names = list(plain.headers())
+    assert list(tuned.headers()) == names
     before, after = plain.get(names), tuned.get(names)
     assert {n: t.dtype for n, t in after.items()} == {n: t.dtype for n, t in before.items()}
     changed = {name for name in names if not torch.equal(before[name], after[name])}

@@ -201,10 +201,6 @@ class ShardedTensors:
         """All tensor names, sorted."""
         return sorted(self.files)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor, from the headers of the files alone."""
-        return {name: shape for name, (_, shape) in self.headers().items()}
-
     def headers(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Type, as safetensors calls it, and shape of every tensor, from the headers of the files alone."""
         out = {}

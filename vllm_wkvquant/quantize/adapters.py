@@ -16,6 +16,7 @@ from vllm_wkvquant.geometry import architecture_of, check_biases, check_served
 from vllm_wkvquant.layout import HEAD_SIZES
 from vllm_wkvquant.rope import check_rope, rope_config
 
+STORED = ("F16", "BF16", "F32")
 HALF_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}  # by the names in safetensors' headers
 GROUP_SIZES = (128, 64, 32)  # what vLLM's 4-bit kernels take, largest first
 
@@ -140,13 +141,19 @@ class ModelAdapter:
         expected = {n: tuple(p.shape) for n, p in self.skeleton.named_parameters(remove_duplicate=False)}
         if self.tied:
             expected.pop(f"{self.family.head}.weight", None)
-        shapes = self.tensors.shapes()
+        headers = self.tensors.headers()
+        shapes = {name: shape for name, (_, shape) in headers.items()}
         absent = sorted(n for n in expected if n not in shapes)
         if absent:
             raise ConfigError(f"{self.path} lacks {len(absent)} tensors of its architecture, {absent[0]} first")
         for name, shape in expected.items():
             if shapes[name] != shape:
                 raise ConfigError(f"{self.path}: tensor {name} has shape {shapes[name]}, its config asks for {shape}")
+            if headers[name][0] not in STORED:
+                raise ConfigError(
+                    f"{self.path}: tensor {name} is stored as {headers[name][0]}, not in 16 or 32 bits; give the model "
+                    "that it was made from"
+                )
         # rotary_emb.inv_freq: a buffer that old Llama checkpoints carry; a tied head may be stored all the same
         ignored = {n for n in shapes if n.endswith("rotary_emb.inv_freq")} | {f"{self.family.head}.weight"}
         unknown = sorted(set(shapes) - set(expected) - ignored)
