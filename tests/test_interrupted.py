@@ -243,6 +243,53 @@ def test_files_that_a_killed_run_had_not_finished(
     assert sorted(partial.iterdir()) == sorted([*whole, *theirs])
 
 
+STATE = ["run.json", "block-00000.json", "block-00000.safetensors", "hidden-00001.safetensors"]
+
+
+@pytest.mark.parametrize("name", STATE)
+def test_state_that_is_damaged(
+    name: str, model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after a power failure."""
+    out, partial = tmp_path / "out", tmp_path / "out.wkvquant-partial"
+    interrupt(model, text, out)
+    (partial / name).write_bytes(b"")
+    assert cli.main(["quantize", str(model), str(out), "--calib-text", str(text), *ARGUMENTS, "--resume"]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(f"error: {partial / name} is ")
+    assert message.endswith(f"; delete {partial} to begin anew")
+
+
+@pytest.mark.parametrize(
+    ("kind", "text_of_it"),
+    [(torch.OutOfMemoryError, "CUDA out of memory. "), (RuntimeError, "you can't allocate memory"), (MemoryError, "")],
+)
+def test_out_of_memory(
+    kind: type[Exception],
+    text_of_it: str,
+    stopped: Callable[..., str],
+    model: Path,
+    checkpoint: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was finished is kept."""
+    real = pipeline.quantize_block
+
+    def fail(plan: Any, layer: int, *others: Any) -> Any:
+        if layer == 1:
+            raise kind(text_of_it)
+        return real(plan, layer, *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "quantize_block", fail)
+        assert stopped(model).startswith("out of memory: ")
+    command = ["quantize", str(model), str(tmp_path / "out"), "--calib-text", str(text), *ARGUMENTS, "--resume"]
+    assert cli.main(command) == 0
+    assert contents(tmp_path / "out").keys() == contents(checkpoint).keys()
+
+
 def test_safetensors_leaves_a_file_of_that_name(tmp_path: Path) -> None:
     """Where it is killed while it writes."""
     code = "import torch; from safetensors.torch import save_file; save_file({'a': torch.zeros(1 << 27)}, 'file')"

@@ -9,6 +9,7 @@ import math
 import resource
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -92,6 +93,13 @@ def quantize(
         partial = partial_directory(settings.out)
         kept = f"; {partial} keeps the finished blocks: {error.remedy}, then run again with --resume"
         raise ConfigError(f"{error}{kept if partial.is_dir() else ''}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            raise
+        raise ConfigError(
+            f"out of memory: {shorten(str(error), 200)}; what was finished is kept: free some, then run again with "
+            "--resume, or delete that and give fewer --samples or a shorter --seq-len"
+        ) from error
 
 
 def place_again(plan: Plan, left_out: str | None) -> Plan:

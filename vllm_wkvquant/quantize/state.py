@@ -13,7 +13,6 @@ written while the next one is computed, the one before.
 `run.json` is renamed into place after the files that it speaks of, so it never speaks of one that is not whole.
 """
 
-import json
 import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +21,7 @@ from textwrap import shorten
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from vllm_wkvquant.checkpoint import read_object
@@ -140,8 +140,15 @@ def left_out_before(out: Path, settings: dict[str, Any]) -> str | None:
     """What an interrupted run towards `out` with these settings goes on without, "" for nothing; None where there is no
     such run."""
     file = partial_directory(out) / RUN
-    run = json.loads(file.read_text()) if file.is_file() else {}
+    run = _object(file) if file.is_file() else {}
     return run.get("left_out") if run.get("settings") == settings else None
+
+
+def _object(file: Path) -> dict[str, Any]:
+    try:
+        return read_object(file)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; delete {file.parent} to begin anew") from error
 
 
 class RunState:
@@ -169,7 +176,7 @@ class RunState:
             self._resume()
 
     def _resume(self) -> None:
-        run = json.loads((self.directory / RUN).read_text())
+        run = _object(self.directory / RUN)
         if differing := difference(run["settings"], self._settings):
             raise ConfigError(
                 f"{self.directory} was begun with other settings {differing}; use the same ones or delete that "
@@ -180,17 +187,24 @@ class RunState:
     def _file(self, kind: str, number: int, suffix: str = "safetensors") -> Path:
         return self.directory / f"{kind}-{number:05d}.{suffix}"
 
+    def _tensors(self, kind: str, number: int) -> dict[str, torch.Tensor]:
+        file = self._file(kind, number)
+        try:
+            return load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{file} is damaged: {error}; delete {self.directory} to begin anew") from error
+
     def hidden(self) -> dict[str, torch.Tensor]:
         """Hidden states before block `blocks_done`, by what `commit` called them."""
-        return load_file(self._file("hidden", self.blocks_done))
+        return self._tensors("hidden", self.blocks_done)
 
     def block(self, layer: int) -> dict[str, torch.Tensor]:
         """Tensors of a finished block."""
-        return load_file(self._file("block", layer))
+        return self._tensors("block", layer)
 
     def report(self, layer: int) -> dict[str, Any]:
         """Report of a finished block."""
-        return json.loads(self._file("block", layer, "json").read_text())
+        return _object(self._file("block", layer, "json"))
 
     def commit(self, tensors: dict[str, torch.Tensor], report: dict[str, Any], hidden: dict[str, torch.Tensor]) -> None:
         """Keep a finished block and the hidden states after it. Raises WriteError; where writing goes on, the next call
