@@ -282,6 +282,7 @@ def test_what_can_be_refused_is_before_a_text_is_written(
     with monkeypatch.context() as patch:
         patch.setattr(plan.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
         assert refused().startswith(f"{tmp_path} has 1e-06 GB free, this run needs about 0.001")
+    assert "GB of memory, --memory-budget is 0.0001 GB; lower --samples" in refused("--memory-budget", "100KB")
     file = model / "model.safetensors"
     tensors = load_file(file)
     save_file(tensors | {"model.norm.weight": torch.full((128,), float("nan"))}, file, {"format": "pt"})

@@ -41,7 +41,8 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = (
         "Make a checkpoint with 4-bit weights and calibrated 4-bit KV cache parameters from a Hugging Face causal LM.\n"
-        "One decoder block is in memory at a time. A run that was stopped goes on with --resume."
+        "One decoder block is in memory at a time, but while the model writes its own text. A run that was stopped\n"
+        "goes on with --resume."
     )
     parser.epilog = f"recipes:\n{recipes}"
     parser.add_argument("model", type=Path, metavar="MODEL", help=MODEL)
@@ -133,6 +134,7 @@ def run_quantize(args: argparse.Namespace) -> int:
     from vllm_wkvquant.hub import find_model
     from vllm_wkvquant.quantize import launch
     from vllm_wkvquant.quantize.adapters import check_supported
+    from vllm_wkvquant.quantize.estimate import place
     from vllm_wkvquant.quantize.plan import Settings, asked_again, check_arguments, preflight_without_text
     from vllm_wkvquant.quantize.state import check_output, finish, is_finished, others
 
@@ -175,8 +177,10 @@ def run_quantize(args: argparse.Namespace) -> int:
             raise ConfigError(f"{'--ray' if args.ray else '--dry-run'} writes no text; {instead}")
         if args.workers != 1:
             launch.check(settings)
-        seq_len, count = preflight_without_text(settings), args.own_samples or args.samples
-        own_text = self_text.text_for(args.out, model, count, seq_len, args.seed, device)
+        plan, count = preflight_without_text(settings), args.own_samples or args.samples
+        if args.workers == 1:
+            place(plan)  # before long work; workers find out together
+        own_text = self_text.text_for(args.out, model, count, plan.windows.tokens.shape[1], args.seed, device)
         settings = replace(settings, own_text=own_text) if args.own_samples else replace(settings, calib_text=own_text)
     console, out = Notes(stderr=True), Notes()
     bar = Progress(

@@ -54,7 +54,10 @@ def check(args: argparse.Namespace) -> None:
 
 def positions_of(model: Path) -> int:
     """Tokens that the model can have after its prefix."""
-    return int(load(AutoConfig, model).max_position_embeddings) - len(prefix_of(load_tokenizer(model)))
+    positions = getattr(load(AutoConfig, model), "max_position_embeddings", None)
+    if not isinstance(positions, int):
+        raise ConfigError(f"{model / 'config.json'} has no max_position_embeddings, which texts must fit in")
+    return positions - len(prefix_of(load_tokenizer(model)))
 
 
 def batch_for(model: Path, length: int, device: str) -> int:
@@ -163,7 +166,7 @@ def text_for(out: Path, model: Path, samples: int, seq_len: int, seed: int, devi
     length, texts = min(seq_len, positions_of(model)), samples + 1
     weights = ShardedTensors(model).digest()
     while True:
-        named = json.dumps([str(model.absolute()), weights, texts, length, seed, device])
+        named = json.dumps([str(model.resolve()), weights, texts, length, seed, device])
         file = out.with_name(f"{out.name}.own-{hashlib.sha256(named.encode()).hexdigest()[:8]}.txt")
         if file.is_file() and file.stat().st_size == 0:  # as one that was not flushed is after a power failure
             file.unlink()

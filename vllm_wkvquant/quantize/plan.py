@@ -138,8 +138,8 @@ def preflight(settings: Settings, workers: Workers = ALONE) -> Plan:
     return plan_of(settings, recipe, adapter, attention, windows, workers)
 
 
-def preflight_without_text(settings: Settings) -> int:
-    """The same before the model has written its text; tokens of a window. Raises ConfigError.
+def preflight_without_text(settings: Settings) -> Plan:
+    """The same before the model has written its text, with windows that have no values. Raises ConfigError.
 
     calib_text of `settings` is the text that is given, where own_samples come to it.
     """
@@ -151,8 +151,7 @@ def preflight_without_text(settings: Settings) -> int:
         read_windows(settings.model, settings.calib_text, settings.samples, seq_len, settings.seed)
     count = settings.samples + settings.own_samples
     windows = Windows(torch.empty(count, seq_len, device="meta"), held_out_of(count), [], torch.empty(0))
-    plan_of(settings, recipe, adapter, attention, windows)
-    return seq_len
+    return plan_of(settings, recipe, adapter, attention, windows)
 
 
 def plan_of(
