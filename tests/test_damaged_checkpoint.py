@@ -102,10 +102,10 @@ def test_checkpoint_of_another_kind(inspect_refused: Callable[[Path], str], mode
     assert inspect_refused(file) == f"{file} is a file; give the directory that it is in"
 
 
-@pytest.mark.parametrize("content", ["{", "{}", '{"settings": 1}'])
-def test_damaged_report(content: str, inspect_refused: Callable[[Path], str], damaged: Path) -> None:
+@pytest.mark.parametrize("content", ["{", "{}", '{"settings": 1}', {"smoothing": "x"}, {"candidates": {}}])
+def test_damaged_report(content: str | dict, inspect_refused: Callable[[Path], str], damaged: Path) -> None:
     file = damaged / "wkvquant.json"
-    file.write_text(content)
+    file.write_text(content if isinstance(content, str) else json.dumps(json.loads(file.read_text()) | content))
     assert re.match(f"{re.escape(str(file))} is not (valid JSON|a report of this package)", inspect_refused(damaged))
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -149,7 +150,7 @@ def read_windows(tokenizer_path: Path, text: Path, window: int, count: int) -> l
 def check_run(window: int, device: str, models: list[dict[str, Any]], engine: str = "transformers") -> None:
     """Raise ConfigError where this window does not fit the models of these config.json, or the device is not here."""
     generated = int(engine == "vllm")
-    limit = min(c.get("max_position_embeddings", window + generated) for c in models) - generated
+    limit = min(c.get("max_position_embeddings") or window + generated for c in models) - generated
     if not 2 <= window <= limit:
         less = " but the one of the token that --engine vllm generates" if generated else ""
         raise ConfigError(f"--window {window} is outside 2 .. {limit}, the positions that the model knows{less}")
@@ -368,7 +369,8 @@ def main(args: argparse.Namespace) -> int:
         json.dump(result, sys.stdout)
         print()
         return 0
-    table = Table(title=f"{result['tokens']} tokens of {result['text']}, {result['engine']}, chunk {result['chunk']}")
+    text = escape(str(result["text"]))
+    table = Table(title=f"{result['tokens']} tokens of {text}, {result['engine']}, chunk {result['chunk']}")
     for column in ("", "perplexity", "against FP16", "against W4"):
         table.add_column(column, justify="right")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from vllm_wkvquant.checkpoint import Checkpoint, read_object
@@ -109,13 +110,16 @@ def _report(path: Path) -> dict[str, Any]:
         return {}
     report = read_object(file)
     try:
+        of_cache = report["tuning"]["cache"] if report.get("tuning") else report["candidates"][report["smoothing"]]
         return {k: report[k] for k in ("settings", "smoothing", "candidates", "layers")} | {
             "tuning": report.get("tuning"),  # older ones have none
             "left_out": report.get("left_out"),
             "recipe": report["recipe"]["name"],
             "version": report["version"],
+            "kl": float(of_cache["kl"]),
+            "kl_se": float(of_cache["kl_se"]),
         }
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{file} is not a report of this package; nothing but `inspect` needs it: delete it"
         ) from error
@@ -129,7 +133,7 @@ def main(args: argparse.Namespace) -> int:
         print()
         return 0
     weights, kv, page = result["weights"], result["kv_cache"], result["kv_cache"]["page"]
-    table = Table(title=f"{result['checkpoint']}: {result['architecture']}", show_header=False)
+    table = Table(title=f"{escape(str(result['checkpoint']))}: {result['architecture']}", show_header=False)
     groups = ", ".join(f"{n} {g}" for n, g in weights["group_sizes"].items())
     ratio = kv["bytes_per_token_16bit"] / kv["bytes_per_token"]
     rows = {
@@ -148,10 +152,9 @@ def main(args: argparse.Namespace) -> int:
         f"{result['rope']['inv_freq_min']:.3g}, scaling {result['rope']['attention_scaling']:g}",
     }
     if "recipe" in result:
-        chosen = result["tuning"]["cache"] if result["tuning"] else result["candidates"][result["smoothing"]]
         without = f", without {result['left_out']}" if result["left_out"] else ""
         rows["recipe"] = f"{result['recipe']}{without}, smoothing {result['smoothing']}"
-        rows["KL on calibration text"] = f"{chosen['kl']:.5f} (se {chosen['kl_se']:.5f})"
+        rows["KL on calibration text"] = f"{result['kl']:.5f} (se {result['kl_se']:.5f})"
     for name, value in rows.items():
         table.add_row(name, value)
     console = Result()

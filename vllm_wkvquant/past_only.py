@@ -1,6 +1,7 @@
 """`reference.past_only_attention` by torch's fused kernels, with gradients, for steps of one token.
 
-Calibration runs it, and so does the comparison of models; nothing in it grows with the square of the sequence.
+Calibration runs it, and so does the comparison of models; nothing in it grows with the square of the sequence but
+where a sliding window is shorter.
 """
 
 from functools import partial
