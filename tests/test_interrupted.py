@@ -243,6 +243,16 @@ def test_files_that_a_killed_run_had_not_finished(
     assert sorted(partial.iterdir()) == sorted([*whole, *theirs])
 
 
+def test_a_dry_run_counts_what_is_left(model: Path, text: Path, tmp_path: Path, monkeypatch) -> None:
+    counted, real = [], pipeline.estimate
+    monkeypatch.setattr(pipeline, "estimate", lambda plan, done=0: counted.append(done) or real(plan, done))
+    interrupt(model, text, tmp_path / "out")
+    command = ["quantize", str(model), str(tmp_path / "out"), "--calib-text", str(text), *ARGUMENTS, "--resume"]
+    assert cli.main([*command, "--dry-run"]) == 0
+    assert cli.main(command) == 0
+    assert counted == [0, 1, 1]
+
+
 STATE = ["run.json", "block-00000.json", "block-00000.safetensors", "hidden-00001.safetensors"]
 
 

@@ -33,7 +33,7 @@ from vllm_wkvquant.quantize.head import Comparison, compare
 from vllm_wkvquant.quantize.plan import Plan, Settings, fingerprint, preflight
 from vllm_wkvquant.quantize.report import BlockDetail, Took, render
 from vllm_wkvquant.quantize.runner import Ahead, Clock
-from vllm_wkvquant.quantize.state import RunState, left_out_before, partial_directory
+from vllm_wkvquant.quantize.state import RunState, begun_before, partial_directory
 from vllm_wkvquant.quantize.storage import stage
 from vllm_wkvquant.quantize.tune import Tuned, tune
 from vllm_wkvquant.quantize.workers import ALONE, Workers
@@ -56,10 +56,11 @@ def quantize(
     """
     asked = preflight(settings, workers)
     begun_with = fingerprint(asked)
-    plan = place_again(asked, left_out_before(settings.out, begun_with) if workers.rank == 0 else None)
+    left_out, begun = begun_before(settings.out, begun_with) if workers.rank == 0 else (None, 0)
+    plan = place_again(asked, left_out)
     layers = plan.adapter.num_layers
     if settings.dry_run:
-        announce(estimate(plan))
+        announce(estimate(plan, workers.total(begun)))
         return {}
     try:
         state = RunState(settings.out, begun_with, stage(plan), plan.left_out) if workers.rank == 0 else None

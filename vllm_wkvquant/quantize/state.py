@@ -136,12 +136,12 @@ def others(out: Path) -> str:
     return f"; {partial} stays, for what is there is not of the run" if partial.exists() else ""
 
 
-def left_out_before(out: Path, settings: dict[str, Any]) -> str | None:
-    """What an interrupted run towards `out` with these settings goes on without, "" for nothing; None where there is no
-    such run."""
+def begun_before(out: Path, settings: dict[str, Any]) -> tuple[str | None, int]:
+    """What an interrupted run towards `out` with these settings goes on without, "" for nothing, and its finished
+    blocks; (None, 0) where there is no such run."""
     file = partial_directory(out) / RUN
     run = _object(file) if file.is_file() else {}
-    return run.get("left_out") if run.get("settings") == settings else None
+    return (run.get("left_out"), run["blocks_done"]) if run.get("settings") == settings else (None, 0)
 
 
 def _object(file: Path) -> dict[str, Any]:
@@ -158,7 +158,7 @@ class RunState:
         """Open the state of a run towards `out`, or begin one. Raises ConfigError where `settings` differ from it.
 
         stage: copies hidden states to where they remain until it is called again. With it, blocks are written while the
-        caller goes on. left_out: of `Plan`, for `left_out_before`.
+        caller goes on. left_out: of `Plan`, for `begun_before`.
         """
         self._stage, self._writing = stage, Future[None]()
         self._writing.set_result(None)
