@@ -14,6 +14,10 @@ from vllm_wkvquant.quantize.state import RunState
 ARGUMENTS = ["--samples", "4", "--seq-len", "32", "--recipe", "rtn"]
 
 
+def quantize_command(model: Path, text: Path, out: Path, *more: str) -> list[str]:
+    return ["quantize", str(model), str(out), "--calib-text", str(text), *ARGUMENTS, *more]
+
+
 def interrupt(model: Path, text: Path, out: Path) -> None:
     """Leave the state of a run that stopped after its first block."""
 
@@ -23,7 +27,7 @@ def interrupt(model: Path, text: Path, out: Path) -> None:
 
     commit, RunState.commit = RunState.commit, stop  # type: ignore[method-assign,assignment]
     try:
-        assert cli.main(["quantize", str(model), str(out), "--calib-text", str(text), *ARGUMENTS]) == 130
+        assert cli.main(quantize_command(model, text, out)) == 130
     finally:
         RunState.commit = commit  # type: ignore[method-assign]
 
@@ -61,7 +65,7 @@ def copy(model: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def checkpoint(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("checkpoint") / "out"
-    assert cli.main(["quantize", str(model), str(out), "--calib-text", str(text), *ARGUMENTS]) == 0
+    assert cli.main(quantize_command(model, text, out)) == 0
     return out
 
 
@@ -73,9 +77,7 @@ def refused(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> C
         target = out or tmp_path / "out"
         before = sorted(target.iterdir()) if target.is_dir() else None
         capsys.readouterr()
-        status = cli.main(
-            ["quantize", str(model), str(target), "--calib-text", str(calib_text), *ARGUMENTS, *arguments]
-        )
+        status = cli.main(quantize_command(model, calib_text, target, *arguments))
         shown = capsys.readouterr().err
         assert status == 2
         assert (sorted(target.iterdir()) if target.is_dir() else None) == before
@@ -94,7 +96,7 @@ def stopped(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> C
         out = tmp_path / "out"
         shutil.rmtree(tmp_path / "out.wkvquant-partial", ignore_errors=True)
         capsys.readouterr()
-        command = ["quantize", str(model), str(out), "--calib-text", str(text), *ARGUMENTS, *arguments]
+        command = quantize_command(model, text, out, *arguments)
         assert cli.main(command) == 2
         assert not out.exists()
         return capsys.readouterr().err.splitlines()[-1].removeprefix("error: ")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from models import contents, edit_config, edit_tensors, save_text, tiny_model
-from quantizing import ARGUMENTS, interrupt
+from quantizing import ARGUMENTS, interrupt, quantize_command
 
 from vllm_wkvquant import cli
 from vllm_wkvquant.checkpoint import INDEX_FILE
@@ -240,7 +240,7 @@ def test_head_beside_a_tied_one(refused: Callable[..., str], tmp_path: Path, tex
         f"delete the tensor"
     )
     edit_tensors(model, lambda tensors: tensors.update({name: tensors[embedding].clone()}))
-    assert cli.main(["quantize", str(model), str(out), "--calib-text", str(text), *ARGUMENTS]) == 0
+    assert cli.main(quantize_command(model, text, out)) == 0
 
 
 def test_truncated_weights(refused: Callable[..., str], copy: Path) -> None:
@@ -410,7 +410,7 @@ def test_float16_overflows(recipe: str, stopped: Callable[..., str], copy: Path,
     scale(head, 1e-5)
     scale(up, 1e3)
     scale(down, 1e3)
-    command = ["quantize", str(copy), str(tmp_path / "fine"), "--calib-text", str(text), *ARGUMENTS]
+    command = quantize_command(copy, text, tmp_path / "fine")
     assert cli.main([*command, "--recipe", "rtn", "--dtype", "bfloat16"]) == 0
 
 
@@ -447,7 +447,7 @@ def test_disk_full(where: str, model: Path, checkpoint: Path, text: Path, tmp_pa
     limit, file = {"block": (50_000, "block-00000.safetensors"), "checkpoint": (shard - 1, "checkpoint/shard-00001")}[
         where
     ]
-    arguments = ["quantize", str(model), str(out), "--calib-text", str(text), *ARGUMENTS]
+    arguments = quantize_command(model, text, out)
     run = limited(limit, arguments)
     assert run.returncode == 2, run.stderr
     assert run.stderr.splitlines()[-1] == (
@@ -573,7 +573,7 @@ def test_unread_evaluation(checkpoint: Path, model: Path, text: Path) -> None:
 def test_unread_progress(streams: list[str], checkpoint: Path, model: Path, text: Path, tmp_path: Path) -> None:
     """The checkpoint is what a run is for: it is written, and the status says so."""
     out = tmp_path / "out"
-    command = ["quantize", str(model), str(out), "--calib-text", str(text), *ARGUMENTS]
+    command = quantize_command(model, text, out)
     status, _, said = unread(command, *streams)
     assert (status, "Traceback" in said) == (0, False)
     assert contents(out) == contents(checkpoint)

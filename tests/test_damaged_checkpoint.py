@@ -8,39 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from models import edit_config, edit_tensors, save_text, tiny_model
+from models import edit_config, edit_tensors, tiny_model
+from quantizing import quantize_command
 
 from vllm_wkvquant import cli
 from vllm_wkvquant.checkpoint import INDEX_FILE, KV_PARAMS, kv_tensor_name
 
 WHOLE = "a whole number of at least 1"
-ARGUMENTS = ["--samples", "4", "--seq-len", "32", "--recipe", "rtn"]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"), num_layers=2)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_text(tmp_path_factory.mktemp("text") / "calib.txt")
-
-
-@pytest.fixture
-def copy(model: Path, tmp_path: Path) -> Path:
-    """The model, to be damaged."""
-    (tmp_path / "copy").mkdir()
-    for file in model.iterdir():
-        (tmp_path / "copy" / file.name).write_bytes(file.read_bytes())
-    return tmp_path / "copy"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("checkpoint") / "out"
-    assert cli.main(["quantize", str(model), str(out), "--calib-text", str(text), *ARGUMENTS]) == 0
-    return out
+pytest_plugins = ["quantizing"]
 
 
 @pytest.fixture
@@ -206,7 +183,7 @@ def test_tensor_that_every_block_lacks(
     family: str, part: str, first: str, inspect_refused: Callable[[Path], str], text: Path, tmp_path: Path
 ) -> None:
     model, out = tiny_model(tmp_path / "model", family, num_layers=1), tmp_path / "out"
-    assert cli.main(["quantize", str(model), str(out), "--calib-text", str(text), *ARGUMENTS]) == 0
+    assert cli.main(quantize_command(model, text, out)) == 0
     assert cli.main(["inspect", str(out)]) == 0
     edit_tensors(out, lambda tensors: [tensors.pop(n) for n in [*tensors] if part in n])
     assert f"tensors, model.layers.0.self_attn.{first} first; quantize the model again" in inspect_refused(out)

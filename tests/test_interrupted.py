@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from models import contents, edit_config, edit_tensors, save_text
-from quantizing import ARGUMENTS, interrupt, stop, stop_at
+from quantizing import interrupt, quantize_command, stop, stop_at
 from safetensors.torch import save_file
 
 from vllm_wkvquant import cli
@@ -133,7 +133,7 @@ def test_stopped_when_the_result_was_there(
 ) -> None:
     """What is left is to delete the state, also where that was stopped."""
     out, partial = tmp_path / "out", tmp_path / "out.wkvquant-partial"
-    command = ["quantize", str(model), str(out), "--calib-text", str(text), *ARGUMENTS]
+    command = quantize_command(model, text, out)
 
     def stop_on_the_way(path: Path) -> None:
         next(path.glob("block-*")).unlink()
@@ -167,7 +167,7 @@ def test_a_finished_run_with_other_settings(
 ) -> None:
     """It is refused, and its state stays, as it does on a dry run."""
     out, partial = tmp_path / "out", tmp_path / "out.wkvquant-partial"
-    command = ["quantize", str(model), str(out), "--calib-text", str(text), *ARGUMENTS]
+    command = quantize_command(model, text, out)
 
     stop_at(state, "delete", command)
     left = contents(partial)
@@ -203,7 +203,7 @@ def test_what_is_not_of_the_run_stays(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out, partial = tmp_path / "out", tmp_path / "out.wkvquant-partial"
-    command = ["quantize", str(model), str(out), "--calib-text", str(text), *ARGUMENTS]
+    command = quantize_command(model, text, out)
     stays = f"; {partial} stays, for what is there is not of the run"
     theirs = {"folder/file": b"1", "block-00000.json.bak": b"2", "notes.txt": b"3", "block-00009.json/file": b"4"}
     for name, content in theirs.items():
@@ -247,7 +247,7 @@ def test_a_dry_run_counts_what_is_left(model: Path, text: Path, tmp_path: Path, 
     counted, real = [], pipeline.estimate
     monkeypatch.setattr(pipeline, "estimate", lambda plan, done=0: counted.append(done) or real(plan, done))
     interrupt(model, text, tmp_path / "out")
-    command = ["quantize", str(model), str(tmp_path / "out"), "--calib-text", str(text), *ARGUMENTS, "--resume"]
+    command = quantize_command(model, text, tmp_path / "out", "--resume")
     assert cli.main([*command, "--dry-run"]) == 0
     assert cli.main(command) == 0
     assert counted == [0, 1, 1]
@@ -264,7 +264,7 @@ def test_state_that_is_damaged(
     out, partial = tmp_path / "out", tmp_path / "out.wkvquant-partial"
     interrupt(model, text, out)
     (partial / name).write_bytes(b"")
-    assert cli.main(["quantize", str(model), str(out), "--calib-text", str(text), *ARGUMENTS, "--resume"]) == 2
+    assert cli.main(quantize_command(model, text, out, "--resume")) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith(f"error: {partial / name} is ")
     assert message.endswith(f"; delete {partial} to begin anew")
@@ -295,7 +295,7 @@ def test_out_of_memory(
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "quantize_block", fail)
         assert stopped(model).startswith("out of memory: ")
-    command = ["quantize", str(model), str(tmp_path / "out"), "--calib-text", str(text), *ARGUMENTS, "--resume"]
+    command = quantize_command(model, text, tmp_path / "out", "--resume")
     assert cli.main(command) == 0
     assert contents(tmp_path / "out").keys() == contents(checkpoint).keys()
 

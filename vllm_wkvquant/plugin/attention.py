@@ -102,7 +102,8 @@ class WKVQuantMetadataBuilder(AttentionMetadataBuilder[WKVQuantMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         PageLayout(kv_cache_spec.head_size, kv_cache_spec.block_size)
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        self._flash, self._room, self._window, self._planner, planners = None, 0, 0, None, []
+        self._flash, self._room, self._window, self._planner = None, 0, 0, None
+        planners: list[Any] = []
         self._block_size = kv_cache_spec.block_size
         if _captures(device.type, kv_cache_spec.head_size):
             compilation = vllm_config.compilation_config

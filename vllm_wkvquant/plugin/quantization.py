@@ -364,15 +364,16 @@ class WKVQuantKVCacheMethod(BaseKVCacheMethod):
             check_kv_tensor(name, data, (layer.num_kv_heads, layer.head_size))
             tensors[param] = data
         params = KVParams.build(self.quant_config.kv, **tensors)
+        on_host = {param: data.cpu().clone() for param, data in tensors.items()}
         if hasattr(layer, "wkv_params"):  # loaded again: vLLM keeps the first parameters' storage, and so do graphs
             ops.renew(layer.wkv_params, params)
-            if not all(self.are_in_tables(param, data) for param, data in tensors.items()):
+            if not all(torch.equal(data, self._in_tables[param]) for param, data in on_host.items()):
                 logger.warning_once(
                     "wkvquant: the reload changed KV tensors, which pages from before it were not written with: reset "
                     "the prefix cache, with running requests and KV connectors, before the next request"
                 )
         else:
             layer.wkv_params = params
-        for param, data in tensors.items():
-            self._in_tables[param] = data.cpu().clone()
+        self._in_tables = on_host
+        for param in on_host:
             self._serving.setdefault(param, getattr(layer, KV_PREFIX + param))

@@ -16,8 +16,8 @@ from vllm_wkvquant.geometry import architecture_of, check_biases, check_served
 from vllm_wkvquant.layout import HEAD_SIZES
 from vllm_wkvquant.rope import check_rope, rope_config
 
-STORED = ("F16", "BF16", "F32")
 HALF_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}  # by the names in safetensors' headers
+STORED = (*HALF_DTYPES, "F32")
 GROUP_SIZES = (128, 64, 32)  # what vLLM's 4-bit kernels take, largest first
 
 

@@ -122,6 +122,13 @@ def window_length(seq_len: int | None, limit: int) -> int:
     return length
 
 
+def opened(settings: Settings) -> tuple[CalibrationAttention, ModelAdapter, int]:
+    """The model, whose attention it first replaces, and the tokens of a window. Raises ConfigError."""
+    attention = CalibrationAttention()
+    adapter = ModelAdapter(settings.model, ATTENTION)
+    return attention, adapter, window_length(settings.seq_len, int(adapter.config.max_position_embeddings))
+
+
 def preflight(settings: Settings, workers: Workers = ALONE) -> Plan:
     """Everything that can be refused before long work. Raises ConfigError."""
     recipe = check_arguments(settings.recipe, settings.samples, settings.device, settings.seed)
@@ -130,9 +137,7 @@ def preflight(settings: Settings, workers: Workers = ALONE) -> Plan:
         torch.cuda.set_device(settings.device)
     if workers.rank == 0:  # who writes
         check_output(settings.out, settings.resume)
-    attention = CalibrationAttention()
-    adapter = ModelAdapter(settings.model, ATTENTION)
-    seq_len = window_length(settings.seq_len, int(adapter.config.max_position_embeddings))
+    attention, adapter, seq_len = opened(settings)
     own = settings.own_text, settings.own_samples
     windows = read_windows(settings.model, settings.calib_text, settings.samples, seq_len, settings.seed, *own)
     return plan_of(settings, recipe, adapter, attention, windows, workers)
@@ -144,9 +149,7 @@ def preflight_without_text(settings: Settings) -> Plan:
     calib_text of `settings` is the text that is given, where own_samples come to it.
     """
     recipe = check_arguments(settings.recipe, settings.samples, settings.device, settings.seed)
-    attention = CalibrationAttention()
-    adapter = ModelAdapter(settings.model, ATTENTION)
-    seq_len = window_length(settings.seq_len, int(adapter.config.max_position_embeddings))
+    attention, adapter, seq_len = opened(settings)
     if settings.own_samples:
         read_windows(settings.model, settings.calib_text, settings.samples, seq_len, settings.seed)
     count = settings.samples + settings.own_samples
@@ -256,9 +259,7 @@ def asked_again(settings: Settings) -> dict[str, Any]:
     calib_text of `settings` may be Path(). Text that the model has written is not looked at: it may be gone by now.
     """
     recipe = check_arguments(settings.recipe, settings.samples, settings.device, settings.seed)
-    CalibrationAttention()
-    adapter = ModelAdapter(settings.model, ATTENTION)
-    seq_len = window_length(settings.seq_len, int(adapter.config.max_position_embeddings))
+    _, adapter, seq_len = opened(settings)
     asked = asked_for(settings, recipe, adapter, seq_len)
     if settings.own_samples or settings.calib_text == Path():
         return asked
